@@ -1,0 +1,9 @@
+"""ggufx: convert native FP8/FP4 checkpoints to GGUF without losing a bit, and read every fork's GGUF into numpy."""
+
+from ggufx import types
+from ggufx.errors import GGUFError
+from ggufx.file import File, Tensor, open  # noqa: A004
+
+__version__ = "0.1.0"
+
+__all__ = ["File", "GGUFError", "Tensor", "__version__", "open", "types"]

@@ -1,0 +1,209 @@
+"""Dialects: which type an id means, in which llama.cpp fork. The only place where an id is resolved.
+
+An id is not a type until its dialect is named: 42 is F8_E4M3_B128 in the nisparks fork, Q2_0 upstream, and other things
+elsewhere. Sizes tell them apart, because GGUF stores offsets: a tensor's span is its size rounded up to the alignment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+from ggufx import types
+from ggufx.container import Entry, align_up
+from ggufx.errors import AmbiguousDialect, CodecError, UnknownDialect
+from ggufx.types import Codec
+
+__all__ = ["DIALECTS", "Dialect", "Resolution", "fits", "get", "resolve"]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A fork's numbering of types and file types.
+
+    Attributes
+    ----------
+    name
+        Spelling for ``--target`` and ``dialect=``.
+    parent
+        Dialect whose ids are inherited.
+    lacks
+        Inherited ids that this fork does not have.
+    file_types
+        ``general.file_type`` numbers that differ from the parent's.
+    """
+
+    name: str
+    parent: str | None = None
+    lacks: frozenset[int] = frozenset()
+    file_types: Mapping[int, str] = field(default_factory=dict)
+
+    def codec(self, type_id: int) -> Codec | None:
+        """Return the codec of ``type_id``, or ``None`` when this dialect does not know it."""
+        return _table(self.name).get(type_id)
+
+    def type_id(self, codec: Codec) -> int | None:
+        """Return the id of ``codec`` here, or ``None`` when this dialect cannot hold it."""
+        for type_id, known in _table(self.name).items():
+            if known is codec:
+                return type_id
+        return None
+
+    def file_type_name(self, number: int) -> str | None:
+        """Return the spelling of a ``general.file_type`` number, such as ``"MXFP4_MOE"``."""
+        if number in self.file_types:
+            return self.file_types[number]
+        return None if self.parent is None else DIALECTS[self.parent].file_type_name(number)
+
+
+# llama.h's llama_ftype; the names are what file names carry.
+_UPSTREAM_FILE_TYPES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
+    13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS",
+    21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S",
+    29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4_MOE", 39: "NVFP4",
+    40: "Q1_0", 41: "Q2_0",
+}  # fmt: skip
+
+DIALECTS: Mapping[str, Dialect] = {
+    dialect.name: dialect
+    for dialect in (
+        Dialect("llama.cpp", file_types=_UPSTREAM_FILE_TYPES),
+        Dialect("ik_llama.cpp", parent="llama.cpp", lacks=frozenset({40, 42})),
+        Dialect("nisparks", parent="llama.cpp", file_types={41: "F8_E4M3_MXFP4"}),
+    )
+}
+
+
+@cache
+def _table(name: str) -> Mapping[int, Codec]:
+    dialect = DIALECTS[name]
+    table: dict[int, Codec] = {}
+    if dialect.parent is not None:
+        table.update({i: codec for i, codec in _table(dialect.parent).items() if i not in dialect.lacks})
+    table.update({codec.ids[name]: codec for codec in types.all_codecs() if name in codec.ids})
+    return table
+
+
+def get(name: str) -> Dialect:
+    """Return the dialect called ``name``; raises UnknownDialect."""
+    if name not in DIALECTS:
+        raise UnknownDialect(f"{name!r} is not a known dialect; known: {', '.join(DIALECTS)}")
+    return DIALECTS[name]
+
+
+def fits(codec: Codec, entry: Entry, alignment: int) -> bool:
+    """Return whether a tensor of ``codec`` tiles the entry's span exactly, final padding aside."""
+    try:
+        nbytes = codec.layout.nbytes(entry.shape)
+    except CodecError:
+        return False
+    if entry.last:
+        # Writers may or may not pad the last tensor.
+        return nbytes <= entry.span <= align_up(nbytes, alignment)
+    return entry.span == align_up(nbytes, alignment)
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What :func:`resolve` found.
+
+    Attributes
+    ----------
+    dialect
+        The dialect, or ``None`` when no single one knows every id of the file (each id is then resolved on its own).
+    codecs
+        Type id -> codec; ids that no dialect knows are absent.
+    equivalent
+        Names of all dialects that explain the file equally well.
+    """
+
+    dialect: Dialect | None
+    codecs: Mapping[int, Codec]
+    equivalent: tuple[str, ...]
+
+
+def resolve(
+    path: object, entries: Sequence[Entry], alignment: int, *, dialect: str | None = None, stamped: str | None = None
+) -> Resolution:
+    """Find the dialect of a file from its ids and spans.
+
+    Parameters
+    ----------
+    path
+        For error messages.
+    entries
+        The tensor directory, all splits.
+    alignment
+        Of the file, in bytes.
+    dialect
+        Explicit choice; nothing is guessed then.
+    stamped
+        Value of the file's ``ggufx.dialect`` key.
+
+    Raises
+    ------
+    UnknownDialect
+        The chosen dialect is not registered or does not fit, or a known id fits none of its meanings.
+    AmbiguousDialect
+        Several dialects fit and disagree on an id of the file.
+    """
+    by_id: dict[int, list[Entry]] = {}
+    for entry in entries:
+        by_id.setdefault(entry.type_id, []).append(entry)
+    chosen = dialect or stamped
+    candidates = [get(chosen)] if chosen else list(DIALECTS.values())
+    meanings = {i: _meanings(candidates, i) for i in by_id}
+    valid: dict[int, dict[str, Codec]] = {}
+    for type_id, named in meanings.items():
+        valid[type_id] = {
+            name: codec for name, codec in named.items() if all(fits(codec, e, alignment) for e in by_id[type_id])
+        }
+        if named and not valid[type_id]:
+            raise UnknownDialect(_misfit(path, type_id, named, by_id[type_id], alignment))
+    known = [type_id for type_id, named in meanings.items() if named]
+    survivors = [d for d in candidates if all(d.name in valid[i] for i in known)]
+    if not survivors:
+        # A file that mixes forks' types: each id stands for itself where its meanings agree.
+        codecs = {i: _agreed(path, i, valid[i], by_id[i]) for i in known}
+        return Resolution(None, codecs, ())
+    for type_id in known:
+        _agreed(path, type_id, {d.name: valid[type_id][d.name] for d in survivors}, by_id[type_id])
+    codecs = {i: valid[i][survivors[0].name] for i in known}
+    return Resolution(survivors[0], codecs, tuple(d.name for d in survivors))
+
+
+def _meanings(candidates: Iterable[Dialect], type_id: int) -> dict[str, Codec]:
+    found = {d.name: d.codec(type_id) for d in candidates}
+    return {name: codec for name, codec in found.items() if codec is not None}
+
+
+def _agreed(path: object, type_id: int, named: Mapping[str, Codec], entries: Sequence[Entry]) -> Codec:
+    distinct = dict.fromkeys(named.values())
+    if len(distinct) == 1:
+        return next(iter(distinct))
+    claims = ", ".join(f"{codec.name} in {name}" for name, codec in named.items())
+    raise AmbiguousDialect(
+        f"{path}: id {type_id} of tensor {entries[0].name!r} and {len(entries) - 1} more fits several types: {claims}; "
+        "say which with --dialect or open(..., dialect=...)"
+    )
+
+
+def _misfit(path: object, type_id: int, named: Mapping[str, Codec], entries: Sequence[Entry], alignment: int) -> str:
+    codec_of = dict.fromkeys(named.values())
+    entry = next(e for e in entries if not any(fits(codec, e, alignment) for codec in codec_of)) if len(
+        codec_of
+    ) == 1 else entries[0]
+    sizes = []
+    for codec in codec_of:
+        try:
+            sizes.append(f"{codec.layout.nbytes(entry.shape)} bytes as {codec.name}")
+        except CodecError as error:
+            sizes.append(f"impossible as {codec.name} ({error})")
+    where = "the file ends there" if entry.last else "the next tensor starts there"
+    return (
+        f"{path}: tensor {entry.name!r} {list(entry.shape)} of type id {type_id} has {entry.span} bytes ({where}) but takes "
+        f"{' or '.join(sizes)}: the model is corrupted or incomplete, or written by a fork that gives this id another "
+        "meaning"
+    )

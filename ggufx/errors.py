@@ -1,0 +1,86 @@
+"""Errors of ggufx.
+
+Every error that bad input can cause is a :class:`GGUFError`: one clear line that names the file, the tensor or key, the
+rule that was broken, the numbers, and what to do. The command line prints that line and exits with 1.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AmbiguousDialect",
+    "CheckpointError",
+    "CodecError",
+    "ContainerError",
+    "DiskError",
+    "GGUFError",
+    "OutputExists",
+    "PlanError",
+    "SourceCodesError",
+    "UnknownDialect",
+    "UnknownType",
+    "UnsupportedType",
+]
+
+
+class GGUFError(Exception):
+    """Base of every error that ggufx raises on purpose."""
+
+
+class ContainerError(GGUFError):
+    """A GGUF file breaks a rule of the container format.
+
+    Parameters
+    ----------
+    path
+        The file.
+    rule
+        Short name of the broken rule (``"magic"``, ``"truncated"``, ``"offset"`` ...): stable, meant for programs.
+    detail
+        The sentence for people, with the numbers.
+    """
+
+    def __init__(self, path: object, rule: str, detail: str) -> None:
+        super().__init__(f"{path}: {detail} [rule: {rule}]")
+        self.path = str(path)
+        self.rule = rule
+        self.detail = detail
+
+
+class UnknownType(GGUFError):
+    """A tensor's type id has no meaning in the file's dialect, so its bytes cannot be decoded."""
+
+
+class UnsupportedType(GGUFError):
+    """A type is known (name, sizes) but the requested operation is not implemented for it."""
+
+
+class UnknownDialect(GGUFError):
+    """A dialect of that name is not registered, or no dialect explains the file."""
+
+
+class AmbiguousDialect(GGUFError):
+    """Several dialects explain the file and give its type ids different meanings."""
+
+
+class CodecError(GGUFError):
+    """Bytes or values do not fit the type: wrong length, row length, dtype or code."""
+
+
+class CheckpointError(GGUFError):
+    """A Hugging Face checkpoint is incomplete, inconsistent or not of a supported kind."""
+
+
+class SourceCodesError(CheckpointError):
+    """A source tensor holds codes that consumers disagree on (E4M3 NaN, E8M0 255)."""
+
+
+class PlanError(GGUFError):
+    """The requested output cannot be planned."""
+
+
+class OutputExists(PlanError):
+    """The output exists and ``overwrite`` was not asked for."""
+
+
+class DiskError(GGUFError):
+    """Reading or writing failed (disk full, I/O error); what is done so far is kept for resuming."""

@@ -1,0 +1,37 @@
+"""Numba kernels, one module per quant type, found by the type's name in lower case.
+
+A kernel module may define, all over C-contiguous arrays (``rows`` read-only uint8 [R, row_nbytes]):
+
+``decode(rows, out, block_len)``
+    Fill ``out``, float32 [R, row_len], with exactly what the type's NumPy specification gives.
+``encode(values, out, block_len)``
+    Fill ``out``, uint8 [R, row_nbytes], from float32 [R, row_len] with exactly what the NumPy specification gives.
+``pack(codes, scales, out, block_len, rows_per_scale) -> (bad_codes, bad_scales)``
+    Exact native packing; counts the codes and scales that consumers disagree on.
+``unpack(rows, codes, scales, block_len)``
+    The inverse of ``pack`` with one scale row per row.
+
+Kernels are serial, hold no state and release the GIL; threads live with the caller. This package knows no quant type.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from types import ModuleType
+
+__all__ = ["find"]
+
+
+@cache
+def find(name: str) -> ModuleType | None:
+    """Return the kernel module of type ``name``, or ``None`` when the type has none.
+
+    The first call for a type imports Numba. A kernel that exists but fails to import raises: nothing falls back in
+    silence.
+    """
+    full = f"{__name__}.{name.lower()}"
+    if importlib.util.find_spec(full) is None:
+        return None
+    return importlib.import_module(full)

@@ -1,0 +1,179 @@
+"""The one decorator of all kernels, and the few intrinsics that plain Numba lacks.
+
+No ``fastmath`` (a fused multiply-add changes bits, NaN checks vanish), no ``parallel`` (threads are the caller's), no
+eager signature (it would compile at import). Compiled code is cached on disk under a stamp of every file of this
+package: Numba's own stamp covers one file only and serves stale code when a helper or table in another file changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core import caching
+from numba.core.errors import TypingError
+from numba.extending import intrinsic
+
+__all__ = ["bits_to_float", "float_to_bits", "half_to_float", "kernel", "load64", "nibble_lookup", "store64"]
+
+
+@cache
+def _stamp() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class _Stamped:
+    """Mixin for Numba's cache locators: stamp of all kernels, and a folder of its own under bounds checks."""
+
+    def get_source_stamp(self) -> str:
+        return _stamp()
+
+    def get_cache_path(self) -> str:
+        path: str = super().get_cache_path()  # type: ignore[misc]
+        return f"{path}/boundscheck" if numba.config.BOUNDSCHECK else path
+
+
+class _UserProvided(_Stamped, caching.UserProvidedCacheLocator):  # type: ignore[misc]
+    pass
+
+
+class _InTree(_Stamped, caching.InTreeCacheLocator):  # type: ignore[misc]
+    pass
+
+
+class _UserWide(_Stamped, caching.UserWideCacheLocator):  # type: ignore[misc]
+    pass
+
+
+class _Impl(caching.CompileResultCacheImpl):  # type: ignore[misc]
+    _locator_classes = [_UserProvided, _InTree, _UserWide]  # noqa: RUF012 (Numba's own attribute)
+
+
+class _Cache(caching.FunctionCache):  # type: ignore[misc]
+    _impl_class = _Impl
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile ``function`` on first call: nogil, strict IEEE arithmetic, cached on disk where a folder is writable."""
+    dispatcher = numba.njit(nogil=True)(function)
+    if hasattr(dispatcher, "_cache"):  # NUMBA_DISABLE_JIT gives the plain function back
+        try:
+            dispatcher._cache = _Cache(function)
+        except RuntimeError:
+            # No writable folder at all (read-only install without a home): compile in every process.
+            return dispatcher
+    return dispatcher
+
+
+def _bitcast(source: Any, target: Any) -> Any:
+    @intrinsic  # type: ignore[misc]
+    def cast(typing_context: Any, value: Any) -> Any:  # noqa: ARG001
+        # Integer arithmetic is 64 bits wide in Numba; the declared signature makes it truncate to the 32 that matter.
+        if value != source and not (isinstance(source, types.Integer) and isinstance(value, types.Integer)):
+            raise TypingError(f"expected {source}, got {value}")
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            return builder.bitcast(args[0], context.get_value_type(target))
+
+        return target(source), codegen
+
+    return cast
+
+
+bits_to_float = _bitcast(types.uint32, types.float32)
+"""Reinterpret uint32 bits as float32."""
+float_to_bits = _bitcast(types.float32, types.uint32)
+"""Reinterpret a float32 as its uint32 bits."""
+
+
+@intrinsic  # type: ignore[misc]
+def half_to_float(typing_context: Any, bits: Any) -> Any:  # noqa: ARG001
+    """Widen binary16 bits (uint16) to float32; exact for every input, subnormals, infinities and NaN included."""
+    if bits != types.uint16:
+        raise TypingError(f"expected uint16, got {bits}")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), codegen
+
+
+@intrinsic  # type: ignore[misc]
+def load64(typing_context: Any, data: Any, index: Any) -> Any:  # noqa: ARG001
+    """Read the little-endian uint64 at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        pointer = builder.bitcast(builder.gep(array.data, [args[1]]), ir.IntType(64).as_pointer())
+        return builder.load(pointer, align=1)
+
+    return types.uint64(data, types.intp), codegen
+
+
+@intrinsic  # type: ignore[misc]
+def store64(typing_context: Any, data: Any, index: Any, value: Any) -> Any:  # noqa: ARG001
+    """Write a uint64, little-endian, at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        pointer = builder.bitcast(builder.gep(array.data, [args[1]]), ir.IntType(64).as_pointer())
+        builder.store(args[2], pointer, align=1)
+        return context.get_dummy_value()
+
+    return types.void(data, types.intp, types.uint64), codegen
+
+
+def nibble_lookup(table: tuple[int, ...]) -> Any:
+    """Return an intrinsic that decodes 16 bytes of nibbles through a table of 16 signed bytes.
+
+    ``decode16(codes, index, scale, out, low, high)`` reads ``codes[index : index + 16]`` and writes
+    ``out[low + j] = float32(table[codes[index + j] & 15]) * scale`` and the same for the high nibbles at ``high``, for j
+    in 0..15. One IEEE multiplication each, so the result is that of the scalar formula.
+
+    LLVM turns ``table[index]`` loads into gathers, never into a shuffle. This spells the look-up as generic
+    extract/insert IR, which x86 and ARM back ends recognise as one byte-shuffle instruction (other targets get correct
+    scalar code). The table is int8: as float lanes the same shuffle falls apart on CPUs without AVX-512.
+    """
+    lanes = 16
+    assert len(table) == lanes
+    bytes16 = ir.VectorType(ir.IntType(8), lanes)
+    floats16 = ir.VectorType(ir.FloatType(), lanes)
+    i32 = ir.IntType(32)
+
+    @intrinsic  # type: ignore[misc]
+    def decode16(typing_context: Any, codes: Any, index: Any, scale: Any, out: Any, low: Any, high: Any) -> Any:  # noqa: ARG001
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            source = context.make_array(signature.args[0])(context, builder, args[0])
+            target = context.make_array(signature.args[3])(context, builder, args[3])
+            pointer = builder.bitcast(builder.gep(source.data, [args[1]]), bytes16.as_pointer())
+            packed = builder.load(pointer, align=1)
+            mask = ir.Constant(bytes16, [15] * lanes)
+            shift = ir.Constant(bytes16, [4] * lanes)
+            values = ir.Constant(bytes16, list(table))
+            factor = ir.Constant(floats16, ir.Undefined)
+            for lane in range(lanes):
+                factor = builder.insert_element(factor, args[2], ir.Constant(i32, lane))
+            for indices, offset in ((builder.and_(packed, mask), args[4]), (builder.lshr(packed, shift), args[5])):
+                looked_up = ir.Constant(bytes16, ir.Undefined)
+                for lane in range(lanes):
+                    position = builder.extract_element(indices, ir.Constant(i32, lane))
+                    element = builder.extract_element(values, builder.zext(position, i32))
+                    looked_up = builder.insert_element(looked_up, element, ir.Constant(i32, lane))
+                product = builder.fmul(builder.sitofp(looked_up, floats16), factor)
+                where = builder.bitcast(builder.gep(target.data, [offset]), floats16.as_pointer())
+                builder.store(product, where, align=4)
+            return context.get_dummy_value()
+
+        return types.void(codes, types.intp, types.float32, out, types.intp, types.intp), codegen
+
+    return decode16

@@ -1,0 +1,85 @@
+"""The registry of quant types.
+
+``get("IQ2_KS")`` gives a codec by name, in any case. Types of this package are registered here, third-party types
+through the entry-point group ``ggufx.types`` (each entry point is a :class:`Codec` subclass).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from importlib import metadata
+
+from ggufx.errors import UnknownType
+from ggufx.types import f8_e4m3_b128, layouts, mainline, mxfp4, q4_0, q8_0, scalars
+from ggufx.types.codec import Codec, Layout
+
+__all__ = ["Codec", "Layout", "all_codecs", "get", "register"]
+
+ENTRY_POINT_GROUP = "ggufx.types"
+
+_OWN: tuple[type[Codec], ...] = (
+    scalars.F32,
+    scalars.F16,
+    scalars.BF16,
+    scalars.F64,
+    scalars.I8,
+    scalars.I16,
+    scalars.I32,
+    scalars.I64,
+    q4_0.Q4_0,
+    q8_0.Q8_0,
+    mxfp4.MXFP4,
+    f8_e4m3_b128.F8_E4M3_B128,
+    *mainline.CODECS,
+    *layouts.CODECS,
+)
+
+_by_name: dict[str, Codec] = {}
+_by_id: dict[tuple[str, int], Codec] = {}
+
+
+def register(codec_class: type[Codec]) -> Codec:
+    """Register a type; returns its codec.
+
+    Raises
+    ------
+    ValueError
+        Its name, or one of its (dialect, id) pairs, is taken.
+    """
+    codec = codec_class()
+    key = codec.name.upper()
+    if key in _by_name:
+        raise ValueError(f"a type named {codec.name} is already registered")
+    for pair in codec.ids.items():
+        if pair in _by_id:
+            raise ValueError(f"{codec.name} claims id {pair[1]} of {pair[0]}, which is {_by_id[pair].name}")
+    _by_name[key] = codec
+    for pair in codec.ids.items():
+        _by_id[pair] = codec
+    return codec
+
+
+@cache
+def _load_plugins() -> None:
+    for entry_point in metadata.entry_points(group=ENTRY_POINT_GROUP):
+        register(entry_point.load())
+
+
+def get(name: str) -> Codec:
+    """Return the codec of type ``name`` (any case); raises UnknownType."""
+    _load_plugins()
+    codec = _by_name.get(name.upper())
+    if codec is None:
+        raise UnknownType(f"{name!r} is not a known type; known: {', '.join(sorted(c.name for c in all_codecs()))}")
+    return codec
+
+
+def all_codecs() -> Iterator[Codec]:
+    """Iterate over every registered codec, in order of registration."""
+    _load_plugins()
+    return iter(list(_by_name.values()))
+
+
+for _class in _OWN:
+    register(_class)

@@ -1,0 +1,433 @@
+"""What a quant type is: its layout as data, and the verbs decode, encode, pack and unpack over rows.
+
+A type is one file with one subclass of :class:`Codec`. It writes the NumPy specification (``decode_rows``), and maybe
+``encode_rows``, ``pack_rows`` and ``unpack_rows``; validation, allocation, kernels and threads are in the base class.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, ClassVar
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from ggufx import kernels
+from ggufx.errors import CodecError, UnsupportedType
+
+__all__ = ["Codec", "Layout"]
+
+U8 = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
+
+_CHUNK_NBYTES = 1 << 22
+"""Output bytes of a row chunk: a few hundred microseconds of work, so that handing over the GIL costs nothing."""
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Bytes of a type, written once as data.
+
+    Attributes
+    ----------
+    block_len
+        Elements per block.
+    block
+        Packed structured dtype of a block: its ``itemsize`` is the bytes per block, its field names are upstream's.
+    header
+        Packed dtype at the start of every row (ik_llama.cpp's ``IQ*_KS`` and alike), or ``None``.
+    """
+
+    block_len: int
+    block: np.dtype[Any]
+    header: np.dtype[Any] | None = None
+
+    @property
+    def header_nbytes(self) -> int:
+        """Bytes of the row header; 0 without one."""
+        return 0 if self.header is None else self.header.itemsize
+
+    def row_nbytes(self, row_len: int) -> int:
+        """Return the bytes of a row of ``row_len`` elements: the only size arithmetic in the project.
+
+        Raises
+        ------
+        CodecError
+            ``row_len`` is not a multiple of the block length.
+        """
+        if row_len % self.block_len:
+            raise CodecError(f"a row of {row_len} elements is not a multiple of the block of {self.block_len} elements")
+        return self.header_nbytes + row_len // self.block_len * self.block.itemsize
+
+    def row_len(self, row_nbytes: int) -> int:
+        """Return the elements of a row of ``row_nbytes`` bytes; raises CodecError when none fits."""
+        blocks, rest = divmod(row_nbytes - self.header_nbytes, self.block.itemsize)
+        if rest or blocks < 0:
+            raise CodecError(
+                f"a row of {row_nbytes} bytes is not {self.header_nbytes} header bytes and blocks of "
+                f"{self.block.itemsize} bytes"
+            )
+        return blocks * self.block_len
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes of a tensor of ``shape`` (numpy order; the row is the last axis, a scalar is one row)."""
+        if not shape:
+            shape = (1,)
+        if prod(shape[:-1]) == 0:
+            return 0
+        return prod(shape[:-1]) * self.row_nbytes(shape[-1])
+
+    def bits_per_weight(self, row_len: int | None = None) -> float:
+        """Return bits per element, row headers included when ``row_len`` is given."""
+        if row_len:
+            return self.row_nbytes(row_len) * 8 / row_len
+        return self.block.itemsize * 8 / self.block_len
+
+    def split(self, rows: U8) -> tuple[npt.NDArray[Any] | None, npt.NDArray[Any]]:
+        """Return views ``(headers [R] or None, blocks [R, n])`` of packed rows uint8 [R, row_nbytes], no copy."""
+        headers = None if self.header is None else rows[:, : self.header_nbytes].view(self.header)[:, 0]
+        blocks = rows[:, self.header_nbytes :].view(self.block)
+        return headers, blocks
+
+
+class Codec(ABC):
+    """A type of GGUF: layout, ids per dialect, and its verbs.
+
+    Subclasses are stateless; one instance of each is registered. The class name is the type's upstream spelling.
+
+    Attributes
+    ----------
+    layout : Layout
+    ids : mapping of str to int
+        Dialect name -> type id. A dialect inherits its parent's ids.
+    value_dtype : numpy dtype
+        What :meth:`decode` gives by default: float32 for every quant and float type, the stored dtype for integers and
+        float64.
+    needs_importance : bool
+        Whether encoding without importance weights is refused.
+    lossy : bool
+        Whether encoding loses bits of float32 values in general.
+    """
+
+    layout: ClassVar[Layout]
+    ids: ClassVar[Mapping[str, int]]
+    value_dtype: ClassVar[np.dtype[Any]] = np.dtype(np.float32)
+    needs_importance: ClassVar[bool] = False
+    lossy: ClassVar[bool] = True
+
+    # What a type writes -----------------------------------------------------------------------------------------
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[Any]) -> None:
+        """Fill ``out`` [R, row_len] of ``value_dtype`` from ``rows`` uint8 [R, row_nbytes]: the specification."""
+        raise UnsupportedType(f"{self.name} is known by its layout only; decoding it is not implemented")
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None) -> None:
+        """Fill ``out`` uint8 [R, row_nbytes] from finite ``values`` float32 [R, row_len]."""
+        raise UnsupportedType(f"encoding to {self.name} is not implemented")
+
+    def pack_rows(self, codes: U8, scales: U8, out: U8, rows_per_scale: int) -> tuple[int, int]:
+        """Fill ``out`` from native codes and scales, exactly; see :meth:`pack`. Returns (bad codes, bad scales)."""
+        raise UnsupportedType(f"{self.name} has no native packing")
+
+    def unpack_rows(self, rows: U8) -> tuple[U8, U8]:
+        """Return native (codes, scales) of ``rows``; see :meth:`unpack`."""
+        raise UnsupportedType(f"{self.name} has no native packing")
+
+    # Derived ----------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """Upstream spelling of the type."""
+        return type(self).__name__
+
+    def __repr__(self) -> str:
+        return f"<Codec {self.name}>"
+
+    def _implements(self, verb: str) -> bool:
+        return getattr(type(self), verb) is not getattr(Codec, verb)
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether :meth:`decode` works."""
+        return self._implements("decode_rows")
+
+    @property
+    def can_encode(self) -> bool:
+        """Whether :meth:`encode` works."""
+        return self._implements("encode_rows")
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether :meth:`pack` and :meth:`unpack` work."""
+        return self._implements("pack_rows")
+
+    @cached_property
+    def _kernels(self) -> Mapping[str, Callable[..., Any]]:
+        module = kernels.find(self.name) if type(self).__module__.startswith("ggufx.") else None
+        if module is None:
+            return {}
+        return {verb: getattr(module, verb) for verb in ("decode", "encode", "pack", "unpack") if hasattr(module, verb)}
+
+    # Final ------------------------------------------------------------------------------------------------------
+
+    def decode(
+        self,
+        data: npt.ArrayLike,
+        shape: tuple[int, ...] | None = None,
+        *,
+        dtype: npt.DTypeLike | None = None,
+        out: npt.NDArray[Any] | None = None,
+        threads: int | None = None,
+        use_kernel: bool = True,
+    ) -> npt.NDArray[Any]:
+        """Decode packed bytes.
+
+        Parameters
+        ----------
+        data
+            uint8 [..., row_nbytes], or any uint8 array of the right total length when ``shape`` is given. Read-only,
+            unaligned and memory-mapped arrays are fine.
+        shape
+            Logical shape, numpy order; by default ``data.shape[:-1] + (row_len,)``.
+        dtype
+            float32, float16, bfloat16 (``ml_dtypes``) or float64; default :attr:`value_dtype`.
+        out
+            C-contiguous array of ``shape`` and ``dtype`` to fill: fresh memory costs more than decoding.
+        threads
+            Row chunks at a time; default: up to the CPU count, for large tensors.
+        use_kernel
+            ``False`` runs the NumPy specification even where a kernel exists.
+
+        Returns
+        -------
+        ndarray of ``shape``: ``out`` when given.
+
+        Raises
+        ------
+        CodecError
+            Lengths, shapes or dtypes do not fit.
+        UnsupportedType
+            The type is known by its layout only.
+        """
+        rows, shape = self._packed_rows(data, shape)
+        wanted = self.value_dtype if dtype is None else np.dtype(dtype)
+        if out is None:
+            out = np.empty(shape, wanted)
+        elif out.shape != shape or not out.flags.c_contiguous or (dtype is not None and out.dtype != wanted):
+            raise CodecError(
+                f"out is {out.dtype}{list(out.shape)}, it must be a C-contiguous array of {wanted}{list(shape)}"
+            )
+        if not self.can_decode:
+            self.decode_rows(rows, out)  # raises the type's own reason
+        if rows.size == 0:
+            return out
+        target = out.reshape(rows.shape[0], -1)
+        function = self._kernels.get("decode") if use_kernel else None
+        direct = target.dtype == self.value_dtype and target.flags.aligned and target.flags.writeable
+
+        def decode_chunk(start: int, stop: int) -> None:
+            part = target[start:stop]
+            buffer = part if direct else np.empty(part.shape, self.value_dtype)
+            if function is not None:
+                function(rows[start:stop], buffer, self.layout.block_len)
+            else:
+                self.decode_rows(rows[start:stop], buffer)
+            if not direct:
+                # Overflow on the way to a narrower float is the caller's wish, as with astype.
+                with np.errstate(over="ignore", invalid="ignore"):
+                    part[...] = buffer
+
+        self._in_chunks(decode_chunk, rows.shape[0], target.shape[1] * 4, threads)
+        return out
+
+    def encode(
+        self,
+        values: npt.ArrayLike,
+        importance: npt.ArrayLike | None = None,
+        *,
+        out: U8 | None = None,
+        threads: int | None = None,
+        use_kernel: bool = True,
+    ) -> U8:
+        """Encode floats.
+
+        Parameters
+        ----------
+        values
+            Real array [..., row_len]; converted to float32 first. Must be finite.
+        importance
+            Non-negative weights [row_len] of the columns. Types whose reference ignores them do, too.
+        out
+            C-contiguous uint8 [..., row_nbytes] to fill.
+        threads, use_kernel
+            As in :meth:`decode`. The bytes do not depend on either.
+
+        Returns
+        -------
+        uint8 [..., row_nbytes]
+
+        Raises
+        ------
+        CodecError
+            NaN or infinity (naming row and column), a row that is no multiple of the block, bad weights.
+        UnsupportedType
+            The type has no encoder.
+        """
+        array = np.asarray(values)
+        if array.ndim == 0:
+            raise CodecError("a row has at least one axis; got a scalar")
+        if not self.can_encode:
+            raise UnsupportedType(f"encoding to {self.name} is not implemented")
+        row_len = array.shape[-1]
+        row_nbytes = self.layout.row_nbytes(row_len)
+        shape = (*array.shape[:-1], row_nbytes)
+        if out is None:
+            out = np.empty(shape, np.uint8)
+        elif out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
+            raise CodecError(f"out is {out.dtype}{list(out.shape)}, it must be C-contiguous uint8{list(shape)}")
+        weights = self._importance(importance, row_len)
+        if array.size == 0:
+            return out
+        flat, target = array.reshape(-1, row_len), out.reshape(-1, row_nbytes)
+        function = self._kernels.get("encode") if use_kernel and weights is None else None
+
+        def encode_chunk(start: int, stop: int) -> None:
+            part = self._finite(flat[start:stop], start)
+            if function is not None:
+                function(part, target[start:stop], self.layout.block_len)
+            else:
+                self.encode_rows(part, target[start:stop], weights)
+
+        self._in_chunks(encode_chunk, flat.shape[0], row_len * 4, threads)
+        return out
+
+    def pack(
+        self,
+        codes: U8,
+        scales: U8,
+        *,
+        rows_per_scale: int = 1,
+        out: U8 | None = None,
+        use_kernel: bool = True,
+    ) -> tuple[U8, int, int]:
+        """Pack native codes and scales without touching a float.
+
+        Parameters
+        ----------
+        codes
+            uint8 [R, n] as the checkpoint has them: one FP8 code a byte, or FP4 pairs (element 2i in the low nibble).
+        scales
+            uint8 E8M0 [ceil(R / rows_per_scale), ceil(row_len / block_len)].
+        rows_per_scale
+            Rows that share a row of ``scales`` (128 for 128x128 tiles).
+        out
+            uint8 [R, row_nbytes] to fill.
+
+        Returns
+        -------
+        (packed uint8 [R, row_nbytes], number of NaN codes, number of scales 255)
+        """
+        if not self.can_pack:
+            self.pack_rows(codes, scales, codes, rows_per_scale)  # raises the type's own reason
+        count = scales.shape[1] * self.layout.block_len
+        expected = -(-codes.shape[0] // rows_per_scale)
+        codes_nbytes = count * self._code_bits // 8
+        if codes.ndim != 2 or codes.shape[1] != codes_nbytes or scales.shape[0] != expected:
+            raise CodecError(
+                f"codes uint8{list(codes.shape)} and scales uint8{list(scales.shape)} do not fit {self.name} with "
+                f"{rows_per_scale} rows a scale: expected codes [R, {codes_nbytes}] and {expected} rows of scales"
+            )
+        if out is None:
+            out = np.empty((codes.shape[0], self.layout.row_nbytes(count)), np.uint8)
+        arguments = (_readonly(codes), _readonly(scales), out)
+        function = self._kernels.get("pack") if use_kernel else None
+        if function is not None:
+            bad_codes, bad_scales = function(*arguments, self.layout.block_len, rows_per_scale)
+        else:
+            bad_codes, bad_scales = self.pack_rows(*arguments, rows_per_scale)
+        return out, int(bad_codes), int(bad_scales)
+
+    def unpack(self, data: npt.ArrayLike, *, use_kernel: bool = True) -> tuple[U8, U8]:
+        """Return native ``(codes [R, n], scales [R, n_blocks])`` of packed rows uint8 [R, row_nbytes]: pack reversed."""
+        if not self.can_pack:
+            raise UnsupportedType(f"{self.name} has no native packing")
+        rows, shape = self._packed_rows(data, None)
+        function = self._kernels.get("unpack") if use_kernel else None
+        if function is None:
+            return self.unpack_rows(rows)
+        codes = np.empty((rows.shape[0], shape[-1] * self._code_bits // 8), np.uint8)
+        scales = np.empty((rows.shape[0], shape[-1] // self.layout.block_len), np.uint8)
+        function(rows, codes, scales, self.layout.block_len)
+        return codes, scales
+
+    # Help -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _code_bits(self) -> int:
+        """Bits of one native code, from the layout: a packable block is one scale byte and codes."""
+        return (self.layout.block.itemsize - 1) * 8 // self.layout.block_len
+
+    def _packed_rows(self, data: npt.ArrayLike, shape: tuple[int, ...] | None) -> tuple[U8, tuple[int, ...]]:
+        array = np.asarray(data)
+        if array.dtype != np.uint8:
+            raise CodecError(f"packed data must be uint8, got {array.dtype}")
+        if shape is None:
+            if array.ndim == 0:
+                raise CodecError("packed data has at least one axis; got a scalar")
+            shape = (*array.shape[:-1], self.layout.row_len(array.shape[-1]))
+        nbytes = self.layout.nbytes(tuple(shape))
+        if array.size != nbytes:
+            raise CodecError(f"{self.name}{list(shape)} takes {nbytes} bytes, got {array.size}")
+        n_rows = prod(shape[:-1])
+        rows = np.ascontiguousarray(array).reshape(n_rows, nbytes // n_rows if n_rows else 0)
+        return _readonly(rows), tuple(shape)
+
+    def _importance(self, importance: npt.ArrayLike | None, row_len: int) -> F32 | None:
+        if importance is None:
+            if self.needs_importance:
+                raise CodecError(f"{self.name} needs importance weights (an importance matrix)")
+            return None
+        weights = np.ascontiguousarray(importance, np.float32)
+        if weights.shape != (row_len,) or not np.isfinite(weights).all() or (weights < 0).any():
+            raise CodecError(f"importance must be {row_len} finite weights >= 0, got an array of {list(weights.shape)}")
+        return weights
+
+    def _finite(self, part: npt.NDArray[Any], first_row: int) -> F32:
+        with np.errstate(over="ignore"):
+            values = np.ascontiguousarray(part, np.float32)
+        if not np.isfinite(values).all():
+            row, column = (int(n) for n in np.argwhere(~np.isfinite(values))[0])
+            raise CodecError(
+                f"found {values[row, column]} at row {first_row + row}, column {column}: {self.name} encodes finite "
+                "values only"
+            )
+        return values
+
+    @staticmethod
+    def _in_chunks(work: Callable[[int, int], None], n_rows: int, row_cost: int, threads: int | None) -> None:
+        step = max(1, _CHUNK_NBYTES // max(1, row_cost))
+        starts = range(0, n_rows, step)
+        workers = min(len(starts), threads or os.cpu_count() or 1)
+        if workers <= 1:
+            # One call would do for a kernel, but chunks keep the scratch of specifications and casts small.
+            for start in starts:
+                work(start, min(start + step, n_rows))
+            return
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(lambda start: work(start, min(start + step, n_rows)), starts))
+
+
+def _readonly(array: U8) -> U8:
+    # One overload per kernel: always contiguous and read-only, whatever the caller has.
+    view = np.ascontiguousarray(array).view()
+    view.flags.writeable = False
+    return view

@@ -1,0 +1,82 @@
+"""F8_E4M3_B128: one E8M0 scale and 128 E4M3FN codes, the nisparks fork's native FP8 type."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx.types.codec import F32, U8, Codec, Layout
+
+BLOCK_LEN = 128
+
+
+def _e4m3_values() -> F32:
+    code = np.arange(256)
+    exponent, mantissa = code >> 3 & 15, code & 7
+    magnitude = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10))
+    magnitude[(code & 0x7F) == 0x7F] = np.nan
+    return np.where(code < 128, magnitude, -magnitude).astype(np.float32)
+
+
+def _e8m0_values() -> F32:
+    bits = np.arange(256, dtype=np.uint32) << 23
+    bits[0] = 0x00400000  # 2^-127 is a float32 subnormal
+    bits[255] = 0x7FC00000
+    return bits.view(np.float32)
+
+
+E4M3 = _e4m3_values()
+"""float32 [256]: value of every E4M3FN code; 0x7F and 0xFF are NaN, 0x80 is -0.0."""
+E8M0 = _e8m0_values()
+"""float32 [256]: 2^(e-127); 255 is NaN (OCP microscaling formats)."""
+
+
+class F8_E4M3_B128(Codec):  # noqa: N801 (upstream's spelling)
+    """``y[i] = E4M3[qs[i]] * 2^(e-127)``, 128 elements in 129 bytes.
+
+    There is no reference library; the format follows OCP and ``ml_dtypes`` at its corners (E8M0 255 and codes 0x7F, 0xFF
+    are NaN, E8M0 0 is 2^-127). The scale belongs to 128 consecutive elements of one row, so a checkpoint's 128x128 scale
+    is repeated in each of its 128 rows and the codes are copied as they are.
+    """
+
+    layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("e", "u1"), ("qs", "u1", (BLOCK_LEN,))]))
+    ids: ClassVar = {"nisparks": 42}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Look both factors up; the product is exact or overflows."""
+        _, blocks = self.layout.split(rows)
+        with np.errstate(over="ignore", invalid="ignore"):
+            out.reshape(*blocks.shape, BLOCK_LEN)[...] = E4M3[blocks["qs"]] * E8M0[blocks["e"]][..., None]
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None) -> None:
+        """Smallest scale that clips nothing, nearest code (ties to even); -0.0 is kept. Importance changes nothing.
+
+        The scale is the smallest ``e`` with ``amax <= 448 * 2^(e-127)``: a power of two, so a larger one gives the same
+        values and a smaller one clips.
+        """
+        import ml_dtypes
+
+        _, blocks = self.layout.split(out)
+        x = values.reshape(*blocks.shape, BLOCK_LEN)
+        fraction, exponent = np.frexp(np.abs(x).max(axis=-1))
+        # 448 = 0.875 * 2^9 and amax = fraction * 2^exponent with 0.5 <= fraction < 1.
+        e = np.clip(127 + exponent.astype(np.int32) - 9 + (fraction > 0.875), 0, 254)
+        e[fraction == 0] = 0
+        scaled = np.ldexp(x.astype(np.float64), (127 - e)[..., None])
+        blocks["e"] = e
+        # float64 -> E4M3 directly: by way of float32 the value would be rounded twice.
+        blocks["qs"] = np.clip(scaled, -448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+
+    def pack_rows(self, codes: U8, scales: U8, out: U8, rows_per_scale: int) -> tuple[int, int]:
+        """Interleave scale bytes and codes."""
+        _, blocks = self.layout.split(out)
+        blocks["e"] = np.repeat(scales, rows_per_scale, axis=0)[: codes.shape[0]]
+        blocks["qs"] = codes.reshape(blocks["qs"].shape)
+        return int(np.count_nonzero((codes & 0x7F) == 0x7F)), int(np.count_nonzero(scales == 255))
+
+    def unpack_rows(self, rows: U8) -> tuple[U8, U8]:
+        """Part scale bytes and codes."""
+        _, blocks = self.layout.split(rows)
+        return blocks["qs"].reshape(rows.shape[0], -1), blocks["e"].copy()

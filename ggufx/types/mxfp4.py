@@ -1,0 +1,78 @@
+"""MXFP4: one E8M0 scale and 32 E2M1 codes, OCP's microscaling FP4 as ggml stores it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx.types.codec import F32, U8, Codec, Layout
+
+BLOCK_LEN = 32
+
+E2M1_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+"""float32 [16]: twice the E2M1 value of every code; code 8 ("minus zero") is +0 as in the reference."""
+
+
+def _halved_e8m0() -> F32:
+    e = np.arange(256, dtype=np.uint32)
+    bits = np.where(e < 2, np.uint32(0x00200000) << np.minimum(e, 1), (e - 1) << np.uint32(23))
+    return bits.astype(np.uint32).view(np.float32)
+
+
+HALF_E8M0 = _halved_e8m0()
+"""float32 [256]: 2^(e-128). 255 gives 2^127, not NaN: the reference decoder does so and files are read as it does."""
+
+
+class MXFP4(Codec):
+    """``y[i] = E2M1[n] * 2^(e-127)``, 32 elements in 17 bytes; byte j of ``qs`` holds elements j (low) and j + 16 (high).
+
+    Checkpoints keep elements 2j (low) and 2j + 1 (high) in a byte, so packing permutes nibbles and changes no code.
+    """
+
+    layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("e", "u1"), ("qs", "u1", (BLOCK_LEN // 2,))]))
+    ids: ClassVar = {"llama.cpp": 39}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Scale doubled table values by half the scale."""
+        _, blocks = self.layout.split(rows)
+        qs = blocks["qs"]
+        codes = np.concatenate([qs & 15, qs >> 4], axis=-1)
+        with np.errstate(over="ignore"):
+            out.reshape(codes.shape)[...] = E2M1_DOUBLED[codes] * HALF_E8M0[blocks["e"]][..., None]
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None) -> None:
+        """Encode as the reference does, byte for byte, importance ignored.
+
+        ``e = floor(log2(amax)) - 2 + 127`` in float32; nearest magnitude, ties to the smaller one, zero coded 0.
+        """
+        _, blocks = self.layout.split(out)
+        x = values.reshape(*blocks.shape, BLOCK_LEN)
+        amax = np.abs(x).max(axis=-1)
+        with np.errstate(divide="ignore"):
+            e = np.floor(np.log2(amax)) + 125
+        e = np.where(amax > 0, np.clip(e, 0, 254), 0).astype(np.uint8)
+        unit = HALF_E8M0[e].astype(np.float64)[..., None]
+        # A magnitude on a threshold stays with the smaller code.
+        thresholds = np.array([0.5, 1.5, 2.5, 3.5, 5, 7, 10])
+        magnitude = np.searchsorted(thresholds, np.abs(x) / unit, side="left").astype(np.uint8)
+        codes = np.where((x < 0) & (magnitude > 0), magnitude + 8, magnitude).astype(np.uint8)
+        blocks["e"] = e
+        blocks["qs"] = codes[..., : BLOCK_LEN // 2] | codes[..., BLOCK_LEN // 2 :] << 4
+
+    def pack_rows(self, codes: U8, scales: U8, out: U8, rows_per_scale: int) -> tuple[int, int]:
+        """Permute nibbles from pairs (2j, 2j + 1) to halves (j, j + 16)."""
+        _, blocks = self.layout.split(out)
+        pairs = codes.reshape(*blocks.shape, BLOCK_LEN // 2)
+        elements = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(*blocks.shape, BLOCK_LEN)
+        blocks["e"] = np.repeat(scales, rows_per_scale, axis=0)[: codes.shape[0]]
+        blocks["qs"] = elements[..., : BLOCK_LEN // 2] | elements[..., BLOCK_LEN // 2 :] << 4
+        return 0, int(np.count_nonzero(scales == 255))
+
+    def unpack_rows(self, rows: U8) -> tuple[U8, U8]:
+        """Permute nibbles from halves (j, j + 16) to pairs (2j, 2j + 1)."""
+        _, blocks = self.layout.split(rows)
+        elements = np.concatenate([blocks["qs"] & 15, blocks["qs"] >> 4], axis=-1)
+        pairs = elements[..., 0::2] | elements[..., 1::2] << 4
+        return pairs.reshape(rows.shape[0], -1), blocks["e"].copy()

@@ -1,0 +1,42 @@
+"""Q8_0: an f16 scale and 32 signed bytes."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx.types.codec import F32, U8, Codec, Layout
+
+BLOCK_LEN = 32
+
+
+class Q8_0(Codec):  # noqa: N801 (upstream's spelling)
+    """``y[i] = qs[i] * d``, 32 elements in 34 bytes."""
+
+    layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "i1", (BLOCK_LEN,))]))
+    ids: ClassVar = {"llama.cpp": 8}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Multiply; exact for finite scales."""
+        _, blocks = self.layout.split(rows)
+        with np.errstate(invalid="ignore"):
+            out.reshape(blocks["qs"].shape)[...] = blocks["qs"] * blocks["d"].astype(np.float32)[..., None]
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None) -> None:
+        """Encode as the reference does, byte for byte, importance ignored.
+
+        ``d = amax / 127``; codes round half away from zero of ``x * (1 / d)`` in float32, with the unrounded ``d``.
+        """
+        _, blocks = self.layout.split(out)
+        x = values.reshape(blocks["qs"].shape)
+        d = np.abs(x).max(axis=-1) / np.float32(127)
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            inverse = np.where(d > 0, np.float32(1) / d, np.float32(0))
+            scaled = x * inverse[..., None]
+            # The fraction is exact in float32, so adding a half to |x| cannot round up across it.
+            whole = np.trunc(scaled)
+            rounded = whole + np.where(np.abs(scaled - whole) >= 0.5, np.copysign(np.float32(1), scaled), np.float32(0))
+            blocks["d"] = d.astype(np.float16)
+            blocks["qs"] = np.nan_to_num(rounded, nan=0, posinf=127, neginf=-127).clip(-127, 127).astype(np.int8)
