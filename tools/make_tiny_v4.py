@@ -615,7 +615,7 @@ def learn_merges(text: str, count: int) -> list[tuple[str, str]]:
             for pair in pairwise(word):
                 pairs[pair] += times
         best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
-        if best is None or pairs[best] < 2:
+        if best is None:  # every word is one token
             break
         merges.append(best)
         for word, _times in words:
