@@ -105,7 +105,9 @@ def plan_convert(
             + ("the nisparks dialect has no form for it" if target == "nisparks" else "--mtp writes it to its own file")
         )
     tensors = [
-        _tensor(output, dialect, dense, strict=not allow_nan, limit=architecture.integer("n_routed_experts"), notes=notes)
+        _tensor(
+            output, dialect, dense, strict=not allow_nan, limit=architecture.integer("n_routed_experts"), notes=notes
+        )
         for output in outputs
     ]
     file_type = _file_type(tensors, target, dense)
@@ -279,9 +281,7 @@ def _metadata(
     return keys
 
 
-def _general_keys(
-    checkpoint: Checkpoint, tensors: Sequence[PlannedTensor], model_name: str | None
-) -> dict[str, Value]:
+def _general_keys(checkpoint: Checkpoint, tensors: Sequence[PlannedTensor], model_name: str | None) -> dict[str, Value]:
     """Return the ``general.*`` keys that the gguf package finds in the model card, the configs and the name."""
     import gguf
 
@@ -301,7 +301,10 @@ def _general_keys(
     writer.add_type(gguf.GGUFType.MODEL)
     found.set_gguf_meta_model(writer)
     return {
-        key: _from_gguf(value) for keys in writer.kv_data for key, value in keys.items() if key != "general.architecture"
+        key: _from_gguf(value)
+        for keys in writer.kv_data
+        for key, value in keys.items()
+        if key != "general.architecture"
     }
 
 

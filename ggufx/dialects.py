@@ -192,9 +192,11 @@ def _agreed(path: object, type_id: int, named: Mapping[str, Codec], entries: Seq
 
 def _misfit(path: object, type_id: int, named: Mapping[str, Codec], entries: Sequence[Entry], alignment: int) -> str:
     codec_of = dict.fromkeys(named.values())
-    entry = next(e for e in entries if not any(fits(codec, e, alignment) for codec in codec_of)) if len(
-        codec_of
-    ) == 1 else entries[0]
+    entry = (
+        next(e for e in entries if not any(fits(codec, e, alignment) for codec in codec_of))
+        if len(codec_of) == 1
+        else entries[0]
+    )
     sizes = []
     for codec in codec_of:
         try:

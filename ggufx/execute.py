@@ -15,7 +15,7 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
@@ -31,13 +31,25 @@ from ggufx.errors import CheckpointError, CodecError, DiskError, GGUFError, Outp
 from ggufx.plan import Plan, PlannedFile, PlannedTensor, Tile, Transform
 from ggufx.transforms import Outcome, apply
 
-__all__ = ["MAX_WORKERS", "Progress", "execute"]
+__all__ = [
+    "MAX_WORKERS",
+    "Progress",
+    "close_files",
+    "default_workers",
+    "execute",
+    "memory_need",
+    "read_into",
+    "read_spans",
+    "scratch",
+]
 
 MAX_WORKERS: Final = 16
 """Default cap on threads: past it the disk is the limit and only memory grows."""
 
 _RECORD = struct.Struct("<IQI")  # tile number, checksum of its bytes, checksum of the record
 _JOURNAL_VERSION: Final = 1
+_PROCESS_NBYTES: Final = 250_000_000
+"""Python, NumPy, Numba with LLVM, and a plan of a hundred thousand tiles."""
 
 Progress = Callable[[int, int], None]
 """Called as ``progress(bytes done, bytes in all)`` from the thread that called :func:`execute`."""
@@ -86,20 +98,43 @@ class _Files:
 
 
 _files = _Files({}, threading.Lock())
-_scratch = threading.local()
+_local = threading.local()
 
 
-def _buffer(slot: str, nbytes: int) -> npt.NDArray[np.uint8]:
-    """Return this thread's scratch array of ``slot``, at least as large as any before: fresh pages cost a copy."""
-    held: npt.NDArray[np.uint8] | None = getattr(_scratch, slot, None)
+def scratch(slot: str, nbytes: int) -> npt.NDArray[np.uint8]:
+    """Return this thread's memory called ``slot``, uint8 [nbytes], used again by the next call: fresh pages cost a copy."""
+    held: npt.NDArray[np.uint8] | None = getattr(_local, slot, None)
     if held is None or held.nbytes < nbytes:
         held = np.empty(nbytes, np.uint8)
-        setattr(_scratch, slot, held)
+        setattr(_local, slot, held)
     return held[:nbytes]
 
 
-def _read(path: str, descriptor: int, offset: int, buffer: npt.NDArray[np.uint8]) -> None:
-    view, done = memoryview(buffer), 0
+def read_into(path: str, offset: int, buffer: npt.NDArray[np.uint8]) -> None:
+    """Fill ``buffer`` from byte ``offset`` of a file; raises CheckpointError when the file ends early.
+
+    Reads with ``pread`` into memory that is used again: mapped pages of a large model would count as resident memory.
+    """
+    _fill_buffer(path, _files.get(path, os.O_RDONLY), offset, buffer)
+
+
+def read_spans(sources: Sequence[str], tile: Tile) -> list[npt.NDArray[np.uint8]]:
+    """Return the bytes of a tile's spans, in this thread's scratch memory: valid until the thread's next call."""
+    inputs = []
+    for slot, span in enumerate(tile.spans):
+        buffer = scratch(f"in{slot}", span.nbytes)
+        read_into(sources[span.file], span.offset, buffer)
+        inputs.append(buffer)
+    return inputs
+
+
+def close_files() -> None:
+    """Close this process's source and output descriptors."""
+    _files.close()
+
+
+def _fill_buffer(path: str, descriptor: int, offset: int, buffer: npt.NDArray[np.uint8]) -> None:
+    view, done = memoryview(buffer), 0  # type: ignore[arg-type] # ndarrays are buffers
     while done < len(view):
         count = os.preadv(descriptor, [view[done:]], offset + done)
         if count == 0:
@@ -111,7 +146,7 @@ def _read(path: str, descriptor: int, offset: int, buffer: npt.NDArray[np.uint8]
 
 
 def _write(descriptor: int, offset: int, buffer: npt.NDArray[np.uint8] | bytes) -> None:
-    view, done = memoryview(buffer), 0
+    view, done = memoryview(buffer), 0  # type: ignore[arg-type] # ndarrays are buffers
     while done < len(view):
         done += os.pwrite(descriptor, view[done:], offset + done)
 
@@ -119,13 +154,13 @@ def _write(descriptor: int, offset: int, buffer: npt.NDArray[np.uint8] | bytes) 
 def _run(job: _Job) -> _Done:
     """Do one tile: read its spans, transform, write. Runs on any thread or process."""
     tile = job.tile
-    out = _buffer("out", tile.nbytes)
+    out = scratch("out", tile.nbytes)
     descriptor = _files.get(job.output, os.O_RDWR)
     if job.expected is not None:
-        _read(job.output, descriptor, job.position, out)
+        _fill_buffer(job.output, descriptor, job.position, out)
         if xxhash.xxh3_64_intdigest(out.data) == job.expected:
             return _Done(job.number, tile.nbytes, job.expected, Outcome(), True)
-    inputs = _inputs(job.sources, tile)
+    inputs = read_spans(job.sources, tile)
     outcome = apply(job.transform, tile.rows, inputs, out)
     if _refused(job.transform, outcome):
         return _Done(job.number, 0, 0, outcome, False)
@@ -133,19 +168,27 @@ def _run(job: _Job) -> _Done:
     return _Done(job.number, tile.nbytes, xxhash.xxh3_64_intdigest(out.data), outcome, False)
 
 
-def _inputs(sources: tuple[str, ...], tile: Tile) -> list[npt.NDArray[np.uint8]]:
-    inputs = []
-    for slot, span in enumerate(tile.spans):
-        buffer = _buffer(f"in{slot}", span.nbytes)
-        path = sources[span.file]
-        _read(path, _files.get(path, os.O_RDONLY), span.offset, buffer)
-        inputs.append(buffer)
-    return inputs
-
-
 def _refused(transform: Transform, outcome: Outcome) -> bool:
     special = bool(outcome.bad_codes or outcome.bad_scales)
     return outcome.lost > 0 or (special and (transform.strict or transform.op == "encode"))
+
+
+def default_workers() -> int:
+    """Return the number of threads used by default."""
+    return min(MAX_WORKERS, os.cpu_count() or 1)
+
+
+def memory_need(plan: Plan, threads: int | None = None) -> int:
+    """Return about how many bytes of memory a run takes: a process with its kernels, and scratch for every thread."""
+    per_thread = 0
+    for tensor in plan.tensors:
+        largest = max((tile.nbytes + sum(span.nbytes for span in tile.spans) for tile in tensor.tiles), default=0)
+        if tensor.transform.op == "encode":
+            # Float32 values and their decoded and packed forms.
+            row_len = tensor.shape[-1]
+            largest += max((tile.rows * row_len * 12 for tile in tensor.tiles), default=0)
+        per_thread = max(per_thread, largest)
+    return _PROCESS_NBYTES + per_thread * (threads or default_workers())
 
 
 def execute(
@@ -190,7 +233,7 @@ def execute(
     """
     first = plan.files[0].path
     first.parent.mkdir(parents=True, exist_ok=True)
-    workers = threads or min(MAX_WORKERS, os.cpu_count() or 1)
+    workers = threads or default_workers()
     with _Journal(first, plan, resume=resume) as journal:
         pending = _prepare(plan, journal, overwrite=overwrite)
         try:
@@ -409,7 +452,9 @@ def _owner(plan: Plan, job: _Job) -> PlannedTensor:
 def _named(plan: Plan, job: _Job, error: CodecError) -> GGUFError:
     tensor = _owner(plan, job)
     source = tensor.items[job.tile.item][0]
-    return CheckpointError(f"{plan.source_files[job.tile.spans[0].file]}: tensor {source!r} -> {tensor.name!r}: {error}")
+    return CheckpointError(
+        f"{plan.source_files[job.tile.spans[0].file]}: tensor {source!r} -> {tensor.name!r}: {error}"
+    )
 
 
 def _codes_error(plan: Plan, job: _Job, outcome: Outcome) -> GGUFError:
@@ -425,8 +470,8 @@ def _codes_error(plan: Plan, job: _Job, outcome: Outcome) -> GGUFError:
     bad_codes = bad_scales = 0
     for tile in tensor.tiles:
         if tile.item == job.tile.item:
-            out = _buffer("out", tile.nbytes)
-            found = apply(tensor.transform, tile.rows, _inputs(plan.source_files, tile), out)
+            out = scratch("out", tile.nbytes)
+            found = apply(tensor.transform, tile.rows, read_spans(plan.source_files, tile), out)
             bad_codes += found.bad_codes
             bad_scales += found.bad_scales
     found_codes = f"{bad_codes} E4M3 NaN codes (0x7F, 0xFF) in tensor {names[0]!r}" if bad_codes else ""

@@ -266,7 +266,7 @@ class File(Mapping[str, Tensor]):
         return f"<File {self.path.name}: {len(self)} tensors, {self.data_nbytes} bytes, dialect {self.dialect}>"
 
 
-def open(path: str | Path, *, dialect: str | None = None, splits: bool = True) -> File:  # noqa: A001
+def open(path: str | Path, *, dialect: str | None = None, splits: bool = True) -> File:
     """Open a GGUF file of any dialect for reading.
 
     Parameters

@@ -215,9 +215,7 @@ def plan_tensor(
     nbytes = layout.nbytes(shape)
     if offset != nbytes:
         raise PlanError(f"tensor {name!r} {list(shape)} takes {nbytes} bytes, its sources give {offset}")
-    items = tuple(
-        tuple(n for part in parts for n in (part.name, part.scale_name) if n is not None) for parts in stack
-    )
+    items = tuple(tuple(n for part in parts for n in (part.name, part.scale_name) if n is not None) for parts in stack)
     return PlannedTensor(name, shape, target, type_id, nbytes, transform, tuple(tiles), items)
 
 

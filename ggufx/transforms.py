@@ -105,9 +105,7 @@ def _encode(transform: Transform, rows: int, inputs: list[U8], out: U8) -> Outco
     return Outcome(0, 0, lost)
 
 
-def decode_source(
-    kind: str, rows: int, row_len: int, inputs: list[U8], rows_per_scale: int
-) -> tuple[F32, int, int]:
+def decode_source(kind: str, rows: int, row_len: int, inputs: list[U8], rows_per_scale: int) -> tuple[F32, int, int]:
     """Decode rows of a checkpoint tensor to float32, exactly.
 
     Parameters

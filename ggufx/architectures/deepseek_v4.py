@@ -250,7 +250,9 @@ class DeepSeekV4:
 
     # Tensors ----------------------------------------------------------------------------------------------------
 
-    def outputs(self, target: str, *, mtp: bool, skip: Callable[[str], bool]) -> tuple[list[Output], list[tuple[str, str]]]:
+    def outputs(
+        self, target: str, *, mtp: bool, skip: Callable[[str], bool]
+    ) -> tuple[list[Output], list[tuple[str, str]]]:
         """Map the checkpoint to output tensors, in the target's order.
 
         Parameters
@@ -348,7 +350,11 @@ class DeepSeekV4:
             return None
         if block == "mtp":
             return "the MTP block is not part of this file"
-        if match and match["rest"] == "ffn.gate.bias" and f"layers.{match['number']}.ffn.gate.tid2eid" in self.checkpoint:
+        if (
+            match
+            and match["rest"] == "ffn.gate.bias"
+            and f"layers.{match['number']}.ffn.gate.tid2eid" in self.checkpoint
+        ):
             return "a hash-routed layer does not use its router bias"
         return None
 
@@ -430,7 +436,9 @@ class DeepSeekV4:
             )
         kinds = {part.kind for part in parts.values()}
         if len(kinds) > 1:
-            raise CheckpointError(f"{self.checkpoint.path}: {block}ffn experts ({proj}) mix {' and '.join(sorted(kinds))}")
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {block}ffn experts ({proj}) mix {' and '.join(sorted(kinds))}"
+            )
         family = _LAYER_BY_SOURCE[f"ffn.experts.{{E}}.{proj}.weight"]
         name = block + (family.nisparks if dialect == "nisparks" else family.upstream)
         return Output(name, "expert", tuple((parts[expert],) for expert in range(count)), stacked=True)
@@ -477,7 +485,11 @@ class DeepSeekV4:
 
     def keys(self, target: str, *, mtp: bool, file_type: int, chat_template: str) -> dict[str, Value]:
         """Return the architecture's metadata in the target's order, ``general.file_type`` among it."""
-        return self._nisparks_keys(file_type, chat_template) if target == "nisparks" else self._upstream_keys(mtp, file_type)
+        return (
+            self._nisparks_keys(file_type, chat_template)
+            if target == "nisparks"
+            else self._upstream_keys(mtp, file_type)
+        )
 
     def _rope_scaling(self) -> dict[str, Value]:
         scaling = self.config.get("rope_scaling") or {}
@@ -485,7 +497,9 @@ class DeepSeekV4:
         if kind is None:
             return {}
         if kind != "yarn":
-            raise CheckpointError(f"{self.checkpoint.path / 'config.json'}: rope_scaling of type {kind!r}; expected yarn")
+            raise CheckpointError(
+                f"{self.checkpoint.path / 'config.json'}: rope_scaling of type {kind!r}; expected yarn"
+            )
         try:
             return {
                 "rope.scaling.type": Value.string(kind),
@@ -621,4 +635,3 @@ def _evaluate(expression: str, dims: Mapping[str, int]) -> int:
             value = int(factor) if factor.isdigit() else dims[factor]
         total = total // value if sign == "/" else total * value
     return total
-

@@ -21,7 +21,16 @@ from numba.core import caching
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
-__all__ = ["bits_to_float", "float_to_bits", "float_to_half", "half_to_float", "kernel", "load64", "nibble_lookup", "store64"]
+__all__ = [
+    "bits_to_float",
+    "float_to_bits",
+    "float_to_half",
+    "half_to_float",
+    "kernel",
+    "load64",
+    "nibble_lookup",
+    "store64",
+]
 
 
 @cache
@@ -77,13 +86,13 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 def _bitcast(source: Any, target: Any) -> Any:
-    @intrinsic  # type: ignore[misc]
-    def cast(typing_context: Any, value: Any) -> Any:  # noqa: ARG001
+    @intrinsic
+    def cast(typing_context: Any, value: Any) -> Any:
         # Integer arithmetic is 64 bits wide in Numba; the declared signature makes it truncate to the 32 that matter.
         if value != source and not (isinstance(source, types.Integer) and isinstance(value, types.Integer)):
             raise TypingError(f"expected {source}, got {value}")
 
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return builder.bitcast(args[0], context.get_value_type(target))
 
         return target(source), codegen
@@ -102,7 +111,7 @@ float_to_bits = _bitcast(types.float32, types.uint32)
 
 
 @kernel
-def half_to_float(bits):  # type: ignore[no-untyped-def]
+def half_to_float(bits):
     """Widen binary16 bits (uint16) to float32; exact for every input, subnormals, infinities and NaN included."""
     magnitude = np.uint32(bits & np.uint16(0x7FFF))
     sign = np.uint32(bits & np.uint16(0x8000)) << np.uint32(16)
@@ -115,7 +124,7 @@ def half_to_float(bits):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def float_to_half(value):  # type: ignore[no-untyped-def]
+def float_to_half(value):
     """Round a float32 to binary16 bits (uint16): to nearest, ties to even, subnormals kept, NaN to the quiet 0x7E00."""
     bits = np.uint32(float_to_bits(value))
     sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
@@ -132,8 +141,8 @@ def float_to_half(value):  # type: ignore[no-untyped-def]
     return np.uint16(half | sign)
 
 
-@intrinsic  # type: ignore[misc]
-def load64(typing_context: Any, data: Any, index: Any) -> Any:  # noqa: ARG001
+@intrinsic
+def load64(typing_context: Any, data: Any, index: Any) -> Any:
     """Read the little-endian uint64 at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -144,8 +153,8 @@ def load64(typing_context: Any, data: Any, index: Any) -> Any:  # noqa: ARG001
     return types.uint64(data, types.intp), codegen
 
 
-@intrinsic  # type: ignore[misc]
-def store64(typing_context: Any, data: Any, index: Any, value: Any) -> Any:  # noqa: ARG001
+@intrinsic
+def store64(typing_context: Any, data: Any, index: Any, value: Any) -> Any:
     """Write a uint64, little-endian, at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -174,8 +183,8 @@ def nibble_lookup(table: tuple[int, ...]) -> Any:
     floats16 = ir.VectorType(ir.FloatType(), lanes)
     i32 = ir.IntType(32)
 
-    @intrinsic  # type: ignore[misc]
-    def decode16(typing_context: Any, codes: Any, index: Any, scale: Any, out: Any, low: Any, high: Any) -> Any:  # noqa: ARG001
+    @intrinsic
+    def decode16(typing_context: Any, codes: Any, index: Any, scale: Any, out: Any, low: Any, high: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             source = context.make_array(signature.args[0])(context, builder, args[0])
             target = context.make_array(signature.args[3])(context, builder, args[3])

@@ -8,7 +8,7 @@ from ggufx.kernels._jit import bits_to_float, float_to_bits, float_to_half, half
 
 
 @kernel
-def decode(rows, out, block_len):  # type: ignore[no-untyped-def]  # noqa: D103
+def decode(rows, out, block_len):
     block_nbytes = block_len + 2
     for r in range(rows.shape[0]):
         row, y = rows[r], out[r]
@@ -22,7 +22,7 @@ def decode(rows, out, block_len):  # type: ignore[no-untyped-def]  # noqa: D103
 
 
 @kernel
-def encode(values, out, block_len):  # type: ignore[no-untyped-def]  # noqa: D103
+def encode(values, out, block_len):
     block_nbytes = block_len + 2
     for r in range(values.shape[0]):
         row, target = values[r], out[r]
