@@ -46,8 +46,8 @@ Dense = StrEnum("Dense", {name: name for name in convert_module.DENSE_TYPES})  #
 _NISPARKS = Target("nisparks")
 _Q8_0 = Dense("q8_0")
 
-# Into a pipe or a file a table is as wide as it needs to be.
-_out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 400)
+# A table is as wide as it needs to be: a narrow terminal wraps its lines, and nothing is cut off.
+_out = Console(soft_wrap=True, highlight=False, width=400)
 _err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
