@@ -22,13 +22,13 @@ from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 __all__ = [
-    "bits_to_float",
+    "bits_to_float", "code_lookup",
     "float_to_bits",
     "float_to_half",
     "half_to_float",
     "kernel",
     "load64",
-    "nibble_lookup",
+    "nibble_lookup", "scale_bytes16",
     "store64",
 ]
 
@@ -36,7 +36,8 @@ __all__ = [
 @cache
 def _stamp() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for path in (here.parent / "tables.py", *sorted(here.glob("*.py"))):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -166,47 +167,143 @@ def store64(typing_context: Any, data: Any, index: Any, value: Any) -> Any:
     return types.void(data, types.intp, types.uint64), codegen
 
 
+def _vector_lookup(builder: Any, indices: Any, table: tuple[int, ...], lanes: int) -> Any:
+    """Emit ``table[indices]`` for a vector of byte indices, as extract/insert IR that becomes a byte shuffle.
+
+    LLVM turns ``table[index]`` loads into gathers, never into a shuffle. Spelt like this, x86 and ARM back ends recognise
+    one byte-shuffle instruction per 16 entries, and other targets get correct scalar code. The table is int8: as float
+    lanes the same shuffle falls apart on CPUs without AVX-512.
+    """
+    i32 = ir.IntType(32)
+    vector = ir.VectorType(ir.IntType(8), lanes)
+    halves = []
+    for start in range(0, len(table), lanes):
+        part = list(table[start : start + lanes])
+        values = ir.Constant(vector, part + [0] * (lanes - len(part)))
+        looked_up = ir.Constant(vector, ir.Undefined)
+        inner = builder.and_(indices, ir.Constant(vector, [lanes - 1] * lanes))
+        for lane in range(lanes):
+            position = builder.extract_element(inner, ir.Constant(i32, lane))
+            element = builder.extract_element(values, builder.zext(position, i32))
+            looked_up = builder.insert_element(looked_up, element, ir.Constant(i32, lane))
+        halves.append(looked_up)
+    result = halves[0]
+    for number, half in enumerate(halves[1:], 1):
+        bound = ir.Constant(vector, [number * lanes] * lanes)
+        result = builder.select(builder.icmp_unsigned(">=", indices, bound), half, result)
+    return result
+
+
+def _splat(builder: Any, scalar: Any, vector: Any) -> Any:
+    result = ir.Constant(vector, ir.Undefined)
+    for lane in range(vector.count):
+        result = builder.insert_element(result, scalar, ir.Constant(ir.IntType(32), lane))
+    return result
+
+
+_LANES = 16
+_BYTES = ir.VectorType(ir.IntType(8), _LANES)
+_FLOATS = ir.VectorType(ir.FloatType(), _LANES)
+
+
+def _load_bytes(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    source = context.make_array(array_type)(context, builder, array)
+    pointer = builder.bitcast(builder.gep(source.data, [index]), _BYTES.as_pointer())
+    return builder.load(pointer, align=1)
+
+
+def _store_scaled(context: Any, builder: Any, out_type: Any, out: Any, index: Any, values: Any, scale: Any) -> None:
+    """Store ``float32(values) * scale`` for 16 signed bytes: one IEEE multiplication each."""
+    target = context.make_array(out_type)(context, builder, out)
+    product = builder.fmul(builder.sitofp(values, _FLOATS), _splat(builder, scale, _FLOATS))
+    where = builder.bitcast(builder.gep(target.data, [index]), _FLOATS.as_pointer())
+    builder.store(product, where, align=4)
+
+
 def nibble_lookup(table: tuple[int, ...]) -> Any:
     """Return an intrinsic that decodes 16 bytes of nibbles through a table of 16 signed bytes.
 
     ``decode16(codes, index, scale, out, low, high)`` reads ``codes[index : index + 16]`` and writes
     ``out[low + j] = float32(table[codes[index + j] & 15]) * scale`` and the same for the high nibbles at ``high``, for j
-    in 0..15. One IEEE multiplication each, so the result is that of the scalar formula.
-
-    LLVM turns ``table[index]`` loads into gathers, never into a shuffle. This spells the look-up as generic
-    extract/insert IR, which x86 and ARM back ends recognise as one byte-shuffle instruction (other targets get correct
-    scalar code). The table is int8: as float lanes the same shuffle falls apart on CPUs without AVX-512.
+    in 0..15.
     """
-    lanes = 16
-    assert len(table) == lanes
-    bytes16 = ir.VectorType(ir.IntType(8), lanes)
-    floats16 = ir.VectorType(ir.FloatType(), lanes)
-    i32 = ir.IntType(32)
+    assert len(table) == _LANES
 
     @intrinsic
     def decode16(typing_context: Any, codes: Any, index: Any, scale: Any, out: Any, low: Any, high: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            source = context.make_array(signature.args[0])(context, builder, args[0])
-            target = context.make_array(signature.args[3])(context, builder, args[3])
-            pointer = builder.bitcast(builder.gep(source.data, [args[1]]), bytes16.as_pointer())
-            packed = builder.load(pointer, align=1)
-            mask = ir.Constant(bytes16, [15] * lanes)
-            shift = ir.Constant(bytes16, [4] * lanes)
-            values = ir.Constant(bytes16, list(table))
-            factor = ir.Constant(floats16, ir.Undefined)
-            for lane in range(lanes):
-                factor = builder.insert_element(factor, args[2], ir.Constant(i32, lane))
-            for indices, offset in ((builder.and_(packed, mask), args[4]), (builder.lshr(packed, shift), args[5])):
-                looked_up = ir.Constant(bytes16, ir.Undefined)
-                for lane in range(lanes):
-                    position = builder.extract_element(indices, ir.Constant(i32, lane))
-                    element = builder.extract_element(values, builder.zext(position, i32))
-                    looked_up = builder.insert_element(looked_up, element, ir.Constant(i32, lane))
-                product = builder.fmul(builder.sitofp(looked_up, floats16), factor)
-                where = builder.bitcast(builder.gep(target.data, [offset]), floats16.as_pointer())
-                builder.store(product, where, align=4)
+            packed = _load_bytes(context, builder, signature.args[0], args[0], args[1])
+            nibbles = builder.and_(packed, ir.Constant(_BYTES, [15] * _LANES))
+            for indices, where in ((nibbles, args[4]), (builder.lshr(packed, ir.Constant(_BYTES, [4] * _LANES)), args[5])):
+                values = _vector_lookup(builder, indices, table, _LANES)
+                _store_scaled(context, builder, signature.args[3], args[3], where, values, args[2])
             return context.get_dummy_value()
 
         return types.void(codes, types.intp, types.float32, out, types.intp, types.intp), codegen
 
     return decode16
+
+
+def code_lookup(low_bits: int, high_bits: int = 0, table: tuple[int, ...] | None = None, *, minimum: bool = False) -> Any:
+    """Return an intrinsic that decodes 16 codes whose low and high bits lie in two runs of 16 bytes.
+
+    ``decode16(data, low, low_shift, high, high_shift, scale, shift, out, position)`` takes from byte ``low + j`` of ``data``
+    the ``low_bits`` bits at ``low_shift``, from byte ``high + j`` the ``high_bits`` bits at ``high_shift`` (above the low
+    ones), and writes, for j in 0..15, ``out[position + j] = float32(table[code] + shift) * scale``, in one IEEE
+    multiplication. Without a table the code is its own value. With ``minimum`` there is one more argument and
+    ``float32(minimum)`` is subtracted from the product (two roundings, as the formulas of the ``_1`` and ``_K`` types have
+    it). ``table[code] + shift`` must fit a signed byte: the shifted twins of the formats' tables do. Shifts are uint8.
+    """
+    arguments = (types.intp, types.uint8, types.intp, types.uint8, types.float32, types.int8)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any, floor: Any) -> Any:
+        def bits(index: Any, amount: Any, count: int) -> Any:
+            loaded = _load_bytes(context, builder, signature.args[0], args[0], index)
+            moved = loaded if count == 8 else builder.lshr(loaded, _splat(builder, amount, _BYTES))
+            return builder.and_(moved, ir.Constant(_BYTES, [(1 << count) - 1] * _LANES))
+
+        codes = bits(args[1], args[2], low_bits)
+        if high_bits:
+            high = bits(args[3], args[4], high_bits)
+            codes = builder.or_(codes, builder.shl(high, ir.Constant(_BYTES, [low_bits] * _LANES)))
+        values = codes if table is None else _vector_lookup(builder, codes, table, _LANES)
+        values = builder.add(values, _splat(builder, args[6], _BYTES))
+        target = context.make_array(signature.args[7])(context, builder, args[7])
+        product = builder.fmul(builder.sitofp(values, _FLOATS), _splat(builder, args[5], _FLOATS))
+        if floor is not None:
+            product = builder.fsub(product, _splat(builder, floor, _FLOATS))
+        where = builder.bitcast(builder.gep(target.data, [args[8]]), _FLOATS.as_pointer())
+        builder.store(product, where, align=4)
+        return context.get_dummy_value()
+
+    if minimum:
+
+        @intrinsic
+        def decode16(typing_context, data, low, low_shift, high, high_shift, scale, shift, out, position, floor):
+            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                return generate(context, builder, signature, args, args[9])
+
+            return types.void(data, *arguments, out, types.intp, types.float32), codegen
+
+        return decode16
+
+    @intrinsic
+    def decode16(typing_context, data, low, low_shift, high, high_shift, scale, shift, out, position):
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return generate(context, builder, signature, args, None)
+
+        return types.void(data, *arguments, out, types.intp), codegen
+
+    return decode16
+
+
+@intrinsic
+def scale_bytes16(typing_context: Any, values: Any, index: Any, scale: Any, out: Any, position: Any) -> Any:
+    """Write ``out[position + j] = float32(int8(values[index + j])) * scale`` for j in 0..15."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        loaded = _load_bytes(context, builder, signature.args[0], args[0], args[1])
+        _store_scaled(context, builder, signature.args[3], args[3], args[4], loaded, args[2])
+        return context.get_dummy_value()
+
+    return types.void(values, types.intp, types.float32, out, types.intp), codegen

@@ -6,34 +6,17 @@ through the entry-point group ``ggufx.types`` (each entry point is a :class:`Cod
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Iterator
 from functools import cache
-from importlib import metadata
 
 from ggufx.errors import UnknownType
-from ggufx.types import f8_e4m3_b128, layouts, mainline, mxfp4, q4_0, q8_0, scalars
 from ggufx.types.codec import Codec, Layout
 
 __all__ = ["Codec", "Layout", "all_codecs", "get", "register"]
 
 ENTRY_POINT_GROUP = "ggufx.types"
-
-_OWN: tuple[type[Codec], ...] = (
-    scalars.F32,
-    scalars.F16,
-    scalars.BF16,
-    scalars.F64,
-    scalars.I8,
-    scalars.I16,
-    scalars.I32,
-    scalars.I64,
-    q4_0.Q4_0,
-    q8_0.Q8_0,
-    mxfp4.MXFP4,
-    f8_e4m3_b128.F8_E4M3_B128,
-    *mainline.CODECS,
-    *layouts.CODECS,
-)
 
 _by_name: dict[str, Codec] = {}
 _by_id: dict[tuple[str, int], Codec] = {}
@@ -62,6 +45,8 @@ def register(codec_class: type[Codec]) -> Codec:
 
 @cache
 def _load_plugins() -> None:
+    from importlib import metadata  # 20 ms that `import ggufx` need not pay
+
     for entry_point in metadata.entry_points(group=ENTRY_POINT_GROUP):
         register(entry_point.load())
 
@@ -76,10 +61,29 @@ def get(name: str) -> Codec:
 
 
 def all_codecs() -> Iterator[Codec]:
-    """Iterate over every registered codec, in order of registration."""
+    """Iterate over every registered codec: this package's by id, then third-party ones in order of registration."""
     _load_plugins()
     return iter(list(_by_name.values()))
 
 
-for _class in _OWN:
+def _own_classes() -> list[type[Codec]]:
+    """Collect the codecs that the modules of this package define (or list in ``CODECS``), by id."""
+    found: list[type[Codec]] = []
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        found += getattr(module, "CODECS", ())
+        found += [
+            value
+            for name, value in vars(module).items()
+            if isinstance(value, type)
+            and issubclass(value, Codec)
+            and value.__module__ == module.__name__
+            and not name.startswith("_")
+            and hasattr(value, "ids")
+            and value not in found
+        ]
+    return sorted(found, key=lambda codec: min(codec.ids.values()))
+
+
+for _class in _own_classes():
     register(_class)
