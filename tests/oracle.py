@@ -26,7 +26,8 @@ def bits(array: npt.NDArray[np.generic]) -> npt.NDArray[np.unsignedinteger]:
     """Bit patterns of a float array, with one pattern for every NaN."""
     array = np.ascontiguousarray(array)
     patterns = array.view(f"u{array.dtype.itemsize}").copy()
-    patterns[array != array] = np.iinfo(patterns.dtype).max
+    with np.errstate(invalid="ignore"):  # ml_dtypes' comparisons warn on NaN
+        patterns[array != array] = np.iinfo(patterns.dtype).max
     return patterns
 
 

@@ -48,7 +48,10 @@ def golden_cases() -> list[tuple[str, str]]:
 def test_every_decodable_type_has_its_vector(name: str) -> None:
     data = vector(name)
     assert name in MANIFEST
-    assert data["packed_random"].shape[0] == data["dequant_random"].shape[0] > 0
+    for case in MANIFEST[name]["cases"]:
+        packed, expected = with_case(name, f"_{case}" if case else "")
+        assert packed.shape[0] == expected.shape[0] > 0
+    assert data["x"].shape == (12, 1024)
 
 
 def test_no_vector_is_left_untested() -> None:
