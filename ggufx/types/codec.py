@@ -419,7 +419,7 @@ class Codec(ABC):
         if array.size != nbytes:
             raise CodecError(f"{self.name}{list(shape)} takes {nbytes} bytes, got {array.size}")
         n_rows = prod(shape[:-1])
-        rows = np.ascontiguousarray(array).reshape(n_rows, nbytes // n_rows if n_rows else 0)
+        rows = np.ascontiguousarray(array).reshape(n_rows, self.layout.row_nbytes(shape[-1] if shape else 1))
         return _readonly(rows), tuple(shape)
 
     def _importance(self, importance: npt.ArrayLike | None, row_len: int) -> F32 | None:
