@@ -189,7 +189,9 @@ def test_every_half_pattern_narrows_exactly_and_ties_go_to_even(name: str, dtype
     up = np.sort(halves.astype(np.float32))
     middle = (up[:-1].astype(np.float64) + up[1:]) / 2
     middle = middle.astype(np.float32)
-    points = np.concatenate([np.nextafter(middle, np.float32(-np.inf)), middle, np.nextafter(middle, np.float32(np.inf))])
+    points = np.concatenate(
+        [np.nextafter(middle, np.float32(-np.inf)), middle, np.nextafter(middle, np.float32(np.inf))]
+    )
     assert np.array_equal(codec.encode(points), points.astype(dtype).view(np.uint8))
 
 
