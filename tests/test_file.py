@@ -67,7 +67,9 @@ def tensors() -> dict[str, tuple[np.ndarray, T | None]]:
     }
 
 
-def write_gguf(path: Path, *, alignment: int | None = None, fill: Callable[[gguf.GGUFWriter], None] | None = None) -> Path:
+def write_gguf(
+    path: Path, *, alignment: int | None = None, fill: Callable[[gguf.GGUFWriter], None] | None = None
+) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     if alignment is not None:
         writer.add_custom_alignment(alignment)
@@ -327,7 +329,9 @@ def test_slices_are_numpys_of_the_decoded_tensor(model: Path, name: str, index: 
         assert_same_bits(np.asarray(f[name][index]), expected)
 
 
-@pytest.mark.parametrize("index", [12, -13, (0, 1024), (0, 0, 0), (0, ..., 0, 0), (..., ...), None, (None, 0), True, [99], ([99], 0)])
+@pytest.mark.parametrize(
+    "index", [12, -13, (0, 1024), (0, 0, 0), (0, ..., 0, 0), (..., ...), None, (None, 0), True, [99], ([99], 0)]
+)
 def test_bad_indices_raise_index_error(model: Path, index: object) -> None:
     with ggufx.open(model) as f, pytest.raises(IndexError):
         f["q8_0"][index]
