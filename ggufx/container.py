@@ -297,6 +297,8 @@ class Entry:
         tensor rounded up to the alignment, as GGUF stores offsets and not sizes.
     last
         Whether this is the last tensor of the file (its span may lack the final padding).
+    alignment
+        Of the file that holds it, in bytes: the members of a split need not agree.
     """
 
     name: str
@@ -305,6 +307,7 @@ class Entry:
     offset: int
     span: int
     last: bool
+    alignment: int = DEFAULT_ALIGNMENT
 
 
 class Container:
@@ -574,7 +577,7 @@ def _read_directory(cursor: _Cursor, n_tensors: int, alignment: int) -> tuple[tu
                 f"tensor {lines[number + 1][0]!r} has offset {following}, before that of the preceding {name!r}, "
                 f"{offset}: offsets must not decrease",
             )
-        entries.append(Entry(name, shape, type_id, offset, following - offset, last))
+        entries.append(Entry(name, shape, type_id, offset, following - offset, last, alignment))
     return tuple(entries), data_offset
 
 

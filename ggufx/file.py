@@ -212,7 +212,7 @@ class File(Mapping[str, Tensor]):
         stamped = first.metadata.get(DIALECT_KEY)
         entries = [entry for container in containers for entry in container.entries]
         resolution = dialects.resolve(
-            first.path, entries, first.alignment, dialect=dialect, stamped=stamped if isinstance(stamped, str) else None
+            first.path, entries, dialect=dialect, stamped=stamped if isinstance(stamped, str) else None
         )
         self.dialect = None if resolution.dialect is None else resolution.dialect.name
         self.equivalent = resolution.equivalent
