@@ -86,7 +86,7 @@ def test_names_and_ids_are_unique() -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UnknownType, match="'Q9_9' is not a known type; known: .*Q8_0"):
+    with pytest.raises(UnknownType, match=r"'Q9_9' is not a known type; known: .*Q8_0"):
         types.get("Q9_9")
 
 
@@ -527,6 +527,32 @@ def test_f8_keeps_the_sign_of_zero_and_codes_zero_rows_with_scale_0() -> None:
     packed = codec.encode(row)
     assert packed[0, 0] == 0
     assert_same_bits(codec.decode(packed), row)
+
+
+# Every tie of a lattice, at scale 1: random values never meet one.
+TIES = {
+    "Q8_0": ([127, 0.5, -0.5, 1.5, -1.5, 2.5, np.nextafter(np.float32(0.5), np.float32(0))], [127, 1, -1, 2, -2, 3, 0]),
+    "Q4_0": ([-8, 0.5, -0.5, 1.5, -1.5, 6.5, 7.5, 8], [-8, 1, 0, 2, -1, 7, 7, 7]),
+    "MXFP4": (
+        [6, 0.25, -0.25, 0.75, -0.75, 1.25, 1.75, 2.5, 3.5, 5, -5, 7],
+        [6, 0, 0, 0.5, -0.5, 1, 1.5, 2, 3, 4, -4, 6],
+    ),
+    "F8_E4M3_B128": (
+        [448, 17, -17, 19, 2.0**-10, 3 * 2.0**-10, 5 * 2.0**-10, 432, 2.0**-11],
+        [448, 16, -16, 20, 0, 2.0**-8, 2.0**-8, 448, 0],
+    ),
+}
+
+
+@every_quant_encoder
+@both_paths
+def test_ties_go_where_the_reference_sends_them(codec: Codec, use_kernel: bool) -> None:
+    values, expected = TIES[codec.name]
+    row = np.zeros((1, codec.layout.block_len), np.float32)
+    row[0, : len(values)] = values
+    decoded = codec.decode(codec.encode(row, use_kernel=use_kernel))
+    assert np.array_equal(decoded[0, : len(values)], np.array(expected, np.float32))
+    assert not decoded[0, len(values) :].any()
 
 
 @every_encoder

@@ -126,7 +126,9 @@ def test_an_explicit_dialect_that_does_not_fit_is_refused(path: Path) -> None:
     write(path, ("F8", (64, 128)))
     with pytest.raises(UnknownDialect, match=r"2304 bytes as Q2_0"):
         ggufx.open(path, dialect="llama.cpp")
-    with pytest.raises(UnknownDialect, match="'nope' is not a known dialect; known: llama.cpp, ik_llama.cpp, nisparks"):
+    with pytest.raises(
+        UnknownDialect, match=r"'nope' is not a known dialect; known: llama\.cpp, ik_llama\.cpp, nisparks"
+    ):
         ggufx.open(path, dialect="nope")
 
 
@@ -147,10 +149,26 @@ def test_our_stamp_settles_what_spans_cannot(path: Path, stamp: str, name: str) 
 
 
 def test_a_stamp_that_does_not_fit_or_exist_is_refused(path: Path) -> None:
-    with pytest.raises(UnknownDialect, match="misfit|takes"):
+    with pytest.raises(UnknownDialect, match="2304 bytes as Q2_0"):
         ggufx.open(write(path, ("F8", (64, 128)), stamp="llama.cpp"))
     with pytest.raises(UnknownDialect, match="'nope' is not a known dialect"):
         ggufx.open(write(path, ("F32", (8,)), stamp="nope"))
+
+
+@pytest.mark.parametrize("alignment", [64, 4096])
+def test_every_split_has_its_own_alignment(tmp_path: Path, alignment: int) -> None:
+    # llama-gguf-split copies general.alignment into the first member only.
+    paths = [tmp_path / f"m-{number:05d}-of-00002.gguf" for number in (1, 2)]
+    for number, path in enumerate(paths):
+        metadata = {"split.no": Value.u32(number), "split.count": Value.u32(2)}
+        if number == 0:
+            metadata["general.alignment"] = Value.u32(alignment)
+        step = 32 if number else alignment
+        directory = [(f"t{number}", (64,), 8, 0), (f"u{number}", (8,), 0, align_up(68, step))]
+        path.write_bytes(encode_header(metadata, directory, step) + bytes(align_up(68, step)) + bytes(32))
+    for path in paths:
+        with ggufx.open(path) as f:
+            assert [t.type for t in f.tensors] == ["Q8_0", "F32", "Q8_0", "F32"]
 
 
 # Other ids -----------------------------------------------------------------------------------------------------------
@@ -200,11 +218,11 @@ def test_spans_of_last_tensors_may_lack_padding_and_others_not() -> None:
         (68, True, True), (96, True, True), (80, True, True), (67, True, False), (97, True, False),
         (68, False, False), (96, False, True), (128, False, False), (0, False, False),
     ):  # fmt: skip
-        assert dialects.fits(codec, Entry("x", (64,), 8, 0, span, last), 32) == expected
-    assert not dialects.fits(codec, Entry("x", (63,), 8, 0, 96, False), 32)
+        assert dialects.fits(codec, Entry("x", (64,), 8, 0, span, last)) == expected
+    assert not dialects.fits(codec, Entry("x", (63,), 8, 0, 96, False))
 
 
-# The tables ------------------------------------------------------------------------------------------------------------
+# The tables ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_dialects() -> None:

@@ -1,4 +1,4 @@
-"""One small file per rule of the container, built by hand, each refused with its named rule and without being believed."""
+"""One small file per rule of the container, built by hand, each refused by name and without being believed."""
 
 from __future__ import annotations
 
@@ -183,6 +183,12 @@ def test_refused_by_its_rule(case: str, tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
     assert f"[rule: {rule}]" in str(caught.value)
     assert peak < 10_000_000, f"{peak} bytes were allocated on the file's word"
+
+
+@pytest.mark.parametrize("case", ["array of 2^63 strings", "array of 2^63 u64", "2^63 tensors", "2^63 keys"])
+def test_a_false_count_is_named(case: str, tmp_path: Path) -> None:
+    with pytest.raises(ContainerError, match=rf"claims .*{HUGE}"):
+        read_container(write(tmp_path, HOSTILE[case][0]))
 
 
 MISFITS = {
