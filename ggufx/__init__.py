@@ -2,7 +2,7 @@
 
 from ggufx import types
 from ggufx.errors import GGUFError
-from ggufx.file import File, Tensor, open  # noqa: A004
+from ggufx.file import File, Tensor, open
 
 __version__ = "0.1.0"
 

@@ -556,7 +556,9 @@ def _read_directory(cursor: _Cursor, n_tensors: int, alignment: int) -> tuple[tu
     data_offset = align_up(cursor.position, alignment)
     available = max(0, cursor.end - data_offset)
     if not lines and available:
-        raise cursor.fail("trailing", f"{available} bytes follow the header at byte {data_offset}, but the file has no tensors")
+        raise cursor.fail(
+            "trailing", f"{available} bytes follow the header at byte {data_offset}, but the file has no tensors"
+        )
     entries = []
     for number, (name, shape, type_id, offset) in enumerate(lines):
         last = number == len(lines) - 1

@@ -155,9 +155,7 @@ def resolve(
     meanings = {i: _meanings(candidates, i) for i in by_id}
     valid: dict[int, dict[str, Codec]] = {}
     for type_id, named in meanings.items():
-        valid[type_id] = {
-            name: codec for name, codec in named.items() if all(fits(codec, e) for e in by_id[type_id])
-        }
+        valid[type_id] = {name: codec for name, codec in named.items() if all(fits(codec, e) for e in by_id[type_id])}
         if named and not valid[type_id]:
             raise UnknownDialect(_misfit(path, type_id, named, by_id[type_id]))
     known = [type_id for type_id, named in meanings.items() if named]
@@ -190,9 +188,9 @@ def _agreed(path: object, type_id: int, named: Mapping[str, Codec], entries: Seq
 
 def _misfit(path: object, type_id: int, named: Mapping[str, Codec], entries: Sequence[Entry]) -> str:
     codec_of = dict.fromkeys(named.values())
-    entry = next(e for e in entries if not any(fits(codec, e) for codec in codec_of)) if len(
-        codec_of
-    ) == 1 else entries[0]
+    entry = (
+        next(e for e in entries if not any(fits(codec, e) for codec in codec_of)) if len(codec_of) == 1 else entries[0]
+    )
     sizes = []
     for codec in codec_of:
         try:

@@ -149,7 +149,11 @@ class Tensor:
         if len(parts) > self.ndim:
             raise IndexError(f"too many indices for {self.name!r} of {self.ndim} axes: {len(parts)}")
         outer, inner = parts[: max(0, self.ndim - 1)], parts[max(0, self.ndim - 1) :]
-        if inner and not isinstance(inner[0], slice) and any(np.ndim(p) for p in parts if not isinstance(p, slice)):
+        if (
+            inner
+            and not isinstance(inner[0], slice)
+            and any(isinstance(p, list) or np.ndim(p) for p in parts if p is not ... and not isinstance(p, slice))
+        ):
             packed, paired = self._rows_named_by(outer)
             return codec.decode(packed)[(*paired, *inner)]
         decoded = codec.decode(self.packed[outer] if outer else self.packed)
@@ -161,7 +165,8 @@ class Tensor:
         numpy pairs the integer arrays of all axes, the last one included, so their pairing must wait until the rows are
         decoded.
         """
-        packed, paired = self.packed, []
+        packed = self.packed
+        paired: list[Any] = []
         for axis, part in enumerate(outer):
             if isinstance(part, slice):
                 packed = packed[(slice(None),) * axis + (part,)]
@@ -289,7 +294,7 @@ class File(Mapping[str, Tensor]):
         return f"<File {self.path.name}: {len(self)} tensors, {self.data_nbytes} bytes, dialect {self.dialect}>"
 
 
-def open(path: str | Path, *, dialect: str | None = None, splits: bool = True) -> File:  # noqa: A001
+def open(path: str | Path, *, dialect: str | None = None, splits: bool = True) -> File:
     """Open a GGUF file of any dialect for reading.
 
     Parameters

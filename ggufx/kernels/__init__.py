@@ -21,7 +21,12 @@ import importlib.util
 from functools import cache
 from types import ModuleType
 
-__all__ = ["find"]
+__all__ = ["exists", "find"]
+
+
+def exists(name: str) -> bool:
+    """Return whether type ``name`` has a kernel module, without importing it."""
+    return importlib.util.find_spec(f"{__name__}.{name.lower()}") is not None
 
 
 @cache
@@ -31,7 +36,4 @@ def find(name: str) -> ModuleType | None:
     The first call for a type imports Numba. A kernel that exists but fails to import raises: nothing falls back in
     silence.
     """
-    full = f"{__name__}.{name.lower()}"
-    if importlib.util.find_spec(full) is None:
-        return None
-    return importlib.import_module(full)
+    return importlib.import_module(f"{__name__}.{name.lower()}") if exists(name) else None

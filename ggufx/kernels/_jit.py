@@ -14,13 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import caching
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
-__all__ = ["bits_to_float", "float_to_bits", "half_to_float", "kernel", "load64", "nibble_lookup", "store64"]
+__all__ = [
+    "bits_to_float",
+    "float_to_bits",
+    "float_to_half",
+    "half_to_float",
+    "kernel",
+    "load64",
+    "nibble_lookup",
+    "store64",
+]
 
 
 @cache
@@ -76,13 +86,13 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 def _bitcast(source: Any, target: Any) -> Any:
-    @intrinsic  # type: ignore[misc]
-    def cast(typing_context: Any, value: Any) -> Any:  # noqa: ARG001
+    @intrinsic
+    def cast(typing_context: Any, value: Any) -> Any:
         # Integer arithmetic is 64 bits wide in Numba; the declared signature makes it truncate to the 32 that matter.
         if value != source and not (isinstance(source, types.Integer) and isinstance(value, types.Integer)):
             raise TypingError(f"expected {source}, got {value}")
 
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return builder.bitcast(args[0], context.get_value_type(target))
 
         return target(source), codegen
@@ -96,20 +106,43 @@ float_to_bits = _bitcast(types.float32, types.uint32)
 """Reinterpret a float32 as its uint32 bits."""
 
 
-@intrinsic  # type: ignore[misc]
-def half_to_float(typing_context: Any, bits: Any) -> Any:  # noqa: ARG001
+# Half conversions in integers: LLVM's own need F16C, and where a CPU lacks it the call goes to a run-time helper that is
+# not there, which kills the process. They run once a block, so their cost does not show.
+
+
+@kernel
+def half_to_float(bits):
     """Widen binary16 bits (uint16) to float32; exact for every input, subnormals, infinities and NaN included."""
-    if bits != types.uint16:
-        raise TypingError(f"expected uint16, got {bits}")
+    magnitude = np.uint32(bits & np.uint16(0x7FFF))
+    sign = np.uint32(bits & np.uint16(0x8000)) << np.uint32(16)
+    wide = magnitude << np.uint32(13)
+    if magnitude >= np.uint32(0x7C00):
+        return bits_to_float(sign | np.uint32(0x7F800000) | wide)
+    # The exponents' biases differ by 112; the product is exact, for half subnormals (float subnormals here), too.
+    value = bits_to_float(wide) * np.float32(2.0**112)
+    return bits_to_float(sign | float_to_bits(value))
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
 
-    return types.float32(types.uint16), codegen
+@kernel
+def float_to_half(value):
+    """Round a float32 to binary16 bits (uint16): to nearest, ties to even, subnormals kept, NaN to the quiet 0x7E00."""
+    bits = np.uint32(float_to_bits(value))
+    sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
+    magnitude = bits & np.uint32(0x7FFFFFFF)
+    if magnitude > np.uint32(0x7F800000):
+        half = np.uint32(0x7E00)
+    elif magnitude >= np.uint32(0x477FF000):  # 65520 and more
+        half = np.uint32(0x7C00)
+    elif magnitude < np.uint32(0x38800000):  # under 2^-14: the addition does the rounding, 0.5 has ulp 2^-24
+        half = np.uint32(float_to_bits(bits_to_float(magnitude) + np.float32(0.5))) - np.uint32(0x3F000000)
+    else:
+        odd = (magnitude >> np.uint32(13)) & np.uint32(1)
+        half = (magnitude - np.uint32(112 << 23) + np.uint32(0xFFF) + odd) >> np.uint32(13)
+    return np.uint16(half | sign)
 
 
-@intrinsic  # type: ignore[misc]
-def load64(typing_context: Any, data: Any, index: Any) -> Any:  # noqa: ARG001
+@intrinsic
+def load64(typing_context: Any, data: Any, index: Any) -> Any:
     """Read the little-endian uint64 at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -120,8 +153,8 @@ def load64(typing_context: Any, data: Any, index: Any) -> Any:  # noqa: ARG001
     return types.uint64(data, types.intp), codegen
 
 
-@intrinsic  # type: ignore[misc]
-def store64(typing_context: Any, data: Any, index: Any, value: Any) -> Any:  # noqa: ARG001
+@intrinsic
+def store64(typing_context: Any, data: Any, index: Any, value: Any) -> Any:
     """Write a uint64, little-endian, at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -150,8 +183,8 @@ def nibble_lookup(table: tuple[int, ...]) -> Any:
     floats16 = ir.VectorType(ir.FloatType(), lanes)
     i32 = ir.IntType(32)
 
-    @intrinsic  # type: ignore[misc]
-    def decode16(typing_context: Any, codes: Any, index: Any, scale: Any, out: Any, low: Any, high: Any) -> Any:  # noqa: ARG001
+    @intrinsic
+    def decode16(typing_context: Any, codes: Any, index: Any, scale: Any, out: Any, low: Any, high: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             source = context.make_array(signature.args[0])(context, builder, args[0])
             target = context.make_array(signature.args[3])(context, builder, args[3])

@@ -11,7 +11,7 @@ _STEP = np.float32(2.0**-9)  # the smallest E4M3 subnormal
 
 
 @kernel
-def decode(rows, out, block_len):  # type: ignore[no-untyped-def]  # noqa: D103
+def decode(rows, out, block_len):
     block_nbytes = block_len + 1
     for r in range(rows.shape[0]):
         row, y = rows[r], out[r]
@@ -38,7 +38,7 @@ def decode(rows, out, block_len):  # type: ignore[no-untyped-def]  # noqa: D103
 
 
 @kernel
-def pack(codes, scales, out, block_len, rows_per_scale):  # type: ignore[no-untyped-def]  # noqa: D103
+def pack(codes, scales, out, block_len, rows_per_scale):
     bad_codes = 0
     bad_scales = 0
     block_nbytes = block_len + 1
@@ -62,7 +62,7 @@ def pack(codes, scales, out, block_len, rows_per_scale):  # type: ignore[no-unty
 
 
 @kernel
-def unpack(rows, codes, scales, block_len):  # type: ignore[no-untyped-def]  # noqa: D103
+def unpack(rows, codes, scales, block_len):
     block_nbytes = block_len + 1
     for r in range(rows.shape[0]):
         source, target = rows[r], codes[r]

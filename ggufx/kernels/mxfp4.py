@@ -20,7 +20,7 @@ _THIRTYTWO = np.uint64(32)
 
 
 @kernel
-def decode(rows, out, block_len):  # type: ignore[no-untyped-def]  # noqa: D103
+def decode(rows, out, block_len):
     half = block_len // 2
     block_nbytes = half + 1
     for r in range(rows.shape[0]):
@@ -36,7 +36,7 @@ def decode(rows, out, block_len):  # type: ignore[no-untyped-def]  # noqa: D103
 
 
 @kernel
-def pack(codes, scales, out, block_len, rows_per_scale):  # type: ignore[no-untyped-def]  # noqa: D103
+def pack(codes, scales, out, block_len, rows_per_scale):
     bad_scales = 0
     half = block_len // 2
     for r in range(codes.shape[0]):
@@ -68,7 +68,7 @@ def pack(codes, scales, out, block_len, rows_per_scale):  # type: ignore[no-unty
 
 
 @kernel
-def unpack(rows, codes, scales, block_len):  # type: ignore[no-untyped-def]  # noqa: D103
+def unpack(rows, codes, scales, block_len):
     half = block_len // 2
     for r in range(rows.shape[0]):
         source, target = rows[r], codes[r]

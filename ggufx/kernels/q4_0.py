@@ -10,7 +10,7 @@ _decode16 = nibble_lookup(tuple(range(-8, 8)))
 
 
 @kernel
-def decode(rows, out, block_len):  # type: ignore[no-untyped-def]  # noqa: D103
+def decode(rows, out, block_len):
     half = block_len // 2
     block_nbytes = half + 2
     for r in range(rows.shape[0]):

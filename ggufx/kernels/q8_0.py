@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ggufx.kernels._jit import half_to_float, kernel
+from ggufx.kernels._jit import bits_to_float, float_to_bits, float_to_half, half_to_float, kernel
 
 
 @kernel
-def decode(rows, out, block_len):  # type: ignore[no-untyped-def]  # noqa: D103
+def decode(rows, out, block_len):
     block_nbytes = block_len + 2
     for r in range(rows.shape[0]):
         row, y = rows[r], out[r]
@@ -19,3 +19,32 @@ def decode(rows, out, block_len):  # type: ignore[no-untyped-def]  # noqa: D103
             z = y[b * block_len : (b + 1) * block_len]
             for i in range(codes.shape[0]):
                 z[i] = np.float32(np.int8(codes[i])) * d
+
+
+@kernel
+def encode(values, out, block_len):
+    block_nbytes = block_len + 2
+    for r in range(values.shape[0]):
+        row, target = values[r], out[r]
+        for b in range(row.shape[0] // block_len):
+            x = row[b * block_len : (b + 1) * block_len]
+            # max |x| as an integer maximum of the bits without sign: a float maximum would not vectorise.
+            top = np.uint32(0)
+            for i in range(x.shape[0]):
+                top = max(top, np.uint32(float_to_bits(x[i]) & np.uint32(0x7FFFFFFF)))
+            d = bits_to_float(top) / np.float32(127)
+            inverse = np.float32(1) / d if d > np.float32(0) else np.float32(0)
+            bits = float_to_half(d)
+            start = b * block_nbytes
+            target[start] = np.uint8(bits & np.uint16(0xFF))
+            target[start + 1] = np.uint8(bits >> np.uint16(8))
+            codes = target[start + 2 : start + block_nbytes]
+            for i in range(x.shape[0]):
+                scaled = x[i] * inverse
+                # A subnormal d has an infinite inverse; the specification clips, and 0 * inf counts as 0.
+                scaled = scaled if scaled == scaled else np.float32(0)  # noqa: PLR0124
+                scaled = min(max(scaled, np.float32(-127)), np.float32(127))
+                whole = np.trunc(scaled)
+                away = np.float32(1) if scaled > np.float32(0) else np.float32(-1)
+                whole += away if abs(scaled - whole) >= np.float32(0.5) else np.float32(0)
+                codes[i] = np.uint8(np.int8(np.int32(whole)))

@@ -173,9 +173,18 @@ class Codec(ABC):
         """Whether :meth:`pack` and :meth:`unpack` work."""
         return self._implements("pack_rows")
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether a Numba kernel decodes the type; asking loads no compiler."""
+        return kernels.exists(self.name) if self._own else False
+
+    @property
+    def _own(self) -> bool:
+        return type(self).__module__.startswith("ggufx.")
+
     @cached_property
     def _kernels(self) -> Mapping[str, Callable[..., Any]]:
-        module = kernels.find(self.name) if type(self).__module__.startswith("ggufx.") else None
+        module = kernels.find(self.name) if self._own else None
         if module is None:
             return {}
         return {verb: getattr(module, verb) for verb in ("decode", "encode", "pack", "unpack") if hasattr(module, verb)}

@@ -9,8 +9,6 @@ import numpy as np
 
 from ggufx.types.codec import Codec, Layout
 
-
-
 _TABLE = (
     # dialect, name, id, elements per block, bytes per block, row header (field "d") or None
     ("llama.cpp", "Q1_0", 41, 128, 18, None),

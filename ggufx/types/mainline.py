@@ -13,8 +13,6 @@ import numpy.typing as npt
 from ggufx.types.codec import U8, Codec, Layout
 
 
-
-
 class _GGUFPackage(Codec):
     """A type of upstream whose decoder is the ``gguf`` package's, imported on first use."""
 

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx.errors import CodecError
-from ggufx.types.codec import U8, Codec, Layout
 from ggufx.types.codec import F32 as Floats
+from ggufx.types.codec import U8, Codec, Layout
 
 
 class _Scalar(Codec):

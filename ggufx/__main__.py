@@ -1,0 +1,5 @@
+"""``python -m ggufx``: the command line."""
+
+from ggufx.cli import main
+
+main()

@@ -1,0 +1,22 @@
+"""Model architectures: tensor names, roles, shapes and metadata, per dialect. Data, little code."""
+
+from __future__ import annotations
+
+from ggufx.architectures.deepseek_v4 import DeepSeekV4
+from ggufx.checkpoint import Checkpoint
+from ggufx.errors import CheckpointError
+
+__all__ = ["DeepSeekV4", "find"]
+
+_BY_MODEL_TYPE = {"deepseek_v4": DeepSeekV4}
+
+
+def find(checkpoint: Checkpoint) -> DeepSeekV4:
+    """Return the architecture of a checkpoint by ``model_type`` of its config.json; raises CheckpointError."""
+    model_type = checkpoint.config.get("model_type")
+    if model_type not in _BY_MODEL_TYPE:
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'}: model_type {model_type!r} is not supported; supported: "
+            f"{', '.join(_BY_MODEL_TYPE)}"
+        )
+    return _BY_MODEL_TYPE[model_type](checkpoint)

@@ -1,0 +1,236 @@
+"""A Hugging Face checkpoint as a lazy mapping: tensor name -> dtype, shape and the bytes' place in a shard.
+
+Reads headers only. The ``safetensors`` library gives tensors as arrays, which NumPy cannot hold in FP8 or E8M0, and not
+the byte ranges that a streaming copy needs; its format is a length, a JSON header and the data, so the header is parsed
+here, and checked: nothing is taken on the file's word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx.errors import CheckpointError
+
+__all__ = ["Checkpoint", "SourceTensor"]
+
+INDEX_NAME: Final = "model.safetensors.index.json"
+MAX_HEADER_NBYTES: Final = 100_000_000
+"""The safetensors library's own limit."""
+
+DTYPE_BITS: Final[Mapping[str, int]] = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "F4": 4,
+}  # fmt: skip
+"""Bits per element of safetensors' dtypes."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """One tensor of a checkpoint.
+
+    Attributes
+    ----------
+    name, dtype
+        As in the shard's header (``F8_E4M3``, ``I8``, ``BF16`` ...).
+    shape
+        Numpy order.
+    shard
+        Index into :attr:`Checkpoint.shards`.
+    offset, nbytes
+        Byte range within the shard's file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: int
+    offset: int
+    nbytes: int
+
+
+class Checkpoint(Mapping[str, SourceTensor]):
+    """A directory with config.json and safetensors shards.
+
+    Attributes
+    ----------
+    path : Path
+        The directory.
+    config : dict
+        config.json.
+    shards : list of Path
+        In order of their names.
+
+    Raises
+    ------
+    CheckpointError
+        A file is missing or damaged, or the index does not agree with the shards.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            hint = "; pass the directory that holds config.json" if self.path.exists() else ""
+            raise CheckpointError(f"{self.path}: not a checkpoint directory{hint}")
+        self.config: dict[str, Any] = self._json("config.json", required=True)
+        self.shards, weight_map = self._find_shards()
+        self._tensors: dict[str, SourceTensor] = {}
+        for number, shard in enumerate(self.shards):
+            for tensor in _read_header(shard, number):
+                if tensor.name in self._tensors:
+                    other = self.shards[self._tensors[tensor.name].shard].name
+                    raise CheckpointError(f"{shard}: tensor {tensor.name!r} is in {other}, too")
+                self._tensors[tensor.name] = tensor
+        if weight_map is not None:
+            self._check_index(weight_map)
+
+    def _json(self, name: str, *, required: bool = False) -> dict[str, Any]:
+        file = self.path / name
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            if required:
+                raise CheckpointError(f"{file}: missing; a checkpoint directory has one") from None
+            return {}
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{file}: cannot be read as JSON ({error})") from None
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{file}: holds a JSON {type(data).__name__}, expected an object")
+        return data
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json, or an empty dict."""
+        return self._json("generation_config.json")
+
+    @cached_property
+    def tokenizer_config(self) -> dict[str, Any]:
+        """tokenizer_config.json, or an empty dict."""
+        return self._json("tokenizer_config.json")
+
+    def _find_shards(self) -> tuple[list[Path], dict[str, str] | None]:
+        index = self._json(INDEX_NAME)
+        if index:
+            weight_map = index.get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f"{self.path / INDEX_NAME}: has no weight_map")
+            names = sorted(set(weight_map.values()))
+            escaping = [name for name in names if Path(name).name != name]
+            if escaping:
+                raise CheckpointError(f"{self.path / INDEX_NAME}: shard name {escaping[0]!r} is not a plain file name")
+            missing = [name for name in names if not (self.path / name).is_file()]
+            if missing:
+                raise CheckpointError(
+                    f"{self.path}: Missing or incomplete model files: {missing[:3]} ({len(missing)} of {len(names)} shards "
+                    "of the index are not there); download them"
+                )
+            return [self.path / name for name in names], weight_map
+        shards = sorted(self.path.glob("*.safetensors"))
+        if not shards:
+            raise CheckpointError(f"{self.path}: no safetensors files and no {INDEX_NAME}")
+        return shards, None
+
+    def _check_index(self, weight_map: Mapping[str, str]) -> None:
+        missing = [name for name in weight_map if name not in self._tensors]
+        if missing:
+            raise CheckpointError(
+                f"{self.path / INDEX_NAME}: Missing tensors: {missing[:3]} ({len(missing)} of {len(weight_map)} are in no "
+                "shard); the index and the shards are of different downloads"
+            )
+        moved = [n for n, t in self._tensors.items() if weight_map.get(n) != self.shards[t.shard].name]
+        if moved:
+            where = self.shards[self._tensors[moved[0]].shard].name
+            raise CheckpointError(
+                f"{self.path / INDEX_NAME}: Mismatch between weight map and model parts: {moved[0]!r} is in {where}, the "
+                f"index says {weight_map.get(moved[0])} ({len(moved)} such tensors)"
+            )
+
+    def __getitem__(self, name: str) -> SourceTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def read(self, name: str) -> npt.NDArray[np.uint8]:
+        """Return a tensor's bytes, uint8 [nbytes]: for small tensors, checks and tests."""
+        tensor = self[name]
+        with self.shards[tensor.shard].open("rb") as file:
+            file.seek(tensor.offset)
+            data = np.fromfile(file, np.uint8, tensor.nbytes)
+        if data.nbytes != tensor.nbytes:
+            raise CheckpointError(f"{self.shards[tensor.shard]}: tensor {name!r} ends early")
+        return data
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.path.name}: {len(self)} tensors in {len(self.shards)} shards>"
+
+
+def _read_header(path: Path, shard: int) -> list[SourceTensor]:
+    with path.open("rb") as file:
+        file_nbytes = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise CheckpointError(f"{path}: {file_nbytes} bytes are too few for a safetensors file; download it again")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(MAX_HEADER_NBYTES, file_nbytes - 8):
+            raise CheckpointError(
+                f"{path}: the header claims {length} bytes, the file has {file_nbytes}: not a safetensors file, or incomplete"
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        if not isinstance(header, dict):
+            raise TypeError(type(header).__name__)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the safetensors header is not a JSON object ({error})") from None
+    start = 8 + length
+    tensors = [_entry(path, shard, start, name, line) for name, line in header.items() if name != "__metadata__"]
+    end = start
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset != end:
+            raise CheckpointError(
+                f"{path}: tensor {tensor.name!r} starts at byte {tensor.offset}, expected {end}: its data overlaps or "
+                "leaves a hole"
+            )
+        end += tensor.nbytes
+    if end != file_nbytes:
+        raise CheckpointError(
+            f"{path}: the tensors end at byte {end} but the file has {file_nbytes}: it is incomplete or damaged; download "
+            "it again"
+        )
+    return tensors
+
+
+def _entry(path: Path, shard: int, start: int, name: str, line: Any) -> SourceTensor:
+    try:
+        dtype = line["dtype"]
+        shape = tuple(line["shape"])
+        begin, end = line["data_offsets"]
+        numbers = [*shape, begin, end]
+        sound = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers) and begin <= end
+    except (TypeError, KeyError, ValueError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{path}: the header's entry of tensor {name!r} is malformed: {str(line)[:80]}")
+    bits = DTYPE_BITS.get(dtype)
+    if bits is None:
+        raise CheckpointError(f"{path}: tensor {name!r} has unsupported dtype {dtype}; known: {', '.join(DTYPE_BITS)}")
+    nbytes = prod(shape) * bits // 8
+    if end - begin != nbytes:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} {dtype}{list(shape)} takes {nbytes} bytes, its data_offsets give {end - begin}"
+        )
+    return SourceTensor(name, dtype, shape, shard, start + begin, nbytes)

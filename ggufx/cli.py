@@ -1,0 +1,455 @@
+"""The ``ggufx`` command: flags, tables and progress bars over the library's functions; no logic of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+import ggufx
+from ggufx import convert as convert_module
+from ggufx import dialects, execute, types
+from ggufx import diff as diff_module
+from ggufx import inspect as inspect_module
+from ggufx import verify as verify_module
+from ggufx.errors import GGUFError, PlanError
+from ggufx.plan import Plan
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="ggufx",
+    help="Native FP8/FP4 checkpoints to GGUF without losing a bit; every fork's GGUF, readable.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Target = StrEnum("Target", {name: name for name in dialects.DIALECTS})  # type: ignore[misc]
+Dense = StrEnum("Dense", {name: name for name in convert_module.DENSE_TYPES})  # type: ignore[misc]
+
+_NISPARKS = Target("nisparks")
+_Q8_0 = Dense("q8_0")
+
+# A table is as wide as it needs to be: a narrow terminal wraps its lines, and nothing is cut off.
+_out = Console(soft_wrap=True, highlight=False, width=400)
+_err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", min=1, help="Tiles at a time. Default: the CPU count, at most 16.")
+]
+DialectOption = Annotated[
+    Target | None, typer.Option("--dialect", help="Whose type ids the file has. Default: found from ids and sizes.")
+]
+
+
+def _parse_nbytes(text: str | None) -> int | None:
+    """Parse ``50G`` or ``500M`` (decimal, as llama.cpp's tools do)."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if match is None or int(match[1]) == 0:
+        raise PlanError(f"--split-max-size {text}: expected a number and K, M, G or T, such as 50G")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def _nbytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
+
+
+@contextmanager
+def _progress(verb: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar of bytes with rate and time left, on the terminal only."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
+        task = progress.add_task(verb, total=None)
+
+        def report(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield report
+
+
+def _version(show: bool) -> None:
+    if show:
+        _out.print(f"ggufx {ggufx.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory with config.json, safetensors shards and tokenizer.")],
+    outfile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Output; may hold {ftype}. A directory gets a name by the GGUF convention. Default: CHECKPOINT."
+        ),
+    ] = None,
+    target: Annotated[Target, typer.Option(help="Dialect to write.")] = _NISPARKS,
+    outtype: Annotated[
+        str, typer.Option(help="native (alias moe-f8-e4m3-mxfp4): every native code is kept.")
+    ] = "native",
+    dense: Annotated[
+        Dense, typer.Option(help="What FP8 becomes where the target has no FP8 type; bf16 and f32 are exact.")
+    ] = _Q8_0,
+    mtp: Annotated[bool, typer.Option("--mtp", help="Write the multi-token-prediction block's own file.")] = False,
+    model_name: Annotated[
+        str | None, typer.Option(help="general.name. Default: the card's or the directory's.")
+    ] = None,
+    chat_template_file: Annotated[Path | None, typer.Option(help="Jinja chat template to write.")] = None,
+    split_max_size: Annotated[
+        str | None, typer.Option(help="Split into files of at most N(M|G) bytes of data.")
+    ] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Leave tensors of this shell pattern out. Repeatable.")] = None,
+    allow_nan: Annotated[
+        bool, typer.Option("--allow-nan", help="Copy E4M3 NaN codes and E8M0 255 instead of refusing them.")
+    ] = False,
+    stamp: Annotated[bool, typer.Option("--stamp", help="Add the keys ggufx.version and ggufx.dialect.")] = False,
+    threads: Threads = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output, at the end.")] = False,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a partial output.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print it as JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")] = False,
+) -> None:
+    """Convert a Hugging Face checkpoint to GGUF, keeping its native FP8 and FP4 bits."""
+    if as_json and not dry_run:
+        raise PlanError("--json goes with --dry-run")
+    template = None if chat_template_file is None else chat_template_file.read_text(encoding="utf-8")
+    plan = convert_module.plan_convert(
+        checkpoint,
+        outfile,
+        target=target.value,
+        outtype=outtype,
+        dense=dense.value,
+        mtp=mtp,
+        model_name=model_name,
+        chat_template=template,
+        split_max_nbytes=_parse_nbytes(split_max_size),
+        stamp=stamp,
+        skip=skip or (),
+        allow_nan=allow_nan,
+    )
+    if dry_run:
+        if as_json:
+            sys.stdout.write(json.dumps(plan.to_json(), indent=1) + "\n")
+        else:
+            _print_plan(plan, threads, verbose=verbose)
+        return
+    for note in plan.notes:
+        _err.print(f"note: {note}", markup=False)
+    if verbose:
+        _print_tensors(plan)
+    start = time.monotonic()
+    with _progress("convert") as progress:
+        paths = execute.execute(plan, overwrite=overwrite, resume=resume, threads=threads, progress=progress)
+    seconds = time.monotonic() - start
+    _print_groups(inspect_module.summarise(plan.tensors, lambda t: t.type), "type")
+    rate = f"{plan.nbytes / seconds / 1e9:.2f} GB/s" if seconds else ""
+    for path in paths:
+        _out.print(f"{path}", markup=False)
+    _out.print(f"{len(plan.tensors)} tensors, {plan.nbytes} bytes in {seconds:.1f} s ({rate})")
+
+
+def _print_plan(plan: Plan, threads: int | None, *, verbose: bool) -> None:
+    data = plan.to_json()["file"]
+    _print_tensors(plan) if verbose else _print_families(plan)
+    _print_groups(inspect_module.summarise(plan.tensors, lambda t: t.type), "type")
+    _print_groups(inspect_module.summarise(plan.tensors, lambda t: inspect_module.role(t.name)), "role")
+    reasons: dict[str, int] = {}
+    for _, reason in plan.skipped:
+        reasons[reason] = reasons.get(reason, 0) + 1
+    for reason, count in reasons.items():
+        _out.print(f"left out: {count} tensors: {reason}", markup=False)
+    for note in plan.notes:
+        _out.print(f"note: {note}", markup=False)
+    directory = plan.files[0].path.absolute().parent
+    while not directory.exists():
+        directory = directory.parent
+    stat = os.statvfs(directory)
+    for file in plan.files:
+        _out.print(f"output: {file.path} ({file.nbytes} bytes)", markup=False)
+    _out.print(
+        f"{data['n_tensors']} tensors, {data['n_weights']} weights, {plan.data_nbytes} bytes of data, "
+        f"{data['bits_per_weight']:.4f} bits per weight, {len(plan.metadata)} keys, dialect {plan.dialect}, "
+        f"file type {plan.file_type}"
+    )
+    _out.print(
+        f"disk: {_nbytes(plan.nbytes)} needed, {_nbytes(stat.f_bavail * stat.f_frsize)} free; "
+        f"memory: about {_nbytes(execute.memory_need(plan, threads))}"
+    )
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        numeric = column in ("tensors", "bytes", "bpw", "count", "weights", "max error", "relative rms", "differing")
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=True, overflow="ignore")
+    return table
+
+
+def _print_groups(groups: dict[str, dict[str, Any]], label: str) -> None:
+    table = _table(label, "tensors", "weights", "bytes", "bpw")
+    for name, group in groups.items():
+        numbers = (group["n_tensors"], group["n_weights"], group["nbytes"], f"{group['bits_per_weight']:.4f}")
+        table.add_row(escape(name), *map(str, numbers))
+    _out.print(table)
+
+
+def _print_families(plan: Plan) -> None:
+    """Print a line for the tensors that differ in their layer only."""
+    families: dict[tuple[str, tuple[int, ...], str], list[Any]] = {}
+    for tensor in plan.tensors:
+        name = re.sub(r"^blk\.\d+\.", "blk.N.", tensor.name)
+        families.setdefault((name, tensor.shape, tensor.type), []).append(tensor)
+    table = _table("tensor", "count", "shape", "type", "bytes", "source")
+    for (name, shape, kind), members in families.items():
+        nbytes = sum(tensor.nbytes for tensor in members)
+        table.add_row(escape(name), str(len(members)), escape(str(list(shape))), kind, str(nbytes), _how(members[0]))
+    _out.print(table)
+
+
+def _print_tensors(plan: Plan) -> None:
+    table = _table("tensor", "shape", "type", "bytes", "source")
+    for tensor in plan.tensors:
+        table.add_row(
+            escape(tensor.name), escape(str(list(tensor.shape))), tensor.type, str(tensor.nbytes), _how(tensor)
+        )
+    _out.print(table)
+
+
+def _how(tensor: Any) -> str:
+    words = {"copy": "copied", "pack": "packed, exact", "cast": "cast, exact", "encode": "rounded"}
+    how = "decoded, exact" if tensor.transform.exact else words[tensor.transform.op]
+    return f"{tensor.transform.kind} {how}"
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A GGUF; any member of a split.")],
+    tensors: Annotated[str | None, typer.Option(help="Shell pattern of the tensors to list.")] = None,
+    limit: Annotated[int | None, typer.Option(min=0, help="List at most N tensors and array elements.")] = None,
+    dialect: DialectOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show a GGUF's dialect, metadata, tensors, and bytes by type and by role."""
+    name = None if dialect is None else dialect.value
+    # A table shows a few elements of an array; JSON without a limit has them all.
+    elements = limit if as_json or limit is not None else 8
+    found = inspect_module.inspect(file, dialect=name, pattern=tensors, limit=limit, elements=elements)
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        return
+    about = found["file"]
+    for key in ("path", "version", "dialect", "file_type", "alignment", "data_offset", "nbytes"):
+        _out.print(f"{key}: {about[key]}", markup=False)
+    if len(about["equivalent_dialects"]) > 1:
+        _out.print(f"(its ids mean the same in {', '.join(about['equivalent_dialects'])})", markup=False)
+    table = _table("key", "type", "value")
+    for key, value in found["metadata"].items():
+        text = json.dumps(value["value"], ensure_ascii=False)
+        shown = text if len(text) <= 100 else text[:97] + "..."
+        kind = value["type"] + (f" x {value['length']}" if "length" in value else "")
+        table.add_row(escape(key), escape(kind), escape(shown))
+    _out.print(table)
+    table = _table("tensor", "shape", "type", "bytes", "bpw")
+    for tensor in found["tensors"]:
+        numbers = (str(tensor["nbytes"]), f"{tensor['bits_per_weight']:.4f}")
+        table.add_row(escape(tensor["name"]), escape(str(tensor["shape"])), tensor["type"], *numbers)
+    _out.print(table)
+    if len(found["tensors"]) < found["n_matching"]:
+        _out.print(f"... {found['n_matching'] - len(found['tensors'])} more", markup=False)
+    _print_groups(found["by_type"], "type")
+    _print_groups(found["by_role"], "role")
+    _out.print(
+        f"{about['n_tensors']} tensors, {about['n_weights']} weights, {about['data_nbytes']} bytes, "
+        f"{about['bits_per_weight']:.4f} bits per weight"
+    )
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="The GGUF.")],
+    against: Annotated[Path, typer.Option(help="The checkpoint directory it was made from.")],
+    dialect: DialectOption = None,
+    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")] = False,
+) -> None:
+    """Prove a conversion: compare every tensor's codes, scales or values with the checkpoint's. Exit 0 if all is right."""
+    with _progress("verify") as progress:
+        report = verify_module.verify(
+            file, against, dialect=None if dialect is None else dialect.value, threads=threads, progress=progress
+        )
+    if as_json:
+        sys.stdout.write(json.dumps(report.to_json(), indent=1) + "\n")
+        raise typer.Exit(0 if report.ok else 1)
+    shown = [t for t in report.tensors if verbose or t.status not in ("exact", "rounded")]
+    if shown:
+        table = _table("tensor", "type", "status", "differing", "max error", "relative rms", "detail")
+        for t in shown:
+            numbers = (str(t.differing), f"{t.max_error:.3g}", f"{t.relative_rms:.3g}")
+            table.add_row(escape(t.name), t.type, t.status, *numbers, escape(t.detail))
+        _out.print(table)
+    for line in report.metadata:
+        _out.print(f"key {line}", markup=False)
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for t in report.tensors:
+        groups.setdefault((t.type, t.status), []).append(t)
+    table = _table("type", "status", "tensors", "max error", "relative rms")
+    for (kind, status), members in groups.items():
+        worst, rms = max(t.max_error for t in members), max(t.relative_rms for t in members)
+        table.add_row(kind, status, str(len(members)), f"{worst:.3g}", f"{rms:.3g}")
+    _out.print(table)
+    counts = ", ".join(f"{count} {status}" for status, count in report.counts().items())
+    _out.print(f"{'verified' if report.ok else 'NOT VERIFIED'} ({report.target}): {counts}")
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="A GGUF.")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+    dialect: DialectOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two GGUFs: keys, names, shapes, types, decoded values. Exit 0 if they are the same."""
+    with _progress("diff") as progress:
+        found = diff_module.diff(first, second, dialect=None if dialect is None else dialect.value, progress=progress)
+    if as_json:
+        sys.stdout.write(json.dumps(found.to_json(), indent=1) + "\n")
+        raise typer.Exit(0 if found.same else 1)
+    for line in found.keys:
+        _out.print(f"key {line}", markup=False)
+    for sign, names in (("-", found.only_first), ("+", found.only_second)):
+        for name in names:
+            _out.print(f"tensor {sign} {name}", markup=False)
+    if found.reordered:
+        _out.print("the common tensors are in another order")
+    if found.tensors:
+        table = _table("tensor", "types", "shapes", "differing", "max error", "relative rms", "note")
+        for t in found.tensors:
+            kinds = t.types[0] if t.types[0] == t.types[1] else f"{t.types[0]} -> {t.types[1]}"
+            shapes = (
+                str(list(t.shapes[0])) if t.shapes[0] == t.shapes[1] else f"{list(t.shapes[0])} -> {list(t.shapes[1])}"
+            )
+            numbers = (str(t.differing), f"{t.max_error:.3g}", f"{t.relative_rms:.3g}")
+            table.add_row(escape(t.name), kinds, escape(shapes), *numbers, t.note)
+        _out.print(table)
+    _out.print("the same" if found.same else "different")
+    raise typer.Exit(0 if found.same else 1)
+
+
+@app.command(name="types")
+def types_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
+) -> None:
+    """List the quant types: ids per dialect, block, header, bits per weight, and what ggufx does with them."""
+    rows = [_type_row(codec) for codec in types.all_codecs()]
+    if as_json:
+        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+        return
+    if markdown:
+        sys.stdout.write(types_markdown())
+        return
+    table = _table(*rows[0])
+    for row in rows:
+        table.add_row(*(escape(_cell(value)) for value in row.values()))
+    _out.print(table)
+
+
+def _type_row(codec: types.Codec) -> dict[str, Any]:
+    layout = codec.layout
+    return {
+        "type": codec.name,
+        "ids": {d.name: i for d in dialects.DIALECTS.values() if (i := d.type_id(codec)) is not None},
+        "block": layout.block_len,
+        "bytes": layout.block.itemsize,
+        "header": layout.header_nbytes,
+        "bpw": round(layout.bits_per_weight(), 4),
+        "decode": codec.can_decode,
+        "encode": codec.can_encode,
+        "native pack": codec.can_pack,
+        "kernel": codec.has_kernel,
+    }
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "-"
+    if isinstance(value, dict):
+        distinct = set(value.values())
+        if len(distinct) == 1 and len(value) == len(dialects.DIALECTS):
+            return f"{distinct.pop()}"
+        return ", ".join(f"{number} {name}" for name, number in value.items())
+    return str(value)
+
+
+def types_markdown() -> str:
+    """Return the table of types in Markdown, as the README has it."""
+    rows = [_type_row(codec) for codec in types.all_codecs()]
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+    lines += ["| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    _err.print(f"error: {message}", markup=False, style="red")
+    raise SystemExit(code)
+
+
+def main() -> None:
+    """Run the command line: one clear line and exit code 1 for every error that input can cause."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        app()
+    except GGUFError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("stopped; what is done is kept, the same command goes on", 130)
+    except BrokenPipeError:
+        # The reader of our output went away (| head): not an error, and nothing more to print.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except UnicodeDecodeError as error:
+        _fail(f"a text file is not UTF-8 ({error})")

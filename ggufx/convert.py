@@ -1,0 +1,342 @@
+"""Convert a Hugging Face checkpoint: plan the GGUF that keeps its native bits, in a dialect's names, types and keys."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+import ggufx
+from ggufx import architectures, dialects, execute, plan, types, vocabulary
+from ggufx.architectures.deepseek_v4 import DeepSeekV4, Output, Part
+from ggufx.checkpoint import Checkpoint
+from ggufx.container import Value, ValueType
+from ggufx.errors import CodecError, PlanError
+from ggufx.execute import Progress
+from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
+
+__all__ = ["DENSE_TYPES", "OUTTYPES", "TARGETS", "convert", "plan_convert"]
+
+TARGETS: Final = tuple(dialects.DIALECTS)
+OUTTYPES: Final = ("native", "moe-f8-e4m3-mxfp4")
+"""Spellings of the only output type: every native code is kept."""
+DENSE_TYPES: Final = ("q8_0", "bf16", "f32")
+"""What FP8 tensors become where the target has no FP8 type; all but q8_0 are exact."""
+
+QUANTIZATION_VERSION: Final = 2  # ggml.h's GGML_QNT_VERSION
+_FILE_TYPES: Final = {"MXFP4_MOE": 38, "Q8_0": 7, "BF16": 32, "F32": 0}
+_NISPARKS_FILE_TYPE: Final = 41
+_NISPARKS_GENERAL: Final = (
+    "general.type", "general.sampling.top_p", "general.sampling.temp", "general.name", "general.size_label",
+    "general.license",
+)  # fmt: skip
+
+
+def plan_convert(
+    checkpoint: str | Path | Checkpoint,
+    outfile: str | Path | None = None,
+    *,
+    target: str = "nisparks",
+    outtype: str = "native",
+    dense: str = "q8_0",
+    mtp: bool = False,
+    model_name: str | None = None,
+    chat_template: str | None = None,
+    split_max_nbytes: int | None = None,
+    stamp: bool = False,
+    skip: Sequence[str] = (),
+    allow_nan: bool = False,
+) -> Plan:
+    """Plan the conversion of a checkpoint; reads headers and the tokenizer, no tensor.
+
+    Parameters
+    ----------
+    checkpoint
+        Directory of the checkpoint.
+    outfile
+        Output file; may hold ``{ftype}``. A directory (and the default, the checkpoint's own) gets a name by the GGUF
+        naming convention.
+    target
+        Dialect to write: ``nisparks`` keeps FP8, ``llama.cpp`` and ``ik_llama.cpp`` have no FP8 type.
+    outtype
+        ``native``, or its alias ``moe-f8-e4m3-mxfp4``.
+    dense
+        Type of FP8 tensors for targets without FP8: ``q8_0`` (rounded), ``bf16`` or ``f32`` (exact).
+    mtp
+        Write the multi-token-prediction block's own file.
+    model_name
+        ``general.name``; by default the model card's or the directory's.
+    chat_template
+        Overrides the checkpoint's.
+    split_max_nbytes
+        Split the output.
+    stamp
+        Add ``ggufx.version`` and ``ggufx.dialect``.
+    skip
+        Shell patterns of checkpoint tensors to leave out.
+    allow_nan
+        Copy E4M3 NaN codes and E8M0 255 into native types instead of refusing them.
+
+    Raises
+    ------
+    CheckpointError, PlanError
+        The checkpoint does not hold what its config says, or the target has no form for what was asked.
+    """
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+    dialect = dialects.get(target)
+    if outtype.lower() not in OUTTYPES:
+        raise PlanError(f"--outtype {outtype} is not supported; supported: {', '.join(OUTTYPES)}")
+    if dense.lower() not in DENSE_TYPES:
+        raise PlanError(f"--dense {dense} is not supported; supported: {', '.join(DENSE_TYPES)}")
+    if mtp and target == "nisparks":
+        raise PlanError("the nisparks dialect has no form for the MTP block; use --target llama.cpp for --mtp")
+    architecture = architectures.find(source)
+    outputs, skipped = architecture.outputs(target, mtp=mtp, skip=_matcher(skip))
+    notes: list[str] = []
+    n_mtp = sum(name.startswith("mtp.") for name, _ in skipped)
+    if n_mtp and not mtp:
+        notes.append(
+            f"the MTP block ({n_mtp} tensors) is left out: "
+            + ("the nisparks dialect has no form for it" if target == "nisparks" else "--mtp writes it to its own file")
+        )
+    tensors = [
+        _tensor(
+            output, dialect, dense, strict=not allow_nan, limit=architecture.integer("n_routed_experts"), notes=notes
+        )
+        for output in outputs
+    ]
+    file_type = _file_type(tensors, target, dense)
+    metadata = _metadata(
+        architecture, tensors, target=target, mtp=mtp, file_type=file_type, model_name=model_name,
+        template=chat_template, notes=notes,
+    )  # fmt: skip
+    if stamp:
+        metadata["ggufx.version"] = Value.string(ggufx.__version__)
+        metadata["ggufx.dialect"] = Value.string(target)
+    ftype_name = dialect.file_type_name(file_type) or ""
+    return plan.build(
+        _output_path(outfile, source, metadata, ftype_name, mtp=mtp),
+        metadata,
+        tensors,
+        source_files=[str(shard) for shard in source.shards],
+        dialect=target,
+        split_max_nbytes=split_max_nbytes,
+        skipped=skipped,
+        notes=list(dict.fromkeys(notes)),
+        file_type=ftype_name,
+    )
+
+
+def convert(
+    checkpoint: str | Path | Checkpoint,
+    outfile: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = True,
+    threads: int | None = None,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> list[Path]:
+    """Convert a checkpoint: :func:`plan_convert` (which takes ``options``) and :func:`ggufx.execute.execute`.
+
+    Returns
+    -------
+    list of Path
+        The finished files.
+    """
+    return execute.execute(
+        plan_convert(checkpoint, outfile, **options),
+        overwrite=overwrite,
+        resume=resume,
+        threads=threads,
+        executor=executor,
+        progress=progress,
+    )
+
+
+def _matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
+    expressions = [re.compile(fnmatch.translate(pattern)) for pattern in patterns]
+    return lambda name: any(expression.match(name) for expression in expressions)
+
+
+# Tensors --------------------------------------------------------------------------------------------------------
+
+
+def _tensor(
+    output: Output, dialect: dialects.Dialect, dense: str, *, strict: bool, limit: int, notes: list[str]
+) -> PlannedTensor:
+    stack = [[_matrix(part) for part in parts] for parts in output.stack]
+    shape = output.shape
+    first = output.stack[0][0]
+    target = _target_type(output, first.kind, dialect, dense, notes)
+    codec = types.get(target)
+    type_id = dialect.type_id(codec)
+    if type_id is None:
+        raise PlanError(f"tensor {output.name!r}: {dialect.name} cannot hold {target}")
+    op = _operation(first.kind, target)
+    # BF16 and F32 have FP8's mantissa and a wider exponent; that every value survives is tested, not assumed.
+    exact = op == "encode" and target in ("BF16", "F32")
+    transform = Transform(
+        op, first.kind, target, tuple(part.shape[-1] for part in output.stack[0]), first.rows_per_scale, exact, strict,
+        limit if output.role == "table" else None,
+    )  # fmt: skip
+    try:
+        return plan.plan_tensor(output.name, shape, target, type_id, transform, stack)
+    except CodecError as error:
+        raise PlanError(f"tensor {output.name!r} {list(shape)} as {target}: {error}") from None
+
+
+def _matrix(part: Part) -> Matrix:
+    tensor = part.tensor
+    rows = prod(part.shape[:-1])
+    codes = Span(tensor.shard, tensor.offset, tensor.nbytes)
+    if part.scale is None:
+        return Matrix(tensor.name, part.kind, rows, part.shape[-1], codes)
+    scales = Span(part.scale.shard, part.scale.offset, part.scale.nbytes)
+    return Matrix(
+        tensor.name, part.kind, rows, part.shape[-1], codes, part.scale.name, scales, part.rows_per_scale,
+        part.len_per_scale,
+    )  # fmt: skip
+
+
+def _target_type(output: Output, kind: str, dialect: dialects.Dialect, dense: str, notes: list[str]) -> str:
+    row_len = output.shape[-1]
+    if kind == "FP4":
+        return "MXFP4"
+    if kind == "FP8":
+        wanted = "F8_E4M3_B128" if dialect.name == "nisparks" else dense.upper()
+        block_len = types.get(wanted).layout.block_len
+        if row_len % block_len:
+            notes.append(
+                f"{output.name} {list(output.shape)}: rows of {row_len} are not divisible by {block_len}, required for "
+                f"{wanted} - using BF16, which is exact"
+            )
+            return "BF16"
+        return wanted
+    if output.role == "table":
+        return "I32"
+    if output.role == "vector" or (output.role == "router" and dialect.name == "nisparks"):
+        return "F32"
+    return kind
+
+
+def _operation(kind: str, target: str) -> Any:
+    if (kind, target) in (("FP8", "F8_E4M3_B128"), ("FP4", "MXFP4")):
+        return "pack"
+    if kind == target and target != "I32":
+        return "copy"
+    if target in ("F32", "I32") and kind in ("BF16", "F16", "I64", "I32"):
+        return "cast"
+    return "encode"
+
+
+# Metadata -------------------------------------------------------------------------------------------------------
+
+
+def _file_type(tensors: Sequence[PlannedTensor], target: str, dense: str) -> int:
+    if target == "nisparks":
+        return _NISPARKS_FILE_TYPE
+    if any(tensor.type == "MXFP4" for tensor in tensors):
+        return _FILE_TYPES["MXFP4_MOE"]
+    return _FILE_TYPES[dense.upper()]
+
+
+def _metadata(
+    architecture: DeepSeekV4,
+    tensors: Sequence[PlannedTensor],
+    *,
+    target: str,
+    mtp: bool,
+    file_type: int,
+    model_name: str | None,
+    template: str | None,
+    notes: list[str],
+) -> dict[str, Value]:
+    checkpoint = architecture.checkpoint
+    general = _general_keys(checkpoint, tensors, model_name)
+    if template is None:
+        template = vocabulary.chat_template(checkpoint)
+    if template is None:
+        template = architecture.chat_template
+        notes.append("the checkpoint has no chat template; a built-in one of the family is written")
+    keys = {"general.architecture": Value.string(architecture.name)}
+    if target == "nisparks":
+        for name in _NISPARKS_GENERAL:
+            if name in general:
+                keys[name] = general[name]
+            else:
+                notes.append(f"{name} is not written: the checkpoint does not say it")
+    else:
+        keys["tokenizer.chat_template"] = Value.string(template)
+        keys.update(general)
+    keys.update(architecture.keys(target, mtp=mtp, file_type=file_type, chat_template=template))
+    keys["general.quantization_version"] = Value.u32(QUANTIZATION_VERSION)
+    keys.update(vocabulary.tokenizer_keys(checkpoint, architecture.tokenizer_pre, architecture.integer("vocab_size")))
+    return keys
+
+
+def _general_keys(checkpoint: Checkpoint, tensors: Sequence[PlannedTensor], model_name: str | None) -> dict[str, Value]:
+    """Return the ``general.*`` keys that the gguf package finds in the model card, the configs and the name."""
+    import gguf
+
+    for name in ("gguf.metadata", "gguf.gguf_writer"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    total = sum(prod(t.shape) for t in tensors)
+    stacked = [t for t in tensors if "_exps." in t.name and len(t.shape) == 3]
+    per_expert = sum(prod(t.shape[1:]) for t in stacked)
+    shared = total - sum(prod(t.shape) for t in stacked)
+    count = sum(t.shape[0] for t in stacked) // len(stacked) if stacked else 0
+    found = gguf.Metadata.load(None, checkpoint.path.absolute(), model_name, total)
+    if found.name is None:
+        found.name = checkpoint.path.absolute().name
+    if found.size_label is None and total:
+        found.size_label = gguf.size_label(total, shared, per_expert, count)
+    writer = gguf.GGUFWriter(None, "none")
+    writer.add_type(gguf.GGUFType.MODEL)
+    found.set_gguf_meta_model(writer)
+    return {
+        key: _from_gguf(value)
+        for keys in writer.kv_data
+        for key, value in keys.items()
+        if key != "general.architecture"
+    }
+
+
+def _from_gguf(value: Any) -> Value:
+    kind = ValueType(int(value.type))
+    if kind is ValueType.ARRAY:
+        items = list(value.value)
+        element = ValueType.STRING if not items or isinstance(items[0], str) else ValueType.INT32
+        return Value.array(element, items)
+    return Value.f32(value.value) if kind is ValueType.FLOAT32 else Value(kind, value.value)
+
+
+def _output_path(
+    outfile: str | Path | None, checkpoint: Checkpoint, metadata: dict[str, Value], file_type: str, *, mtp: bool
+) -> Path:
+    import gguf
+
+    text = str(checkpoint.path if outfile is None else outfile)
+    if outfile is not None and not Path(text).is_dir() and not text.endswith("/"):
+        path = Path(text)
+        try:
+            return path.with_name(gguf.fill_templated_filename(path.name, file_type))
+        except (KeyError, IndexError, ValueError) as error:
+            raise PlanError(f"--outfile {text}: {error!r} is no placeholder; {{ftype}} is") from None
+    label = {key: metadata[f"general.{key}"].data for key in ("basename", "finetune", "version", "size_label") if
+             f"general.{key}" in metadata}  # fmt: skip
+    name = gguf.naming_convention(
+        metadata["general.name"].data,
+        label.get("basename"),
+        label.get("finetune"),
+        label.get("version"),
+        None if mtp else label.get("size_label"),
+        file_type,
+    )
+    return Path(text) / f"{'mtp-' if mtp else ''}{name}.gguf"

@@ -1,0 +1,151 @@
+"""Compare two GGUFs: keys, names, order, shapes, types and decoded values."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ggufx.container import Value, ValueType
+from ggufx.execute import Progress
+from ggufx.file import Tensor, open
+
+__all__ = ["Difference", "TensorDifference", "diff"]
+
+_CHUNK_LEN = 1 << 21
+
+
+@dataclass
+class TensorDifference:
+    """How a tensor of the second file differs from the first's of the same name; errors are absolute."""
+
+    name: str
+    types: tuple[str, str]
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    differing: int = 0
+    max_error: float = 0.0
+    rms_error: float = 0.0
+    relative_rms: float = 0.0
+    note: str = ""
+
+
+@dataclass
+class Difference:
+    """Result of :func:`diff`; :attr:`same` when the files say the same, whatever their packing order."""
+
+    paths: tuple[str, str]
+    keys: list[str] = field(default_factory=list)
+    only_first: list[str] = field(default_factory=list)
+    only_second: list[str] = field(default_factory=list)
+    reordered: bool = False
+    tensors: list[TensorDifference] = field(default_factory=list)
+
+    @property
+    def same(self) -> bool:
+        """Whether keys, names, shapes, types and values are all equal."""
+        return not (self.keys or self.only_first or self.only_second or self.tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the difference as plain JSON data."""
+        return {"same": self.same, **asdict(self)}
+
+
+def diff(
+    first: str | Path, second: str | Path, *, dialect: str | None = None, progress: Progress | None = None
+) -> Difference:
+    """Compare two GGUF files.
+
+    Parameters
+    ----------
+    first, second
+        The files; any members of splits.
+    dialect
+        As in :func:`ggufx.open`, for both.
+    progress
+        Told about the bytes of the first file done.
+
+    Returns
+    -------
+    Difference
+        Tensors of equal type are compared by bytes first; those that differ, and those of different types, by value.
+    """
+    with open(first, dialect=dialect) as a, open(second, dialect=dialect) as b:
+        result = Difference((str(first), str(second)))
+        result.keys = _keys(a.metadata.typed(), b.metadata.typed())
+        result.only_first = [name for name in a if name not in b]
+        result.only_second = [name for name in b if name not in a]
+        common = [name for name in a if name in b]
+        result.reordered = common != [name for name in b if name in a]
+        total, done = a.data_nbytes, 0
+        for name in common:
+            found = _tensor(a[name], b[name])
+            if found is not None:
+                result.tensors.append(found)
+            done += a[name].nbytes
+            if progress is not None:
+                progress(done, total)
+    return result
+
+
+def _keys(a: dict[str, Value], b: dict[str, Value]) -> list[str]:
+    lines = [f"- {key} = {_text(a[key])}" for key in a if key not in b and not key.startswith("split.")]
+    lines += [f"+ {key} = {_text(b[key])}" for key in b if key not in a and not key.startswith("split.")]
+    lines += [
+        f"~ {key}: {_text(a[key])} -> {_text(b[key])}"
+        for key in a
+        if key in b and not key.startswith("split.") and not a[key].same(b[key])
+    ]
+    return lines
+
+
+def _text(value: Value) -> str:
+    if value.type is ValueType.ARRAY:
+        assert value.element is not None
+        return f"{value.element.name} array of {len(value.data)}"
+    text = f"{value.type.name} {value.data!r}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _tensor(a: Tensor, b: Tensor) -> TensorDifference | None:
+    result = TensorDifference(a.name, (a.type, b.type), (a.shape, b.shape))
+    if a.shape != b.shape:
+        return result
+    if a.type == b.type and np.array_equal(a.packed, b.packed):
+        return None
+    decodable = all(t.codec is not None and t.codec.can_decode for t in (a, b))
+    if not decodable:
+        result.note = "the bytes differ and the type cannot be decoded here"
+        return result
+    _values(a, b, result)
+    if result.differing or a.type != b.type:
+        return result
+    result.note = "the bytes differ, the values do not"
+    return result
+
+
+def _values(a: Tensor, b: Tensor, result: TensorDifference) -> None:
+    assert a.codec is not None
+    assert b.codec is not None
+    row_len = a.shape[-1] if a.shape else 1
+    rows_a = a.packed.reshape(-1, a.codec.layout.row_nbytes(row_len))
+    rows_b = b.packed.reshape(-1, b.codec.layout.row_nbytes(row_len))
+    step = max(1, _CHUNK_LEN // max(1, row_len))
+    squares = energy = 0.0
+    for start in range(0, rows_a.shape[0], step):
+        x = a.codec.decode(rows_a[start : start + step], dtype=np.float64)
+        y = b.codec.decode(rows_b[start : start + step], dtype=np.float64)
+        unequal = (x != y) & ~(np.isnan(x) & np.isnan(y))
+        energy += float(np.square(x).sum())
+        count = int(np.count_nonzero(unequal))
+        if not count:
+            continue
+        with np.errstate(invalid="ignore", over="ignore"):
+            error = np.where(unequal, np.abs(x - y), 0.0)
+        result.differing += count
+        result.max_error = max(result.max_error, float(np.nan_to_num(error, nan=np.inf).max()))
+        squares += float(np.square(error).sum())
+    size = max(1, a.size)
+    result.rms_error = float(np.sqrt(squares / size))
+    result.relative_rms = float(np.sqrt(squares / energy)) if energy else 0.0

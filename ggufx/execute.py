@@ -1,0 +1,523 @@
+"""The engine under every command that writes: fills a plan's tiles in parallel, resumably, and renames when all is right.
+
+``OUT.partial`` is preallocated and filled by ``pwrite``, tile by tile in any order; ``OUT.journal`` holds the plan's
+digest and, per finished tile, its number and a checksum of what was written. A killed run is gone on with by the same
+command: journalled tiles are read back and compared (a power cut can lose bytes that a journal already counts), the rest
+is done. The header is written last, then the file is synced, checked and renamed; an existing OUT is not touched before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from ggufx.container import read_container
+from ggufx.errors import CheckpointError, CodecError, DiskError, GGUFError, OutputExists, PlanError, SourceCodesError
+from ggufx.plan import Plan, PlannedFile, PlannedTensor, Tile, Transform
+from ggufx.transforms import Outcome, apply
+
+__all__ = [
+    "MAX_WORKERS",
+    "Progress",
+    "close_files",
+    "default_workers",
+    "execute",
+    "memory_need",
+    "read_into",
+    "read_spans",
+    "scratch",
+]
+
+MAX_WORKERS: Final = 16
+"""Default cap on threads: past it the disk is the limit and only memory grows."""
+
+_RECORD = struct.Struct("<IQI")  # tile number, checksum of its bytes, checksum of the record
+_JOURNAL_VERSION: Final = 1
+_PROCESS_NBYTES: Final = 250_000_000
+"""Python, NumPy, Numba with LLVM, and a plan of a hundred thousand tiles."""
+
+Progress = Callable[[int, int], None]
+"""Called as ``progress(bytes done, bytes in all)`` from the thread that called :func:`execute`."""
+
+
+class _Job(NamedTuple):
+    """One tile with all it needs; picklable, so that any executor can run it."""
+
+    number: int
+    transform: Transform
+    tile: Tile
+    sources: tuple[str, ...]
+    output: str
+    position: int
+    expected: int | None
+    """Checksum from the journal: verify instead of writing."""
+
+
+class _Done(NamedTuple):
+    number: int
+    nbytes: int
+    checksum: int
+    outcome: Outcome
+    resumed: bool
+
+
+@dataclass
+class _Files:
+    """Open descriptors of this process, by path and mode."""
+
+    descriptors: dict[tuple[str, int], int]
+    lock: threading.Lock
+
+    def get(self, path: str, flags: int) -> int:
+        with self.lock:
+            key = (path, flags)
+            if key not in self.descriptors:
+                self.descriptors[key] = os.open(path, flags | os.O_CLOEXEC)
+            return self.descriptors[key]
+
+    def close(self) -> None:
+        with self.lock:
+            for descriptor in self.descriptors.values():
+                os.close(descriptor)
+            self.descriptors.clear()
+
+
+_files = _Files({}, threading.Lock())
+_local = threading.local()
+
+
+def scratch(slot: str, nbytes: int) -> npt.NDArray[np.uint8]:
+    """Return this thread's memory called ``slot``, uint8 [nbytes], used again by the next call: fresh pages cost a copy."""
+    held: npt.NDArray[np.uint8] | None = getattr(_local, slot, None)
+    if held is None or held.nbytes < nbytes:
+        held = np.empty(nbytes, np.uint8)
+        setattr(_local, slot, held)
+    return held[:nbytes]
+
+
+def read_into(path: str, offset: int, buffer: npt.NDArray[np.uint8]) -> None:
+    """Fill ``buffer`` from byte ``offset`` of a file; raises CheckpointError when the file ends early.
+
+    Reads with ``pread`` into memory that is used again: mapped pages of a large model would count as resident memory.
+    """
+    _fill_buffer(path, _files.get(path, os.O_RDONLY), offset, buffer)
+
+
+def read_spans(sources: Sequence[str], tile: Tile) -> list[npt.NDArray[np.uint8]]:
+    """Return the bytes of a tile's spans, in this thread's scratch memory: valid until the thread's next call."""
+    inputs = []
+    for slot, span in enumerate(tile.spans):
+        buffer = scratch(f"in{slot}", span.nbytes)
+        read_into(sources[span.file], span.offset, buffer)
+        inputs.append(buffer)
+    return inputs
+
+
+def close_files() -> None:
+    """Close this process's source and output descriptors."""
+    _files.close()
+
+
+def _fill_buffer(path: str, descriptor: int, offset: int, buffer: npt.NDArray[np.uint8]) -> None:
+    view, done = memoryview(buffer), 0  # type: ignore[arg-type] # ndarrays are buffers
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise CheckpointError(
+                f"{path}: ends at byte {offset + done}, expected {len(view)} bytes at {offset}: the file changed or is "
+                "incomplete; download it again"
+            )
+        done += count
+
+
+def _write(descriptor: int, offset: int, buffer: npt.NDArray[np.uint8] | bytes) -> None:
+    view, done = memoryview(buffer), 0  # type: ignore[arg-type] # ndarrays are buffers
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)
+
+
+def _run(job: _Job) -> _Done:
+    """Do one tile: read its spans, transform, write. Runs on any thread or process."""
+    tile = job.tile
+    out = scratch("out", tile.nbytes)
+    descriptor = _files.get(job.output, os.O_RDWR)
+    if job.expected is not None:
+        _fill_buffer(job.output, descriptor, job.position, out)
+        if xxhash.xxh3_64_intdigest(out.data) == job.expected:
+            return _Done(job.number, tile.nbytes, job.expected, Outcome(), True)
+    inputs = read_spans(job.sources, tile)
+    outcome = apply(job.transform, tile.rows, inputs, out)
+    if _refused(job.transform, outcome):
+        return _Done(job.number, 0, 0, outcome, False)
+    _write(descriptor, job.position, out)
+    return _Done(job.number, tile.nbytes, xxhash.xxh3_64_intdigest(out.data), outcome, False)
+
+
+def _refused(transform: Transform, outcome: Outcome) -> bool:
+    special = bool(outcome.bad_codes or outcome.bad_scales)
+    return outcome.lost > 0 or (special and (transform.strict or transform.op == "encode"))
+
+
+def default_workers() -> int:
+    """Return the number of threads used by default."""
+    return min(MAX_WORKERS, os.cpu_count() or 1)
+
+
+def memory_need(plan: Plan, threads: int | None = None) -> int:
+    """Return about how many bytes of memory a run takes: a process with its kernels, and scratch for every thread."""
+    per_thread = 0
+    for tensor in plan.tensors:
+        largest = max((tile.nbytes + sum(span.nbytes for span in tile.spans) for tile in tensor.tiles), default=0)
+        if tensor.transform.op == "encode":
+            # Float32 values and their decoded and packed forms.
+            row_len = tensor.shape[-1]
+            largest += max((tile.rows * row_len * 12 for tile in tensor.tiles), default=0)
+        per_thread = max(per_thread, largest)
+    return _PROCESS_NBYTES + per_thread * (threads or default_workers())
+
+
+def execute(
+    plan: Plan,
+    *,
+    overwrite: bool = False,
+    resume: bool = True,
+    threads: int | None = None,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write a plan's files.
+
+    Parameters
+    ----------
+    plan
+        What to write.
+    overwrite
+        Replace existing outputs, at the very end.
+    resume
+        Go on with a partial output of the same plan; ``False`` starts over.
+    threads
+        Tiles at a time; default: the CPU count, at most :data:`MAX_WORKERS`. Memory is about 50 MB a thread.
+    executor
+        Runs the tiles instead of a local thread pool (for several machines on a shared file system).
+    progress
+        Told about the bytes done.
+
+    Returns
+    -------
+    list of Path
+        The finished files.
+
+    Raises
+    ------
+    OutputExists, PlanError
+        The output exists; a partial output is of another plan or in use by another process.
+    DiskError
+        The disk is full or fails. What is done stays; the same command goes on.
+    SourceCodesError, CheckpointError
+        A source holds refused codes, or ended early.
+    """
+    first = plan.files[0].path
+    first.parent.mkdir(parents=True, exist_ok=True)
+    workers = threads or default_workers()
+    with _Journal(first, plan, resume=resume) as journal:
+        pending = _prepare(plan, journal, overwrite=overwrite)
+        try:
+            if executor is not None:
+                _fill(plan, pending, journal, executor, workers, progress)
+            else:
+                with ThreadPoolExecutor(workers, thread_name_prefix="ggufx") as pool:
+                    _fill(plan, pending, journal, pool, workers, progress)
+            _finish(plan, pending)
+        except OSError as error:
+            raise _disk_error(first, error) from error
+        finally:
+            _files.close()
+        journal.remove()
+    return [file.path for file in plan.files]
+
+
+def partial_path(path: Path) -> Path:
+    """Return where an output grows until it is complete."""
+    return path.with_name(path.name + ".partial")
+
+
+def journal_path(path: Path) -> Path:
+    """Return the journal beside an output."""
+    return path.with_name(path.name + ".journal")
+
+
+class _Journal:
+    """The finished tiles of a plan: a JSON line with the digest, then fixed records. Locked while in use."""
+
+    def __init__(self, path: Path, plan: Plan, *, resume: bool) -> None:
+        self.path = journal_path(path)
+        self.done: dict[int, int] = {}
+        self._lock = threading.Lock()
+        try:
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise DiskError(f"{self.path}: cannot be written ({os.strerror(error.errno or 0)})") from error
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._descriptor)
+            raise PlanError(f"{path}: another process is writing this output; wait for it or choose another") from None
+        try:
+            self._load(path, plan, resume=resume)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def _load(self, path: Path, plan: Plan, *, resume: bool) -> None:
+        header = json.dumps({"journal": _JOURNAL_VERSION, "digest": plan.digest}).encode() + b"\n"
+        found = self.path.read_bytes()
+        self.resumed = resume and found.startswith(header)
+        # A journal whose first line is torn was never worth anything: the line is written before the first tile.
+        if resume and not self.resumed and b"\n" in found and any(partial_path(f.path).exists() for f in plan.files):
+            raise PlanError(
+                f"{partial_path(path)}: belongs to another plan (other options, sources or version of ggufx); go on with "
+                "the same command, or start over with --no-resume"
+            )
+        end = len(header)
+        if self.resumed:
+            for position in range(end, len(found) - _RECORD.size + 1, _RECORD.size):
+                number, checksum, check = _RECORD.unpack_from(found, position)
+                if check != _check(number, checksum) or number >= plan.n_tiles:
+                    break  # the tail of a torn write
+                self.done[number] = checksum
+                end = position + _RECORD.size
+            os.ftruncate(self._descriptor, end)
+        else:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, header, 0)
+        self._end = end
+
+    def add(self, number: int, checksum: int) -> None:
+        """Record a finished tile."""
+        with self._lock:
+            _write(self._descriptor, self._end, _RECORD.pack(number, checksum, _check(number, checksum)))
+            self._end += _RECORD.size
+
+    def remove(self) -> None:
+        """Forget the run."""
+        self.path.unlink()
+
+    def __enter__(self) -> _Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+
+def _check(number: int, checksum: int) -> int:
+    return xxhash.xxh32_intdigest(struct.pack("<IQ", number, checksum))
+
+
+def _prepare(plan: Plan, journal: _Journal, *, overwrite: bool) -> list[PlannedFile]:
+    """Check names and space, preallocate; returns the files that are not under their final name yet."""
+    pending = []
+    for file in plan.files:
+        renamed = journal.resumed and len(journal.done) == plan.n_tiles and not partial_path(file.path).exists()
+        if renamed and file.path.exists() and file.path.stat().st_size == file.nbytes:
+            continue  # killed between the renames of a split
+        if file.path.exists() and not overwrite:
+            if not journal.resumed:
+                journal.remove()
+            raise OutputExists(f"{file.path}: exists; choose another --outfile or pass --overwrite")
+        pending.append(file)
+    directory = pending[0].path.parent if pending else Path()
+    try:
+        missing = sum(max(0, f.nbytes - _allocated(partial_path(f.path))) for f in pending)
+        if pending:
+            stat = os.statvfs(directory)
+            free = stat.f_bavail * stat.f_frsize
+            if missing > free:
+                raise OSError(errno.ENOSPC, f"{missing} bytes are needed and {free} are free")
+        for file in pending:
+            _allocate(partial_path(file.path), file.nbytes, keep=journal.resumed)
+    except OSError as error:
+        if not journal.resumed:
+            for file in pending:
+                partial_path(file.path).unlink(missing_ok=True)
+            journal.remove()
+        raise _disk_error(pending[0].path, error) from error
+    return pending
+
+
+def _allocated(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
+def _allocate(path: Path, nbytes: int, *, keep: bool) -> None:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if keep else os.O_TRUNC), 0o644)
+    try:
+        os.ftruncate(descriptor, nbytes)
+        _reserve(descriptor, nbytes)
+    finally:
+        os.close(descriptor)
+
+
+def _reserve(descriptor: int, nbytes: int) -> None:
+    """Reserve the disk space where the file system can, so that a full disk is known before the work, not after.
+
+    ``os.posix_fallocate`` falls back to writing every block where the file system cannot, which on a network share takes
+    as long as the conversion; the plain system call says so instead.
+    """
+    try:
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    except (AttributeError, OSError):
+        return
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if nbytes and fallocate(descriptor, 0, 0, nbytes) != 0:
+        number = ctypes.get_errno()
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(number, f"{nbytes} bytes cannot be reserved: {os.strerror(number)}")
+
+
+def _jobs(plan: Plan, pending: list[PlannedFile], journal: _Journal) -> Iterator[_Job]:
+    paths = {file.path for file in pending}
+    for number, (file_number, tensor, tile) in enumerate(plan.jobs()):
+        file = plan.files[file_number]
+        if file.path in paths:
+            position = len(file.header) + tensor.offset + tile.offset
+            output = str(partial_path(file.path))
+            yield _Job(number, tensor.transform, tile, plan.source_files, output, position, journal.done.get(number))
+
+
+def _fill(
+    plan: Plan,
+    pending: list[PlannedFile],
+    journal: _Journal,
+    pool: Executor,
+    workers: int,
+    progress: Progress | None,
+) -> None:
+    total = sum(tensor.nbytes for file in pending for tensor in file.tensors)
+    done = 0
+    jobs = _jobs(plan, pending, journal)
+    # A bounded window of tasks: neither a hundred thousand futures nor an idle worker.
+    waiting: dict[Future[_Done], _Job] = {}
+    if progress is not None:
+        progress(0, total)
+    try:
+        while True:
+            for job in islice(jobs, 4 * workers - len(waiting)):
+                waiting[pool.submit(_run, job)] = job
+            if not waiting:
+                break
+            finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in finished:
+                job = waiting.pop(future)
+                try:
+                    result = future.result()
+                except CodecError as error:
+                    raise _named(plan, job, error) from error
+                if _refused(job.transform, result.outcome):
+                    raise _codes_error(plan, job, result.outcome)
+                if not result.resumed:
+                    journal.add(result.number, result.checksum)
+                done += result.nbytes
+            if progress is not None:
+                progress(done, total)
+    finally:
+        for future in waiting:
+            future.cancel()
+        # Whatever is still running must end before the descriptors are closed.
+        wait([future for future in waiting if not future.cancelled()])
+
+
+def _owner(plan: Plan, job: _Job) -> PlannedTensor:
+    _, tensor, _ = next(islice(plan.jobs(), job.number, None))
+    return tensor
+
+
+def _named(plan: Plan, job: _Job, error: CodecError) -> GGUFError:
+    tensor = _owner(plan, job)
+    source = tensor.items[job.tile.item][0]
+    return CheckpointError(
+        f"{plan.source_files[job.tile.spans[0].file]}: tensor {source!r} -> {tensor.name!r}: {error}"
+    )
+
+
+def _codes_error(plan: Plan, job: _Job, outcome: Outcome) -> GGUFError:
+    """Count over the whole source tensor, so that the message says how bad it is."""
+    tensor = _owner(plan, job)
+    names = tensor.items[job.tile.item]
+    path = plan.source_files[job.tile.spans[0].file]
+    if outcome.lost:
+        return CheckpointError(
+            f"{path}: tensor {names[0]!r} has {outcome.lost} values that {tensor.type} cannot hold exactly in the first "
+            f"tile that was tried; choose a wider type for {tensor.name!r}"
+        )
+    bad_codes = bad_scales = 0
+    for tile in tensor.tiles:
+        if tile.item == job.tile.item:
+            out = scratch("out", tile.nbytes)
+            found = apply(tensor.transform, tile.rows, read_spans(plan.source_files, tile), out)
+            bad_codes += found.bad_codes
+            bad_scales += found.bad_scales
+    found_codes = f"{bad_codes} E4M3 NaN codes (0x7F, 0xFF) in tensor {names[0]!r}" if bad_codes else ""
+    found_scales = f"{bad_scales} E8M0 scales 255 (NaN) in tensor {names[-1]!r}" if bad_scales else ""
+    return SourceCodesError(
+        f"{path}: found {' and '.join(filter(None, (found_codes, found_scales)))}: runtimes disagree on what they mean, so "
+        "they are not written; the checkpoint is damaged, download it again"
+    )
+
+
+def _finish(plan: Plan, pending: list[PlannedFile]) -> None:
+    for file in pending:
+        partial = partial_path(file.path)
+        descriptor = _files.get(str(partial), os.O_RDWR)
+        _write(descriptor, 0, file.header)
+        os.fsync(descriptor)
+        _check_file(partial, file)
+    for file in pending:
+        partial_path(file.path).replace(file.path)
+    if pending:
+        directory = os.open(pending[0].path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def _check_file(partial: Path, file: PlannedFile) -> None:
+    """Read the finished file's header back and compare it with the plan."""
+    written = read_container(partial)
+    directory = [(e.name, e.shape, e.type_id, e.offset) for e in written.entries]
+    expected = [(t.name, t.shape, t.type_id, t.offset) for t in file.tensors]
+    keys = written.metadata.typed()
+    same = directory == expected and list(keys) == list(file.metadata)
+    same = same and all(keys[key].same(value) for key, value in file.metadata.items())
+    if not same or written.file_nbytes != file.nbytes or written.data_offset != len(file.header):
+        raise PlanError(f"{partial}: the written header does not read back as planned; this is a bug in ggufx")
+    written.close()
+
+
+def _disk_error(path: Path, error: OSError) -> DiskError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskError(
+            f"{error.filename or path.parent}: the disk is full ({error.strerror}); free some space and run the same "
+            "command again, it goes on where it stopped"
+        )
+    return DiskError(
+        f"{error.filename or path}: {error.strerror or error}; what is done so far is kept, the same command goes on"
+    )

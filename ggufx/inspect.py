@@ -1,0 +1,132 @@
+"""What is in a GGUF: dialect, metadata, tensors, and bytes by type and by role, as plain data."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from ggufx import dialects
+from ggufx.container import Value, ValueType
+from ggufx.file import File, Tensor, open
+
+__all__ = ["inspect", "role", "summarise"]
+
+# First match wins; the names are those of upstream and of the forks.
+_ROLES: Final = (
+    (re.compile(r"^token_embd"), "embedding"),
+    (re.compile(r"^output\.weight"), "output"),
+    (re.compile(r"_exps"), "routed experts"),
+    (re.compile(r"_shexp"), "shared experts"),
+    (re.compile(r"hc_"), "hyper-connections"),
+    (re.compile(r"indexer"), "indexer"),
+    (re.compile(r"_norm"), "norms"),
+    (re.compile(r"ffn_gate_inp|exp_probs_b|tid2eid"), "routers"),
+    (re.compile(r"nextn"), "next-token heads"),
+    (re.compile(r"attn|ssm"), "attention"),
+    (re.compile(r"ffn"), "feed-forward"),
+)
+
+
+def role(name: str) -> str:
+    """Return what a tensor is for, by its name."""
+    return next((label for pattern, label in _ROLES if pattern.search(name)), "other")
+
+
+def inspect(
+    path: str | Path,
+    *,
+    dialect: str | None = None,
+    pattern: str | None = None,
+    limit: int | None = None,
+    elements: int | None = None,
+) -> dict[str, Any]:
+    """Describe a GGUF.
+
+    Parameters
+    ----------
+    path
+        The file; any member of a split.
+    dialect
+        As in :func:`ggufx.open`.
+    pattern
+        Shell pattern of the tensors to list; the totals count all.
+    limit, elements
+        At most so many tensors in the listing, and elements of a metadata array.
+
+    Returns
+    -------
+    dict
+        ``file``, ``metadata`` (arrays cut to ``elements``), ``tensors``, ``by_type``, ``by_role``: JSON data.
+    """
+    with open(path, dialect=dialect) as file:
+        chosen = [t for t in file.tensors if pattern is None or fnmatch.fnmatchcase(t.name, pattern)]
+        n_weights = sum(t.size for t in file.tensors)
+        return {
+            "file": {
+                "path": str(file.path),
+                "paths": [str(p) for p in file.paths],
+                "version": file.version,
+                "dialect": file.dialect,
+                "equivalent_dialects": list(file.equivalent),
+                "alignment": file.alignment,
+                "data_offset": file.containers[0].data_offset,
+                "nbytes": sum(c.file_nbytes for c in file.containers),
+                "n_tensors": len(file),
+                "n_weights": n_weights,
+                "data_nbytes": file.data_nbytes,
+                "bits_per_weight": file.data_nbytes * 8 / n_weights if n_weights else 0.0,
+                "file_type": _file_type(file),
+            },
+            "metadata": {key: _describe(file.metadata.value(key), elements) for key in file.metadata},
+            "n_matching": len(chosen),
+            "tensors": [_line(t) for t in (chosen if limit is None else chosen[:limit])],
+            "by_type": summarise(file.tensors, lambda t: t.type),
+            "by_role": summarise(file.tensors, lambda t: role(t.name)),
+        }
+
+
+def summarise(tensors: Iterable[Any], label: Callable[[Any], str]) -> dict[str, dict[str, Any]]:
+    """Add up tensors (anything with ``nbytes`` and ``shape``) by a label: count, weights, bytes and bits per weight."""
+    groups: dict[str, dict[str, Any]] = {}
+    for tensor in tensors:
+        group = groups.setdefault(label(tensor), {"n_tensors": 0, "n_weights": 0, "nbytes": 0})
+        group["n_tensors"] += 1
+        group["n_weights"] += int(np.prod(tensor.shape, dtype=np.int64))
+        group["nbytes"] += tensor.nbytes
+    for group in groups.values():
+        group["bits_per_weight"] = group["nbytes"] * 8 / group["n_weights"] if group["n_weights"] else 0.0
+    return dict(sorted(groups.items(), key=lambda item: -item[1]["nbytes"]))
+
+
+def _line(tensor: Tensor) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "shape": list(tensor.shape),
+        "type": tensor.type,
+        "type_id": tensor.type_id,
+        "nbytes": tensor.nbytes,
+        "bits_per_weight": tensor.bits_per_weight,
+        "role": role(tensor.name),
+        "file_offset": tensor.file_offset,
+    }
+
+
+def _file_type(file: File) -> str | None:
+    number = file.metadata.get("general.file_type")
+    if not isinstance(number, int) or file.dialect is None:
+        return None
+    return dialects.get(file.dialect).file_type_name(number)
+
+
+def _describe(value: Value, limit: int | None) -> dict[str, Any]:
+    if value.type is not ValueType.ARRAY:
+        return {"type": value.type.name, "value": value.data}
+    assert value.element is not None
+    shown = value.data if limit is None else value.data[:limit]
+    items = shown.tolist() if isinstance(shown, np.ndarray) else list(shown)
+    return {"type": f"ARRAY[{value.element.name}]", "length": len(value.data), "value": items}

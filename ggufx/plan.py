@@ -1,0 +1,414 @@
+"""Plans: pure data that says what will be written, from what, in which order, at which offset.
+
+A command builds a :class:`Plan` and hands it to :func:`ggufx.execute.execute`. Nothing here reads a tensor's bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ggufx import container, types
+from ggufx.container import Value, ValueType, align_up, encode_header
+from ggufx.errors import PlanError
+
+__all__ = [
+    "Matrix",
+    "Plan",
+    "PlannedFile",
+    "PlannedTensor",
+    "Span",
+    "Tile",
+    "Transform",
+    "build",
+    "plan_tensor",
+]
+
+TILE_LEN = 1 << 21
+"""Elements of a tile, about: big enough to hide the cost of a task, small enough for the processor's cache."""
+
+SOURCE_BITS: Mapping[str, int] = {"FP8": 8, "FP4": 4, "BF16": 16, "F16": 16, "F32": 32, "I32": 32, "I64": 64}
+"""Bits per element of the kinds of checkpoint tensors; FP8 and FP4 carry E8M0 scales beside them."""
+
+
+class Span(NamedTuple):
+    """A byte range of a source file."""
+
+    file: int
+    """Index into :attr:`Plan.source_files`."""
+    offset: int
+    nbytes: int
+
+
+class Matrix(NamedTuple):
+    """A source tensor seen as rows, with its scales if it has any.
+
+    ``rows_per_scale`` x ``len_per_scale`` elements share one scale byte; scales are row-major
+    [ceil(rows / rows_per_scale), ceil(row_len / len_per_scale)].
+    """
+
+    name: str
+    kind: str
+    """A key of :data:`SOURCE_BITS`, or the name of a codec for rows that are packed already."""
+    rows: int
+    row_len: int
+    codes: Span
+    scale_name: str | None = None
+    scales: Span | None = None
+    rows_per_scale: int = 1
+    len_per_scale: int = 1
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of a row of codes."""
+        if self.kind in SOURCE_BITS:
+            return self.row_len * SOURCE_BITS[self.kind] // 8
+        return types.get(self.kind).layout.row_nbytes(self.row_len)
+
+    @property
+    def scales_per_row(self) -> int:
+        """Scale bytes of a row of scales."""
+        return -(-self.row_len // self.len_per_scale)
+
+    def cut(self, start: int, stop: int) -> tuple[Span, ...]:
+        """Return the spans of rows ``start`` to ``stop``; ``start`` must be a multiple of ``rows_per_scale``."""
+        codes = Span(self.codes.file, self.codes.offset + start * self.row_nbytes, (stop - start) * self.row_nbytes)
+        if self.scales is None:
+            return (codes,)
+        first, end = start // self.rows_per_scale, -(-stop // self.rows_per_scale)
+        width = self.scales_per_row
+        return codes, Span(self.scales.file, self.scales.offset + first * width, (end - first) * width)
+
+
+class Transform(NamedTuple):
+    """How a tile's source bytes become its output bytes (see :mod:`ggufx.transforms`).
+
+    Attributes
+    ----------
+    op
+        ``copy`` bytes as they are; ``pack`` native codes and scales, exactly; ``cast`` one number type to another that
+        holds it, exactly; ``encode`` decode to float32 and quantize.
+    kind, target
+        Source kind (see :class:`Matrix`) and codec name.
+    parts
+        Row length of each source that is concatenated along the row; usually one.
+    rows_per_scale
+        As in :class:`Matrix`.
+    exact
+        ``encode`` must not lose a bit (a test of every value); else it is an error.
+    strict
+        Refuse codes that consumers disagree on (E4M3 NaN, E8M0 255).
+    limit
+        ``cast`` to an integer type: values must lie in [0, limit).
+    """
+
+    op: Literal["copy", "pack", "cast", "encode"]
+    kind: str
+    target: str
+    parts: tuple[int, ...]
+    rows_per_scale: int = 1
+    exact: bool = False
+    strict: bool = True
+    limit: int | None = None
+
+
+class Tile(NamedTuple):
+    """A run of rows of one output tensor: independent of every other tile, and picklable."""
+
+    item: int
+    """Which of the stacked matrices (an expert, say)."""
+    rows: int
+    offset: int
+    """Byte offset within the tensor."""
+    nbytes: int
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the output.
+
+    Attributes
+    ----------
+    name, shape, type, type_id, nbytes
+        As they will be in the file; the shape in numpy order.
+    transform
+        Shared by all tiles.
+    tiles
+        Cover the tensor's bytes exactly, in order.
+    sources
+        Names of the checkpoint tensors it is made of, scales included.
+    items
+        Names of the sources of each stacked matrix (codes and scales).
+    offset
+        Within the data section of its file; set by :func:`build`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    type_id: int
+    nbytes: int
+    transform: Transform
+    tiles: tuple[Tile, ...]
+    items: tuple[tuple[str, ...], ...]
+    offset: int = 0
+
+    @property
+    def sources(self) -> list[str]:
+        """All sources, in order."""
+        return [name for item in self.items for name in item]
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every value of the source survives."""
+        return self.transform.op != "encode" or self.transform.exact
+
+
+def plan_tensor(
+    name: str,
+    shape: tuple[int, ...],
+    target: str,
+    type_id: int,
+    transform: Transform,
+    stack: Sequence[Sequence[Matrix]],
+) -> PlannedTensor:
+    """Cut a tensor into tiles.
+
+    Parameters
+    ----------
+    name, shape, target, type_id
+        Of the output tensor.
+    transform
+        What every tile does.
+    stack
+        Source matrices: the outer sequence is stacked (experts), the inner one concatenated along the row.
+
+    Raises
+    ------
+    PlanError
+        The sources do not add up to the shape.
+    """
+    layout = types.get(target).layout
+    row_len = shape[-1] if shape else 1
+    row_nbytes = layout.row_nbytes(row_len)
+    tiles = []
+    offset = 0
+    for item, parts in enumerate(stack):
+        rows = parts[0].rows
+        if sum(part.row_len for part in parts) != row_len or any(part.rows != rows for part in parts):
+            raise PlanError(f"tensor {name!r} {list(shape)}: its sources do not add up to rows of {row_len}")
+        # Tiles start on a row of scales, so that no scale row is read for two tiles' sake by halves.
+        grain = max(part.rows_per_scale for part in parts)
+        step = max(grain, TILE_LEN // max(1, row_len) // grain * grain)
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            spans = tuple(span for part in parts for span in part.cut(start, stop))
+            nbytes = (stop - start) * row_nbytes
+            tiles.append(Tile(item, stop - start, offset, nbytes, spans))
+            offset += nbytes
+    nbytes = layout.nbytes(shape)
+    if offset != nbytes:
+        raise PlanError(f"tensor {name!r} {list(shape)} takes {nbytes} bytes, its sources give {offset}")
+    items = tuple(tuple(n for part in parts for n in (part.name, part.scale_name) if n is not None) for parts in stack)
+    return PlannedTensor(name, shape, target, type_id, nbytes, transform, tuple(tiles), items)
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One output file."""
+
+    path: Path
+    metadata: Mapping[str, Value]
+    tensors: tuple[PlannedTensor, ...]
+    alignment: int
+
+    @cached_property
+    def header(self) -> bytes:
+        """The complete header, padded to the alignment."""
+        directory = [(t.name, t.shape, t.type_id, t.offset) for t in self.tensors]
+        return encode_header(self.metadata, directory, self.alignment)
+
+    @property
+    def data_nbytes(self) -> int:
+        """Bytes of the data section, padding included."""
+        if not self.tensors:
+            return 0
+        last = self.tensors[-1]
+        return align_up(last.offset + last.nbytes, self.alignment)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return len(self.header) + self.data_nbytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run will write.
+
+    Attributes
+    ----------
+    files
+        One, or the members of a split.
+    source_files
+        Paths that the tiles' spans index.
+    dialect
+        Of the output.
+    skipped
+        (source tensor, reason) of everything that is left out.
+    notes
+        Sentences the user should read: choices made, values missing.
+    """
+
+    files: tuple[PlannedFile, ...]
+    source_files: tuple[str, ...]
+    dialect: str
+    skipped: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    file_type: str = ""
+
+    @property
+    def tensors(self) -> list[PlannedTensor]:
+        """All tensors, in file order."""
+        return [tensor for file in self.files for tensor in file.tensors]
+
+    @property
+    def metadata(self) -> Mapping[str, Value]:
+        """Metadata of the (first) file."""
+        return self.files[0].metadata
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def data_nbytes(self) -> int:
+        """Bytes of all data sections."""
+        return sum(file.data_nbytes for file in self.files)
+
+    def jobs(self) -> Iterator[tuple[int, PlannedTensor, Tile]]:
+        """Iterate over (file index, tensor, tile) in order; a tile's number is its position here."""
+        for number, file in enumerate(self.files):
+            for tensor in file.tensors:
+                for tile in tensor.tiles:
+                    yield number, tensor, tile
+
+    @cached_property
+    def n_tiles(self) -> int:
+        """Number of tiles."""
+        return sum(len(tensor.tiles) for tensor in self.tensors)
+
+    @cached_property
+    def digest(self) -> str:
+        """Fingerprint of what will be written and of the sources' sizes and modification times (hex)."""
+        digest = hashlib.sha256()
+        for source in self.source_files:
+            stat = Path(source).stat()
+            digest.update(f"{source}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        for file in self.files:
+            digest.update(f"{file.path.name}\n".encode())
+            digest.update(file.header)
+            for tensor in file.tensors:
+                digest.update(repr((tensor.transform, tensor.tiles)).encode())
+        return digest.hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain JSON data."""
+        n_weights = sum(prod(t.shape) for t in self.tensors)
+        return {
+            "file": {
+                "path": str(self.files[0].path),
+                "paths": [str(file.path) for file in self.files],
+                "dialect": self.dialect,
+                "file_type": self.file_type,
+                "alignment": self.files[0].alignment,
+                "n_tensors": len(self.tensors),
+                "n_weights": n_weights,
+                "nbytes": self.nbytes,
+                "data_offset": len(self.files[0].header),
+                "bits_per_weight": sum(t.nbytes for t in self.tensors) * 8 / n_weights if n_weights else 0.0,
+            },
+            "metadata": {key: value.to_json() for key, value in self.metadata.items()},
+            "tensors": [
+                {
+                    "name": t.name,
+                    "shape": list(t.shape),
+                    "type": t.type,
+                    "type_id": t.type_id,
+                    "offset": t.offset,
+                    "nbytes": t.nbytes,
+                    "lossless": t.lossless,
+                    "sources": t.sources,
+                    **({"file": number} if len(self.files) > 1 else {}),
+                }
+                for number, file in enumerate(self.files)
+                for t in file.tensors
+            ],
+            "data_nbytes": self.data_nbytes,
+            "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
+            "notes": list(self.notes),
+        }
+
+
+@dataclass
+class _Shard:
+    tensors: list[PlannedTensor] = field(default_factory=list)
+    end: int = 0
+
+
+def build(
+    path: Path,
+    metadata: Mapping[str, Value],
+    tensors: Iterable[PlannedTensor],
+    *,
+    source_files: Sequence[str],
+    dialect: str,
+    alignment: int = container.DEFAULT_ALIGNMENT,
+    split_max_nbytes: int | None = None,
+    skipped: Sequence[tuple[str, str]] = (),
+    notes: Sequence[str] = (),
+    file_type: str = "",
+) -> Plan:
+    """Lay tensors out one after the other, in the order given, and split if asked.
+
+    Parameters
+    ----------
+    split_max_nbytes
+        Start a new file when a tensor would take the data section past this many bytes; metadata goes to the first file,
+        ``split.no`` (from 0), ``split.count`` and ``split.tensors.count`` (the total) to all.
+
+    Raises
+    ------
+    PlanError
+        Two tensors share a name.
+    """
+    shards = [_Shard()]
+    names: set[str] = set()
+    for tensor in tensors:
+        if tensor.name in names:
+            raise PlanError(f"two sources map to the output tensor {tensor.name!r}")
+        names.add(tensor.name)
+        shard = shards[-1]
+        if split_max_nbytes and shard.tensors and shard.end + tensor.nbytes > split_max_nbytes:
+            shard = _Shard()
+            shards.append(shard)
+        shard.tensors.append(replace(tensor, offset=shard.end))
+        shard.end += align_up(tensor.nbytes, alignment)
+    files = []
+    for number, shard in enumerate(shards):
+        keys = dict(metadata) if number == 0 else {}
+        target = path
+        if split_max_nbytes:
+            target = container.split_name(path, number + 1, len(shards))
+            keys["split.no"] = Value(ValueType.UINT16, number)
+            keys["split.count"] = Value(ValueType.UINT16, len(shards))
+            keys["split.tensors.count"] = Value(ValueType.INT32, len(names))
+        files.append(PlannedFile(target, keys, tuple(shard.tensors), alignment))
+    return Plan(tuple(files), tuple(source_files), dialect, tuple(skipped), tuple(notes), file_type)

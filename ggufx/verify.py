@@ -1,0 +1,331 @@
+"""Prove a conversion: every tensor of a GGUF against the checkpoint it was made from.
+
+Native tensors are unpacked into codes and scales and compared with the checkpoint's own bytes; others are compared by
+value. This goes backwards from the file and shares no step with the packing that made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx import dialects, execute, types
+from ggufx.checkpoint import Checkpoint
+from ggufx.container import Value, ValueType
+from ggufx.convert import plan_convert
+from ggufx.errors import GGUFError, PlanError
+from ggufx.execute import Progress
+from ggufx.file import File, Tensor, open
+from ggufx.plan import Plan, PlannedTensor, Tile
+from ggufx.transforms import decode_source
+
+__all__ = ["Report", "TensorReport", "verify"]
+
+Status = Literal["exact", "rounded", "different", "missing", "extra", "undecided"]
+
+REPRODUCIBLE: Final = frozenset({"Q8_0", "Q4_0"})
+"""Types whose encoder gives the reference's bytes: a rounded tensor must have exactly these."""
+
+_NATIVE: Final = {("FP8", "F8_E4M3_B128"), ("FP4", "MXFP4")}
+
+
+@dataclass
+class TensorReport:
+    """What was found for one tensor.
+
+    Attributes
+    ----------
+    status
+        ``exact``: codes, scales or values equal the source's, bit for bit. ``rounded``: stored in a lossy type, as its
+        encoder rounds. ``different``: something is wrong. ``missing`` from the file, ``extra`` in it. ``undecided``: the
+        type cannot be decoded here.
+    differing
+        Number of codes, scales or values that differ.
+    max_error, rms_error, relative_rms
+        Of decoded values against the source's; 0 when exact.
+    """
+
+    name: str
+    type: str
+    status: Status
+    native: bool = False
+    differing: int = 0
+    first: str = ""
+    max_error: float = 0.0
+    rms_error: float = 0.0
+    relative_rms: float = 0.0
+    detail: str = ""
+
+
+@dataclass
+class Report:
+    """Result of :func:`verify`.
+
+    Attributes
+    ----------
+    tensors
+        One entry per tensor of the plan and of the file.
+    metadata
+        Keys whose value differs from what a conversion writes now (a model name given by hand does, for example): told,
+        not judged.
+    """
+
+    path: str
+    checkpoint: str
+    target: str
+    tensors: list[TensorReport] = field(default_factory=list)
+    metadata: list[str] = field(default_factory=list)
+    skipped: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether every native tensor is exact and nothing is different, missing or extra."""
+        return all(t.status == "exact" or (t.status == "rounded" and not t.native) for t in self.tensors)
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of tensors by status."""
+        found: dict[str, int] = {}
+        for tensor in self.tensors:
+            found[tensor.status] = found.get(tensor.status, 0) + 1
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain JSON data."""
+        return {"ok": self.ok, "counts": self.counts(), **asdict(self)}
+
+
+@dataclass
+class _Sum:
+    """Errors of a tensor, added up over its tiles."""
+
+    differing: int = 0
+    first: str = ""
+    max_error: float = 0.0
+    squares: float = 0.0
+    energy: float = 0.0
+    unlike_encoder: int = 0
+
+
+def verify(
+    path: str | Path,
+    against: str | Path,
+    *,
+    dialect: str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Compare every tensor of a GGUF with the checkpoint it was made from.
+
+    Parameters
+    ----------
+    path
+        The GGUF (any member, if split).
+    against
+        The checkpoint's directory.
+    dialect
+        As in :func:`ggufx.open`.
+    threads
+        Tiles compared at a time.
+    progress
+        Told about the bytes of the file done.
+
+    Raises
+    ------
+    GGUFError
+        A file cannot be read, or the GGUF's names are not those of this checkpoint at all.
+    """
+    checkpoint = Checkpoint(against)
+    with open(path, dialect=dialect) as file:
+        plan, target = _matching_plan(file, checkpoint)
+        report = Report(str(path), str(against), target, skipped=len(plan.skipped))
+        report.metadata = _differing_keys(plan.metadata, file.metadata.typed())
+        planned = {tensor.name: tensor for tensor in plan.tensors}
+        total = sum(file[name].nbytes for name in planned if name in file)
+        done = 0
+        workers = threads or execute.default_workers()
+        if progress is not None:
+            progress(0, total)
+        try:
+            with ThreadPoolExecutor(workers, thread_name_prefix="ggufx") as pool:
+                for tensor in plan.tensors:
+                    if tensor.name not in file:
+                        report.tensors.append(TensorReport(tensor.name, tensor.type, "missing", native=_native(tensor)))
+                        continue
+                    report.tensors.append(_compare(pool, plan, tensor, file[tensor.name]))
+                    done += file[tensor.name].nbytes
+                    if progress is not None:
+                        progress(done, total)
+        finally:
+            execute.close_files()
+        report.tensors += [TensorReport(t.name, t.type, "extra") for t in file.tensors if t.name not in planned]
+    return report
+
+
+def _native(tensor: PlannedTensor) -> bool:
+    return tensor.transform.kind in ("FP8", "FP4")
+
+
+def _matching_plan(file: File, checkpoint: Checkpoint) -> tuple[Plan, str]:
+    """Return the plan whose tensor names the file has."""
+    best: tuple[int, Plan, str] | None = None
+    refusal: GGUFError | None = None
+    for target in dialects.DIALECTS:
+        for mtp in (False, True):
+            try:
+                plan = plan_convert(checkpoint, file.path, target=target, mtp=mtp)
+            except GGUFError as error:
+                # Not every target has a form for everything; the checkpoint's own faults show in every attempt.
+                refusal = refusal or error
+                continue
+            common = sum(tensor.name in file for tensor in plan.tensors) - sum(
+                name not in {tensor.name for tensor in plan.tensors} for name in file
+            )
+            if best is None or common > best[0]:
+                best = (common, plan, f"{target} --mtp" if mtp else target)
+    if best is None:
+        assert refusal is not None
+        raise refusal
+    if not any(tensor.name in file for tensor in best[1].tensors):
+        raise PlanError(f"{file.path}: none of its {len(file)} tensors belongs to the checkpoint {checkpoint.path}")
+    return best[1], best[2]
+
+
+def _differing_keys(expected: Mapping[str, Value], found: Mapping[str, Value]) -> list[str]:
+    ignored = ("split.", "ggufx.", "general.file_type")
+    lines = []
+    for key in dict.fromkeys([*expected, *found]):
+        if key.startswith(ignored):
+            continue
+        if key not in found:
+            lines.append(f"{key}: missing")
+        elif key not in expected:
+            lines.append(f"{key}: not written by a conversion")
+        elif not expected[key].same(found[key]):
+            lines.append(f"{key}: {_short(found[key])}, a conversion writes {_short(expected[key])}")
+    return lines
+
+
+def _short(value: Value) -> str:
+    text = f"array of {len(value.data)}" if value.type is ValueType.ARRAY else repr(value.data)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _compare(pool: ThreadPoolExecutor, plan: Plan, planned: PlannedTensor, tensor: Tensor) -> TensorReport:
+    native = (planned.transform.kind, tensor.type) in _NATIVE
+    result = TensorReport(tensor.name, tensor.type, "exact", native=native)
+    if tensor.shape != planned.shape:
+        result.status = "different"
+        result.detail = f"shape {list(tensor.shape)}, expected {list(planned.shape)}"
+        return result
+    if tensor.codec is None or not tensor.codec.can_decode:
+        result.status = "undecided"
+        result.detail = f"{tensor.type} cannot be decoded here"
+        return result
+    first_rows = np.cumsum([0, *(tile.rows for tile in planned.tiles)])
+    work = [
+        pool.submit(_compare_tile, plan, planned, tensor, tile, int(row), native)
+        for tile, row in zip(planned.tiles, first_rows, strict=False)
+    ]
+    sums = [future.result() for future in work]
+    result.differing = sum(s.differing for s in sums)
+    result.first = next((s.first for s in sums if s.first), "")
+    result.max_error = max((s.max_error for s in sums), default=0.0)
+    count, energy = prod(tensor.shape), sum(s.energy for s in sums)
+    squares = sum(s.squares for s in sums)
+    result.rms_error = float(np.sqrt(squares / count)) if count else 0.0
+    result.relative_rms = float(np.sqrt(squares / energy)) if energy else 0.0
+    if result.differing:
+        unlike = sum(s.unlike_encoder for s in sums)
+        lossless = native or tensor.type in ("F32", "F64", "I32", "I64") or tensor.type == planned.transform.kind
+        if lossless:
+            result.status = "different"
+            result.detail = (
+                f"{result.differing} codes, scales or values differ from the source, the first at {result.first}"
+            )
+        elif unlike:
+            result.status = "different"
+            result.detail = f"{unlike} bytes are not what encoding the source to {tensor.type} gives"
+        else:
+            result.status = "rounded"
+    return result
+
+
+def _compare_tile(plan: Plan, planned: PlannedTensor, tensor: Tensor, tile: Tile, first_row: int, native: bool) -> _Sum:
+    codec = tensor.codec
+    assert codec is not None
+    row_len = tensor.shape[-1] if tensor.shape else 1
+    row_nbytes = codec.layout.row_nbytes(row_len)
+    packed = execute.scratch("file", tile.rows * row_nbytes)
+    execute.read_into(str(tensor.path), tensor.file_offset + first_row * row_nbytes, packed)
+    rows = packed.reshape(tile.rows, row_nbytes)
+    inputs = execute.read_spans(plan.source_files, tile)
+    result = _Sum()
+    if native:
+        _compare_codes(codec, rows, inputs, planned.transform.rows_per_scale, first_row, result)
+        if not result.differing:
+            return result
+    kind = planned.transform.kind
+    if kind in ("I32", "I64"):
+        source = inputs[0].view("<i4" if kind == "I32" else "<i8").reshape(tile.rows, row_len)
+        _note(result, codec.decode(rows) != source, first_row)
+        return result
+    values = codec.decode(rows, threads=1, dtype=np.float32)
+    source = _source_values(planned, tile, inputs)
+    unequal = values.view(np.uint32) != source.view(np.uint32)
+    if not native:
+        _note(result, unequal, first_row)
+    if result.differing:
+        with np.errstate(invalid="ignore", over="ignore"):
+            error = np.abs(values.astype(np.float64) - source)
+        result.max_error = float(np.nan_to_num(error, nan=np.inf).max())
+        result.squares = float(np.square(error).sum())
+        result.energy = float(np.square(source.astype(np.float64)).sum())
+        if tensor.type in REPRODUCIBLE:
+            wanted = types.get(tensor.type).encode(source, threads=1)
+            result.unlike_encoder = int(np.count_nonzero(wanted != rows))
+    else:
+        result.energy = float(np.square(source.astype(np.float64)).sum())
+    return result
+
+
+def _compare_codes(
+    codec: types.Codec,
+    rows: npt.NDArray[np.uint8],
+    inputs: list[npt.NDArray[np.uint8]],
+    rows_per_scale: int,
+    first_row: int,
+    result: _Sum,
+) -> None:
+    codes, scales = codec.unpack(rows)
+    wanted_codes = inputs[0].reshape(codes.shape)
+    wanted_scales = inputs[1].reshape(-1, scales.shape[1])
+    if not np.array_equal(codes, wanted_codes):
+        _note(result, codes != wanted_codes, first_row)
+    repeated = np.repeat(wanted_scales, rows_per_scale, axis=0)[: rows.shape[0]]
+    if not np.array_equal(scales, repeated):
+        _note(result, scales != repeated, first_row, "scale ")
+
+
+def _note(result: _Sum, unequal: npt.NDArray[np.bool_], first_row: int, what: str = "") -> None:
+    count = int(np.count_nonzero(unequal))
+    if count and not result.first:
+        row, column = (int(n) for n in np.argwhere(unequal)[0])
+        result.first = f"{what}row {first_row + row}, column {column}"
+    result.differing += count
+
+
+def _source_values(planned: PlannedTensor, tile: Tile, inputs: list[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
+    transform = planned.transform
+    per_part = len(inputs) // len(transform.parts)
+    columns = []
+    for number, part_len in enumerate(transform.parts):
+        part = inputs[number * per_part : (number + 1) * per_part]
+        columns.append(decode_source(transform.kind, tile.rows, part_len, part, transform.rows_per_scale)[0])
+    return np.ascontiguousarray(columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1))
