@@ -404,6 +404,23 @@ def test_encode_gives_finite_values(codec: Codec, data: st.DataObject) -> None:
         assert np.array_equal(decoded, values)
 
 
+@every_quant_encoder
+@given(data=st.data())
+def test_encode_kernel_equals_specification_on_any_finite_bits(codec: Codec, data: st.DataObject) -> None:
+    # Every magnitude in one block, subnormals and numbers whose scale overflows included; or all of one magnitude.
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "seed"))
+    shape = (4, 2 * codec.layout.block_len)
+    exponent = data.draw(st.one_of(st.none(), st.integers(0, 254)), "exponent")
+    patterns = rng.integers(0, 2**32, shape, dtype=np.uint32)
+    if exponent is not None:
+        patterns = patterns & np.uint32(0x807FFFFF) | np.uint32(exponent << 23)
+    values = patterns.view(np.float32)
+    values[~np.isfinite(values)] = 0
+    packed = codec.encode(values)
+    assert np.array_equal(packed, codec.encode(values, use_kernel=False))
+    assert codec.decode(packed).shape == shape
+
+
 def e8m0_scale(e: np.ndarray) -> np.ndarray:
     return np.float64(2.0) ** (e.astype(np.int64) - 127)
 

@@ -205,3 +205,37 @@ def test_scalars_decode_to_themselves(name: str, dtype: str) -> None:
     values = packed.view(dtype)
     values = np.where(np.isfinite(values), values, 1).astype(dtype) if dtype[1] == "f" else values
     assert np.array_equal(types.get(name).encode(values), values.view(np.uint8))
+
+
+@pytest.mark.parametrize("use_kernel", [False, True], ids=["specification", "kernel"])
+def test_every_binary16_scale_times_every_code(use_kernel: bool) -> None:
+    scales = half_patterns(np.float16)
+    # Q4_0: one block holds every nibble twice. Q8_0: eight blocks would; here the 32 codes vary with the scale.
+    q4 = np.empty((65536, 18), np.uint8)
+    q4[:, :2] = scales.view(np.uint8).reshape(-1, 2)
+    q4[:, 2:] = np.arange(16) * 17
+    levels = np.tile(np.arange(16) - 8, 2).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        expected = levels[None, :] * scales.astype(np.float32)[:, None]
+    assert_same_bits(types.get("Q4_0").decode(q4, use_kernel=use_kernel), expected)
+    q8 = np.empty((65536, 34), np.uint8)
+    q8[:, :2] = q4[:, :2]
+    q8[:, 2:] = (np.arange(65536)[:, None] * 32 + np.arange(32)) % 256
+    with np.errstate(invalid="ignore"):
+        expected = q8[:, 2:].view(np.int8).astype(np.float32) * scales.astype(np.float32)[:, None]
+    assert_same_bits(types.get("Q8_0").decode(q8, use_kernel=use_kernel), expected)
+
+
+@pytest.mark.parametrize("use_kernel", [False, True], ids=["specification", "kernel"])
+def test_q8_0_scales_round_as_numpys_float16(use_kernel: bool) -> None:
+    halves = half_patterns(np.float16)[:0x7C00].astype(np.float32)  # every finite magnitude, ascending
+    middles = (halves[:-1] + halves[1:]) / 2
+    # 127 times a midpoint is exact in float32, so the division gives the tie itself.
+    tops = np.concatenate([127 * halves, 127 * middles, np.nextafter(127 * middles, np.float32(np.inf))])
+    tops = np.concatenate([tops, np.nextafter(127 * middles, np.float32(0)), np.float32([127 * 65520, 1e30, 1e-42])])
+    rows = np.zeros((tops.size, 32), np.float32)
+    rows[:, 5] = -tops
+    with np.errstate(over="ignore"):
+        expected = (tops / np.float32(127)).astype(np.float16)
+    packed = types.get("Q8_0").encode(rows, use_kernel=use_kernel)
+    assert np.array_equal(packed[:, :2].copy().view("<u2")[:, 0], expected.view(np.uint16))
