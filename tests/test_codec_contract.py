@@ -416,6 +416,7 @@ def test_encode_kernel_equals_specification_on_any_finite_bits(codec: Codec, dat
         patterns = patterns & np.uint32(0x807FFFFF) | np.uint32(exponent << 23)
     values = patterns.view(np.float32)
     values[~np.isfinite(values)] = 0
+    values[:, ::5] = -0.0  # under a subnormal scale the inverse is infinite and the product NaN
     packed = codec.encode(values)
     assert np.array_equal(packed, codec.encode(values, use_kernel=False))
     assert codec.decode(packed).shape == shape
