@@ -25,6 +25,7 @@ from ggufx import convert as convert_module
 from ggufx import dialects, execute, types
 from ggufx import diff as diff_module
 from ggufx import inspect as inspect_module
+from ggufx import rewrite as rewrite_module
 from ggufx import verify as verify_module
 from ggufx.errors import GGUFError, PlanError
 from ggufx.plan import Plan
@@ -173,8 +174,12 @@ def convert(
         _err.print(f"note: {note}", markup=False)
     if verbose:
         _print_tensors(plan)
+    _execute(plan, "convert", overwrite=overwrite, resume=resume, threads=threads)
+
+
+def _execute(plan: Plan, verb: str, *, overwrite: bool, resume: bool, threads: int | None) -> None:
     start = time.monotonic()
-    with _progress("convert") as progress:
+    with _progress(verb) as progress:
         paths = execute.execute(plan, overwrite=overwrite, resume=resume, threads=threads, progress=progress)
     seconds = time.monotonic() - start
     _print_groups(inspect_module.summarise(plan.tensors, lambda t: t.type), "type")
@@ -371,6 +376,24 @@ def diff(
         _out.print(table)
     _out.print("the same" if found.same else "different")
     raise typer.Exit(0 if found.same else 1)
+
+
+@app.command()
+def rewrite(
+    file: Annotated[Path, typer.Argument(help="A GGUF; any member of a split.")],
+    outfile: Annotated[Path, typer.Option(help="Output.")],
+    split_max_size: Annotated[
+        str | None, typer.Option(help="Split into files of at most N(M|G) bytes of data.")
+    ] = None,
+    dialect: DialectOption = None,
+    threads: Threads = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output, at the end.")] = False,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a partial output.")] = True,
+) -> None:
+    """Copy a GGUF with the same metadata and tensor bytes: merges a split file, or splits one."""
+    with ggufx.open(file, dialect=None if dialect is None else dialect.value) as source:
+        plan = rewrite_module.plan_rewrite(source, outfile, split_max_nbytes=_parse_nbytes(split_max_size))
+        _execute(plan, "rewrite", overwrite=overwrite, resume=resume, threads=threads)
 
 
 @app.command(name="types")

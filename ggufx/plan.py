@@ -26,6 +26,7 @@ __all__ = [
     "Tile",
     "Transform",
     "build",
+    "copy_tensor",
     "plan_tensor",
 ]
 
@@ -217,6 +218,18 @@ def plan_tensor(
         raise PlanError(f"tensor {name!r} {list(shape)} takes {nbytes} bytes, its sources give {offset}")
     items = tuple(tuple(n for part in parts for n in (part.name, part.scale_name) if n is not None) for parts in stack)
     return PlannedTensor(name, shape, target, type_id, nbytes, transform, tuple(tiles), items)
+
+
+def copy_tensor(name: str, shape: tuple[int, ...], kind: str, type_id: int, source: Span) -> PlannedTensor:
+    """Plan a tensor whose packed bytes are copied as they are; its type need not be known."""
+    # Bytes per tile as a tile of BF16 has.
+    step = 2 * TILE_LEN
+    tiles = []
+    for start in range(0, source.nbytes, step):
+        nbytes = min(step, source.nbytes - start)
+        tiles.append(Tile(0, 1, start, nbytes, (Span(source.file, source.offset + start, nbytes),)))
+    transform = Transform("copy", kind, kind, (shape[-1] if shape else 1,))
+    return PlannedTensor(name, shape, kind, type_id, source.nbytes, transform, tuple(tiles), ((name,),))
 
 
 @dataclass(frozen=True)
