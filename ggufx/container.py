@@ -297,6 +297,8 @@ class Entry:
         tensor rounded up to the alignment, as GGUF stores offsets and not sizes.
     last
         Whether this is the last tensor of the file (its span may lack the final padding).
+    alignment
+        Of the file that holds it, in bytes: the members of a split need not agree.
     """
 
     name: str
@@ -305,6 +307,7 @@ class Entry:
     offset: int
     span: int
     last: bool
+    alignment: int = DEFAULT_ALIGNMENT
 
 
 class Container:
@@ -411,7 +414,7 @@ class _Cursor:
         try:
             for _ in range(count):
                 position += 8 + unpack(view, position)[0]
-        except struct.error:
+        except (struct.error, OverflowError):  # past the end; past what a C index can hold
             position = end + 1
         if position > end:
             raise self.fail(
@@ -544,14 +547,18 @@ def _read_directory(cursor: _Cursor, n_tensors: int, alignment: int) -> tuple[tu
         dims = struct.unpack(f"<{n_dims}Q", cursor.take(8 * n_dims, f"dims of {name!r}"))
         count = 1
         for dim in dims:
-            count *= dim
-        if count >= 2**63 or any(dim >= 2**63 for dim in dims):
-            raise cursor.fail("dims", f"tensor {name!r} of dims {list(dims)} has {count} elements, more than 2^63 - 1")
+            count *= dim or 1  # numpy and C loaders multiply the rest even when one dim is 0
+        if count >= 2**63:
+            raise cursor.fail("dims", f"tensor {name!r} of dims {list(dims)} has more than 2^63 - 1 elements")
         type_id = cursor.u32(f"type of {name!r}")
         offset = cursor.u64(f"offset of {name!r}")
         lines.append((name, tuple(int(d) for d in reversed(dims)), type_id, offset))
     data_offset = align_up(cursor.position, alignment)
     available = max(0, cursor.end - data_offset)
+    if not lines and available:
+        raise cursor.fail(
+            "trailing", f"{available} bytes follow the header at byte {data_offset}, but the file has no tensors"
+        )
     entries = []
     for number, (name, shape, type_id, offset) in enumerate(lines):
         last = number == len(lines) - 1
@@ -572,7 +579,7 @@ def _read_directory(cursor: _Cursor, n_tensors: int, alignment: int) -> tuple[tu
                 f"tensor {lines[number + 1][0]!r} has offset {following}, before that of the preceding {name!r}, "
                 f"{offset}: offsets must not decrease",
             )
-        entries.append(Entry(name, shape, type_id, offset, following - offset, last))
+        entries.append(Entry(name, shape, type_id, offset, following - offset, last, alignment))
     return tuple(entries), data_offset
 
 
@@ -630,11 +637,11 @@ def read_splits(path: Path, reader: Callable[[Path], Container] = read_container
         A member is missing, or ``split.no``, ``split.count`` or ``split.tensors.count`` disagree with the files.
     """
     first = reader(path)
-    count = int(first.metadata.get("split.count", 0))
+    count = _split_number(first, "split.count") or 0
     if count <= 1:
         return [first]
     members = split_paths(path)
-    if len(members) != count:
+    if len(members) != count or path not in members:
         raise ContainerError(
             path,
             "split-name",
@@ -648,13 +655,22 @@ def read_splits(path: Path, reader: Callable[[Path], Container] = read_container
         )
     containers = [first if member == path else reader(member) for member in members]
     for number, container in enumerate(containers):
-        found = (container.metadata.get("split.no"), container.metadata.get("split.count"))
+        found = (_split_number(container, "split.no"), _split_number(container, "split.count"))
         if found != (number, count):
             raise ContainerError(
                 container.path, "split-number", f"split.no, split.count are {found}, expected ({number}, {count})"
             )
-    total = first.metadata.get("split.tensors.count")
+    total = _split_number(first, "split.tensors.count")
     seen = sum(len(container.entries) for container in containers)
     if total is not None and total != seen:
         raise ContainerError(path, "split-tensors", f"wrong number of tensors; expected {total}, got {seen}")
     return containers
+
+
+def _split_number(container: Container, key: str) -> int | None:
+    """Return an integer key of a split file, ``None`` without it; writers differ in its width."""
+    number = container.metadata.get(key)
+    if number is None or type(number) is int:
+        return number
+    kind = container.metadata.value(key).type.name
+    raise ContainerError(container.path, "split-key", f"{key} has type {kind}, it must be an integer")

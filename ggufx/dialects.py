@@ -93,7 +93,7 @@ def get(name: str) -> Dialect:
     return DIALECTS[name]
 
 
-def fits(codec: Codec, entry: Entry, alignment: int) -> bool:
+def fits(codec: Codec, entry: Entry) -> bool:
     """Return whether a tensor of ``codec`` tiles the entry's span exactly, final padding aside."""
     try:
         nbytes = codec.layout.nbytes(entry.shape)
@@ -101,8 +101,8 @@ def fits(codec: Codec, entry: Entry, alignment: int) -> bool:
         return False
     if entry.last:
         # Writers may or may not pad the last tensor.
-        return nbytes <= entry.span <= align_up(nbytes, alignment)
-    return entry.span == align_up(nbytes, alignment)
+        return nbytes <= entry.span <= align_up(nbytes, entry.alignment)
+    return entry.span == align_up(nbytes, entry.alignment)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Resolution:
 
 
 def resolve(
-    path: object, entries: Sequence[Entry], alignment: int, *, dialect: str | None = None, stamped: str | None = None
+    path: object, entries: Sequence[Entry], *, dialect: str | None = None, stamped: str | None = None
 ) -> Resolution:
     """Find the dialect of a file from its ids and spans.
 
@@ -135,8 +135,6 @@ def resolve(
         For error messages.
     entries
         The tensor directory, all splits.
-    alignment
-        Of the file, in bytes.
     dialect
         Explicit choice; nothing is guessed then.
     stamped
@@ -157,11 +155,9 @@ def resolve(
     meanings = {i: _meanings(candidates, i) for i in by_id}
     valid: dict[int, dict[str, Codec]] = {}
     for type_id, named in meanings.items():
-        valid[type_id] = {
-            name: codec for name, codec in named.items() if all(fits(codec, e, alignment) for e in by_id[type_id])
-        }
+        valid[type_id] = {name: codec for name, codec in named.items() if all(fits(codec, e) for e in by_id[type_id])}
         if named and not valid[type_id]:
-            raise UnknownDialect(_misfit(path, type_id, named, by_id[type_id], alignment))
+            raise UnknownDialect(_misfit(path, type_id, named, by_id[type_id]))
     known = [type_id for type_id, named in meanings.items() if named]
     survivors = [d for d in candidates if all(d.name in valid[i] for i in known)]
     if not survivors:
@@ -190,12 +186,10 @@ def _agreed(path: object, type_id: int, named: Mapping[str, Codec], entries: Seq
     )
 
 
-def _misfit(path: object, type_id: int, named: Mapping[str, Codec], entries: Sequence[Entry], alignment: int) -> str:
+def _misfit(path: object, type_id: int, named: Mapping[str, Codec], entries: Sequence[Entry]) -> str:
     codec_of = dict.fromkeys(named.values())
     entry = (
-        next(e for e in entries if not any(fits(codec, e, alignment) for codec in codec_of))
-        if len(codec_of) == 1
-        else entries[0]
+        next(e for e in entries if not any(fits(codec, e) for codec in codec_of)) if len(codec_of) == 1 else entries[0]
     )
     sizes = []
     for codec in codec_of:

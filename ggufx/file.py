@@ -149,8 +149,36 @@ class Tensor:
         if len(parts) > self.ndim:
             raise IndexError(f"too many indices for {self.name!r} of {self.ndim} axes: {len(parts)}")
         outer, inner = parts[: max(0, self.ndim - 1)], parts[max(0, self.ndim - 1) :]
+        if (
+            inner
+            and not isinstance(inner[0], slice)
+            and any(isinstance(p, list) or np.ndim(p) for p in parts if p is not ... and not isinstance(p, slice))
+        ):
+            packed, paired = self._rows_named_by(outer)
+            return codec.decode(packed)[(*paired, *inner)]
         decoded = codec.decode(self.packed[outer] if outer else self.packed)
         return decoded[(..., *inner)] if inner else decoded
+
+    def _rows_named_by(self, outer: tuple[Any, ...]) -> tuple[npt.NDArray[np.uint8], list[Any]]:
+        """Return the packed rows that ``outer`` names, and ``outer`` in terms of them.
+
+        numpy pairs the integer arrays of all axes, the last one included, so their pairing must wait until the rows are
+        decoded.
+        """
+        packed = self.packed
+        paired: list[Any] = []
+        for axis, part in enumerate(outer):
+            if isinstance(part, slice):
+                packed = packed[(slice(None),) * axis + (part,)]
+                paired.append(slice(None))
+                continue
+            indices = np.asarray(part)
+            if indices.size and indices.dtype.kind not in "iu":
+                raise IndexError(f"an array of {indices.dtype} beside an index of the last axis; use integers")
+            wanted, where = np.unique(indices.astype(np.intp), return_inverse=True)
+            packed = packed.take(wanted, axis=axis)
+            paired.append(where.reshape(indices.shape))
+        return packed, paired
 
     def __len__(self) -> int:
         if not self.shape:
@@ -189,7 +217,7 @@ class File(Mapping[str, Tensor]):
         stamped = first.metadata.get(DIALECT_KEY)
         entries = [entry for container in containers for entry in container.entries]
         resolution = dialects.resolve(
-            first.path, entries, first.alignment, dialect=dialect, stamped=stamped if isinstance(stamped, str) else None
+            first.path, entries, dialect=dialect, stamped=stamped if isinstance(stamped, str) else None
         )
         self.dialect = None if resolution.dialect is None else resolution.dialect.name
         self.equivalent = resolution.equivalent

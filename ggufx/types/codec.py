@@ -31,6 +31,7 @@ _CHUNK_NBYTES = 1 << 22
 """Output bytes of a row chunk: a few hundred microseconds of work, so that handing over the GIL costs nothing."""
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_FLOATS = frozenset((np.dtype(np.float32), np.dtype(np.float16), BFLOAT16, np.dtype(np.float64)))
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Layout:
         CodecError
             ``row_len`` is not a multiple of the block length.
         """
-        if row_len % self.block_len:
+        if row_len < 0 or row_len % self.block_len:
             raise CodecError(f"a row of {row_len} elements is not a multiple of the block of {self.block_len} elements")
         return self.header_nbytes + row_len // self.block_len * self.block.itemsize
 
@@ -82,6 +83,8 @@ class Layout:
         """Return the bytes of a tensor of ``shape`` (numpy order; the row is the last axis, a scalar is one row)."""
         if not shape:
             shape = (1,)
+        if any(n < 0 for n in shape):
+            raise CodecError(f"a shape has no negative dims, got {list(shape)}")
         if prod(shape[:-1]) == 0:
             return 0
         return prod(shape[:-1]) * self.row_nbytes(shape[-1])
@@ -231,9 +234,19 @@ class Codec(ABC):
         wanted = self.value_dtype if dtype is None else np.dtype(dtype)
         if out is None:
             out = np.empty(shape, wanted)
-        elif out.shape != shape or not out.flags.c_contiguous or (dtype is not None and out.dtype != wanted):
+        elif (
+            out.shape != shape
+            or not out.flags.c_contiguous
+            or not out.flags.writeable
+            or (dtype is not None and out.dtype != wanted)
+        ):
             raise CodecError(
-                f"out is {out.dtype}{list(out.shape)}, it must be a C-contiguous array of {wanted}{list(shape)}"
+                f"out is {out.dtype}{list(out.shape)}, it must be a writeable C-contiguous array of {wanted}{list(shape)}"
+            )
+        if out.dtype != self.value_dtype and out.dtype not in _FLOATS:
+            raise CodecError(
+                f"{self.name} decodes to {self.value_dtype}, or to float32, float16, bfloat16 or float64 on request; not "
+                f"to {out.dtype}"
             )
         if not self.can_decode:
             self.decode_rows(rows, out)  # raises the type's own reason
@@ -272,7 +285,8 @@ class Codec(ABC):
         Parameters
         ----------
         values
-            Real array [..., row_len]; converted to float32 first. Must be finite.
+            Real array [..., row_len]. Must be finite. Converted to float32 first, except for integer types and float64,
+            which take the numbers as they are.
         importance
             Non-negative weights [row_len] of the columns. Types whose reference ignores them do, too.
         out
@@ -296,13 +310,14 @@ class Codec(ABC):
             raise CodecError("a row has at least one axis; got a scalar")
         if not self.can_encode:
             raise UnsupportedType(f"encoding to {self.name} is not implemented")
+        if not np.can_cast(array.dtype, np.float32, "same_kind"):
+            raise CodecError(f"values must be real numbers, got {array.dtype}")
         row_len = array.shape[-1]
         row_nbytes = self.layout.row_nbytes(row_len)
         shape = (*array.shape[:-1], row_nbytes)
         if out is None:
             out = np.empty(shape, np.uint8)
-        elif out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
-            raise CodecError(f"out is {out.dtype}{list(out.shape)}, it must be C-contiguous uint8{list(shape)}")
+        self._check_packed_out(out, shape)
         weights = self._importance(importance, row_len)
         if array.size == 0:
             return out
@@ -347,16 +362,25 @@ class Codec(ABC):
         """
         if not self.can_pack:
             self.pack_rows(codes, scales, codes, rows_per_scale)  # raises the type's own reason
+        if codes.dtype != np.uint8 or scales.dtype != np.uint8 or codes.ndim != 2 or scales.ndim != 2:
+            raise CodecError(
+                f"codes and scales must be uint8 with two axes (view other 8-bit dtypes as uint8), got "
+                f"{codes.dtype}{list(codes.shape)} and {scales.dtype}{list(scales.shape)}"
+            )
+        if rows_per_scale < 1:
+            raise CodecError(f"rows_per_scale is {rows_per_scale}, it must be at least 1")
         count = scales.shape[1] * self.layout.block_len
         expected = -(-codes.shape[0] // rows_per_scale)
         codes_nbytes = count * self._code_bits // 8
-        if codes.ndim != 2 or codes.shape[1] != codes_nbytes or scales.shape[0] != expected:
+        if codes.shape[1] != codes_nbytes or scales.shape[0] != expected:
             raise CodecError(
                 f"codes uint8{list(codes.shape)} and scales uint8{list(scales.shape)} do not fit {self.name} with "
                 f"{rows_per_scale} rows a scale: expected codes [R, {codes_nbytes}] and {expected} rows of scales"
             )
+        shape = (codes.shape[0], self.layout.row_nbytes(count))
         if out is None:
-            out = np.empty((codes.shape[0], self.layout.row_nbytes(count)), np.uint8)
+            out = np.empty(shape, np.uint8)
+        self._check_packed_out(out, shape)  # the kernel writes where it is told to
         arguments = (_readonly(codes), _readonly(scales), out)
         function = self._kernels.get("pack") if use_kernel else None
         if function is not None:
@@ -385,6 +409,13 @@ class Codec(ABC):
         """Bits of one native code, from the layout: a packable block is one scale byte and codes."""
         return (self.layout.block.itemsize - 1) * 8 // self.layout.block_len
 
+    @staticmethod
+    def _check_packed_out(out: U8, shape: tuple[int, ...]) -> None:
+        if out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous or not out.flags.writeable:
+            raise CodecError(
+                f"out is {out.dtype}{list(out.shape)}, it must be a writeable C-contiguous uint8{list(shape)}"
+            )
+
     def _packed_rows(self, data: npt.ArrayLike, shape: tuple[int, ...] | None) -> tuple[U8, tuple[int, ...]]:
         array = np.asarray(data)
         if array.dtype != np.uint8:
@@ -397,7 +428,7 @@ class Codec(ABC):
         if array.size != nbytes:
             raise CodecError(f"{self.name}{list(shape)} takes {nbytes} bytes, got {array.size}")
         n_rows = prod(shape[:-1])
-        rows = np.ascontiguousarray(array).reshape(n_rows, nbytes // n_rows if n_rows else 0)
+        rows = np.ascontiguousarray(array).reshape(n_rows, self.layout.row_nbytes(shape[-1] if shape else 1))
         return _readonly(rows), tuple(shape)
 
     def _importance(self, importance: npt.ArrayLike | None, row_len: int) -> F32 | None:
@@ -412,7 +443,9 @@ class Codec(ABC):
 
     def _finite(self, part: npt.NDArray[Any], first_row: int) -> F32:
         with np.errstate(over="ignore"):
-            values = np.ascontiguousarray(part, np.float32)
+            # A float32 on the way would round large integers and float64 in silence.
+            exact = self.value_dtype != np.float32
+            values = np.ascontiguousarray(part, None if exact else np.float32)
         if not np.isfinite(values).all():
             row, column = (int(n) for n in np.argwhere(~np.isfinite(values))[0])
             raise CodecError(

@@ -67,7 +67,9 @@ class F8_E4M3_B128(Codec):  # noqa: N801 (upstream's spelling)
         scaled = np.ldexp(x.astype(np.float64), (127 - e)[..., None])
         blocks["e"] = e
         # float64 -> E4M3 directly: by way of float32 the value would be rounded twice.
-        blocks["qs"] = np.clip(scaled, -448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+        # Under e = 247 the codes above 240 overflow float32: stay below, a finite value must not come back infinite.
+        limit = np.where(e < 247, 448, 240)[..., None]
+        blocks["qs"] = np.clip(scaled, -limit, limit).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
 
     def pack_rows(self, codes: U8, scales: U8, out: U8, rows_per_scale: int) -> tuple[int, int]:
         """Interleave scale bytes and codes."""
@@ -79,4 +81,4 @@ class F8_E4M3_B128(Codec):  # noqa: N801 (upstream's spelling)
     def unpack_rows(self, rows: U8) -> tuple[U8, U8]:
         """Part scale bytes and codes."""
         _, blocks = self.layout.split(rows)
-        return blocks["qs"].reshape(rows.shape[0], -1), blocks["e"].copy()
+        return blocks["qs"].reshape(rows.shape[0], blocks.shape[1] * BLOCK_LEN), blocks["e"].copy()

@@ -22,7 +22,8 @@ class _GGUFPackage(Codec):
         """Hand the rows to ``gguf.quants``."""
         import gguf
 
-        out[...] = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(self.ids["llama.cpp"]))
+        with np.errstate(over="ignore", invalid="ignore"):
+            out[...] = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(self.ids["llama.cpp"]))
 
 
 _TABLE = (

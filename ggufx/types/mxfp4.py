@@ -75,4 +75,4 @@ class MXFP4(Codec):
         _, blocks = self.layout.split(rows)
         elements = np.concatenate([blocks["qs"] & 15, blocks["qs"] >> 4], axis=-1)
         pairs = elements[..., 0::2] | elements[..., 1::2] << 4
-        return pairs.reshape(rows.shape[0], -1), blocks["e"].copy()
+        return pairs.reshape(rows.shape[0], blocks.shape[1] * BLOCK_LEN // 2), blocks["e"].copy()

@@ -24,7 +24,7 @@ class _Scalar(Codec):
 
     def encode_rows(self, values: Floats, out: U8, importance: Floats | None) -> None:
         """Round to the stored dtype (nearest, ties to even); importance changes nothing."""
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             stored = values.astype(self.stored)
         if self.stored.kind in "iu" and not np.array_equal(stored, values):
             raise CodecError(f"{self.name} holds integers; a value is not one or is out of range")
