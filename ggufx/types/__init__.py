@@ -12,9 +12,20 @@ from collections.abc import Iterator
 from functools import cache
 
 from ggufx.errors import UnknownType
-from ggufx.types.codec import Codec, Layout
+from ggufx.types.codec import Codec, Effort, ImportanceWarning, Layout, Objective, Search
 
-__all__ = ["Codec", "Layout", "all_codecs", "by_id", "get", "register"]
+__all__ = [
+    "Codec",
+    "Effort",
+    "ImportanceWarning",
+    "Layout",
+    "Objective",
+    "Search",
+    "all_codecs",
+    "by_id",
+    "get",
+    "register",
+]
 
 ENTRY_POINT_GROUP = "ggufx.types"
 
