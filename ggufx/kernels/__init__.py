@@ -24,9 +24,12 @@ from types import ModuleType
 __all__ = ["exists", "find"]
 
 
-def exists(name: str) -> bool:
-    """Return whether type ``name`` has a kernel module, without importing it."""
-    return importlib.util.find_spec(f"{__name__}.{name.lower()}") is not None
+def exists(name: str, *, cuda: bool = False) -> bool:
+    """Return whether type ``name`` has a kernel module, for the CPU or for CUDA, without importing it."""
+    package = f"{__name__}.cuda" if cuda else __name__
+    if cuda and importlib.util.find_spec(package) is None:
+        return False
+    return importlib.util.find_spec(f"{package}.{name.lower()}") is not None
 
 
 @cache
