@@ -918,7 +918,7 @@ def law_encode_finite(codec: Codec, rng: Generator, values: Array | None = None)
 
 @_law(_round_trips, ("encode_finite",), fuzzed=True)
 def law_encode_error(codec: Codec, rng: Generator) -> None:
-    """Encoding beats zeros on every ordinary row, and keeps the type's own bound (``rms_bound``) on normal ones."""
+    """Encoding beats zeros on every ordinary row, and keeps the type's own bound (rms_bound) on normal ones."""
     if _is_integer(codec):
         return
     n_blocks = -(-512 // codec.layout.block_len)
