@@ -447,7 +447,10 @@ def test_files_open_decode_and_are_rewritten(
             for key, value in file.metadata.typed().items():
                 assert again.metadata.value(key).same(value)
             for tensor in file.tensors:
-                assert np.array_equal(again[tensor.name].packed, tensor.packed)
+                # Nobody knows where an unknown last tensor ends: the padding that a copy adds counts as its own.
+                packed = again[tensor.name].packed
+                assert np.array_equal(packed.ravel()[: tensor.nbytes], tensor.packed.ravel())
+                assert packed.shape == tensor.packed.shape or tensor.codec is None
                 assert again[tensor.name].shape == tensor.shape
                 with contextlib.nullcontext() if decodes(tensor) else pytest.raises((UnknownType, UnsupportedType)):
                     assert tensor.numpy().shape == tensor.shape
