@@ -287,6 +287,18 @@ def test_a_sound_codec_breaks_nothing(base: type[Codec]) -> None:
     testing.check(codec)
 
 
+@pytest.mark.usefixtures("registry")
+def test_the_readmes_example_keeps_the_laws() -> None:
+    example = (
+        (ROOT / "README.md").read_text().partition("## Add a type")[2].partition("```python\n")[2].partition("```")[0]
+    )
+    scope = {"ggufx": ggufx, "np": np, "__name__": "readme"}
+    exec(example, scope)
+    codec = types.register(scope["TERNARY"])
+    assert codec.can_decode
+    testing.check(codec)
+
+
 @pytest.mark.parametrize("fault", BROKEN)
 @pytest.mark.usefixtures("registry")
 def test_a_broken_codec_breaks_its_law_and_no_other(fault: str) -> None:

@@ -163,7 +163,7 @@ class Codec(ABC):
         raise UnsupportedType(f"{self.name} is known by its layout only; decoding it is not implemented")
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
-        """Fill ``out`` uint8 [R, row_nbytes] from finite ``values`` float32 [R, row_len].
+        """Fill ``out`` uint8 [R, row_nbytes] from finite, read-only ``values`` float32 [R, row_len].
 
         ``importance`` is float32 [row_len], not all zero over any block. A row's bytes must depend on that row alone.
         """
