@@ -76,6 +76,27 @@ def test_no_call_compiles_after_warming_up(tmp_path: Path) -> None:
     assert set(misses.values()) == {0}
 
 
+def test_the_engine_compiles_nothing_after_warming_up(tmp_path: Path) -> None:
+    code = """
+import sys
+sys.path.insert(0, "tools")
+from pathlib import Path
+from make_tiny_v4 import make_tiny_v4
+from ggufx import convert, execute, verify, warmup
+out = Path(sys.argv[1])
+make_tiny_v4(out)
+list(warmup.warm_up())
+for target in ("nisparks", "llama.cpp"):
+    path = out / f"{target}.gguf"
+    execute.execute(convert.plan_convert(out, path, target=target), threads=2)
+    assert verify.verify(path, out).ok
+found = {f"{c.name}.{v}": len(c._kernels[v].signatures) for c, v in warmup.kernels_of()}
+assert set(found.values()) == {1}, found
+"""
+    done = run(tmp_path / "cache", "-c", code, str(tmp_path / "checkpoint"))
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_command_compiles_once(tmp_path: Path) -> None:
     for word in ("compiled", "from the cache"):
         done = run(tmp_path, "-m", "ggufx", "warmup", "q4_0")
