@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import re
 import shutil
 import statistics
@@ -87,13 +88,17 @@ def timed(work: Callable[[], Any]) -> Callable[[], float]:
 
 
 def take_turns(contenders: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """Call every contender once a round, in order, and return what they returned; a round before that warms up."""
+    """Call every contender once a round and return what they returned; a round before that warms up.
+
+    Each round has an order of its own: what runs before leaves caches and memory in a state that favours some.
+    """
     for contender in contenders.values():
         contender()
     results: dict[str, list[T]] = {name: [] for name in contenders}
+    shuffler = random.Random(0)
     for _ in range(rounds):
-        for name, contender in contenders.items():
-            results[name].append(contender())
+        for name in shuffler.sample(list(contenders), len(contenders)):
+            results[name].append(contenders[name]())
     return results
 
 
@@ -175,7 +180,10 @@ MAIN_TYPES = ("MXFP4", "F8_E4M3_B128", "Q8_0", "Q4_0")
 
 
 def decode(options: argparse.Namespace) -> list[Section]:
-    """Decode to float32 with one thread, beside filling the same memory and the packages that know the type."""
+    """Decode to float32 on one core, beside filling the same memory and the packages that know the type."""
+    # One core for all: libgguf takes threads of its own and cannot be told to use one.
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     from ggufx import types
 
     columns = [
@@ -191,7 +199,7 @@ def decode(options: argparse.Namespace) -> list[Section]:
         Column("equal", "bits equal to"),
     ]
     note = (
-        "GB/s of float32 written, 64 MiB, one thread, best of the rounds; ggufx and libgguf write into the same buffer, "
+        "GB/s of float32 written, 64 MiB, one core, best of the rounds; ggufx and libgguf write into the same buffer, "
         "gguf can only return a new one. Ratios are medians over the rounds, each against its neighbours in time."
     )
     sections = [Section("Decode", columns, note, [_decode_row(types.get(name), options.rounds) for name in MAIN_TYPES])]
