@@ -6,4 +6,4 @@ from ggufx.file import File, Tensor, open
 
 __version__ = "0.1.0"
 
-__all__ = ["File", "GGUFError", "Tensor", "__version__", "open", "types"]
+__all__ = ["File", "GGUFError", "Quality", "Tensor", "__version__", "open", "quality", "types"]
