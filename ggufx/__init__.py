@@ -3,6 +3,7 @@
 from ggufx import types
 from ggufx.errors import GGUFError
 from ggufx.file import File, Tensor, open
+from ggufx.quality import Quality, quality
 
 __version__ = "0.1.0"
 
