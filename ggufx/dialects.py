@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 
 from ggufx import types
 from ggufx.container import Entry, align_up
@@ -41,13 +40,20 @@ class Dialect:
 
     def codec(self, type_id: int) -> Codec | None:
         """Return the codec of ``type_id``, or ``None`` when this dialect does not know it."""
-        return _table(self.name).get(type_id)
+        own = types.by_id(self.name, type_id)
+        if own is not None or self.parent is None or type_id in self.lacks:
+            return own
+        return DIALECTS[self.parent].codec(type_id)
 
     def type_id(self, codec: Codec) -> int | None:
         """Return the id of ``codec`` here, or ``None`` when this dialect cannot hold it."""
-        for type_id, known in _table(self.name).items():
-            if known is codec:
-                return type_id
+        dialect: Dialect | None = self
+        while dialect is not None:
+            type_id = codec.ids.get(dialect.name)
+            if type_id is not None:
+                # A parent's id may mean something else here, or nothing.
+                return type_id if self.codec(type_id) is codec else None
+            dialect = None if dialect.parent is None else DIALECTS[dialect.parent]
         return None
 
     def file_type_name(self, number: int) -> str | None:
@@ -74,16 +80,6 @@ DIALECTS: Mapping[str, Dialect] = {
         Dialect("nisparks", parent="llama.cpp", file_types={41: "F8_E4M3_MXFP4"}),
     )
 }
-
-
-@cache
-def _table(name: str) -> Mapping[int, Codec]:
-    dialect = DIALECTS[name]
-    table: dict[int, Codec] = {}
-    if dialect.parent is not None:
-        table.update({i: codec for i, codec in _table(dialect.parent).items() if i not in dialect.lacks})
-    table.update({codec.ids[name]: codec for codec in types.all_codecs() if name in codec.ids})
-    return table
 
 
 def get(name: str) -> Dialect:
@@ -138,7 +134,7 @@ def resolve(
     dialect
         Explicit choice; nothing is guessed then.
     stamped
-        Value of the file's ``ggufx.dialect`` key.
+        Value of the file's ``ggufx.dialect`` key; one that is not registered here (a newer ggufx wrote it) counts as none.
 
     Raises
     ------
@@ -150,7 +146,7 @@ def resolve(
     by_id: dict[int, list[Entry]] = {}
     for entry in entries:
         by_id.setdefault(entry.type_id, []).append(entry)
-    chosen = dialect or stamped
+    chosen = dialect or (stamped if stamped in DIALECTS else None)
     candidates = [get(chosen)] if chosen else list(DIALECTS.values())
     meanings = {i: _meanings(candidates, i) for i in by_id}
     valid: dict[int, dict[str, Codec]] = {}

@@ -98,7 +98,9 @@ def _encode(transform: Transform, rows: int, inputs: list[U8], out: U8) -> Outco
     if bad_codes or bad_scales:
         # NaN cannot be encoded; whatever the strictness, the caller must hear of it.
         return Outcome(bad_codes, bad_scales)
-    packed = codec.encode(values, out=out.reshape(rows, -1), threads=1)
+    # The same bytes as upstream's converter, where the type has them.
+    effort: types.Effort = "reference" if codec.reproduces else "normal"
+    packed = codec.encode(values, effort=effort, out=out.reshape(rows, -1), threads=1)
     lost = 0
     if transform.exact:
         lost = int(np.count_nonzero(codec.decode(packed, threads=1).view(np.uint32) != values.view(np.uint32)))

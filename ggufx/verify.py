@@ -288,7 +288,7 @@ def _compare_tile(plan: Plan, planned: PlannedTensor, tensor: Tensor, tile: Tile
         result.squares = float(np.square(error).sum())
         result.energy = float(np.square(source.astype(np.float64)).sum())
         if tensor.type in REPRODUCIBLE:
-            wanted = types.get(tensor.type).encode(source, threads=1)
+            wanted = types.get(tensor.type).encode(source, effort="reference", threads=1)
             result.unlike_encoder = int(np.count_nonzero(wanted != rows))
     else:
         result.energy = float(np.square(source.astype(np.float64)).sum())

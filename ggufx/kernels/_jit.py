@@ -22,13 +22,16 @@ from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 __all__ = [
-    "bits_to_float", "code_lookup",
+    "bits_to_float",
+    "code_lookup",
     "float_to_bits",
     "float_to_half",
     "half_to_float",
     "halves_to_pairs",
     "kernel",
-    "nibble_lookup", "pairs_to_halves", "scale_bytes16",
+    "nibble_lookup",
+    "pairs_to_halves",
+    "scale_bytes16",
 ]
 
 
@@ -239,7 +242,10 @@ def nibble_lookup(table: tuple[int, ...]) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             packed = _load_bytes(context, builder, signature.args[0], args[0], args[1])
             nibbles = builder.and_(packed, ir.Constant(_BYTES, [15] * _LANES))
-            for indices, where in ((nibbles, args[4]), (builder.lshr(packed, ir.Constant(_BYTES, [4] * _LANES)), args[5])):
+            for indices, where in (
+                (nibbles, args[4]),
+                (builder.lshr(packed, ir.Constant(_BYTES, [4] * _LANES)), args[5]),
+            ):
                 values = _vector_lookup(builder, indices, table, _LANES)
                 _store_scaled(context, builder, signature.args[3], args[3], where, values, args[2])
             return context.get_dummy_value()
@@ -249,7 +255,9 @@ def nibble_lookup(table: tuple[int, ...]) -> Any:
     return decode16
 
 
-def code_lookup(low_bits: int, high_bits: int = 0, table: tuple[int, ...] | None = None, *, minimum: bool = False) -> Any:
+def code_lookup(
+    low_bits: int, high_bits: int = 0, table: tuple[int, ...] | None = None, *, minimum: bool = False
+) -> Any:
     """Return an intrinsic that decodes 16 codes whose low and high bits lie in two runs of 16 bytes.
 
     ``decode16(data, low, low_shift, high, high_shift, scale, shift, out, position)`` takes from byte ``low + j`` of ``data``
@@ -281,25 +289,21 @@ def code_lookup(low_bits: int, high_bits: int = 0, table: tuple[int, ...] | None
         builder.store(product, where, align=4)
         return context.get_dummy_value()
 
-    if minimum:
+    @intrinsic
+    def with_minimum(typing_context, data, low, low_shift, high, high_shift, scale, shift, out, position, floor):
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return generate(context, builder, signature, args, args[9])
 
-        @intrinsic
-        def decode16(typing_context, data, low, low_shift, high, high_shift, scale, shift, out, position, floor):
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                return generate(context, builder, signature, args, args[9])
-
-            return types.void(data, *arguments, out, types.intp, types.float32), codegen
-
-        return decode16
+        return types.void(data, *arguments, out, types.intp, types.float32), codegen
 
     @intrinsic
-    def decode16(typing_context, data, low, low_shift, high, high_shift, scale, shift, out, position):
+    def plain(typing_context, data, low, low_shift, high, high_shift, scale, shift, out, position):
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return generate(context, builder, signature, args, None)
 
         return types.void(data, *arguments, out, types.intp), codegen
 
-    return decode16
+    return with_minimum if minimum else plain
 
 
 @intrinsic

@@ -12,9 +12,20 @@ from collections.abc import Iterator
 from functools import cache
 
 from ggufx.errors import UnknownType
-from ggufx.types.codec import Codec, Layout
+from ggufx.types.codec import Codec, Effort, ImportanceWarning, Layout, Objective, Search
 
-__all__ = ["Codec", "Layout", "all_codecs", "get", "register"]
+__all__ = [
+    "Codec",
+    "Effort",
+    "ImportanceWarning",
+    "Layout",
+    "Objective",
+    "Search",
+    "all_codecs",
+    "by_id",
+    "get",
+    "register",
+]
 
 ENTRY_POINT_GROUP = "ggufx.types"
 
@@ -58,6 +69,12 @@ def get(name: str) -> Codec:
     if codec is None:
         raise UnknownType(f"{name!r} is not a known type; known: {', '.join(sorted(c.name for c in all_codecs()))}")
     return codec
+
+
+def by_id(dialect: str, type_id: int) -> Codec | None:
+    """Return the codec that claims ``type_id`` in ``dialect`` itself (not in its parents), or ``None``."""
+    _load_plugins()
+    return _by_id.get((dialect, type_id))
 
 
 def all_codecs() -> Iterator[Codec]:

@@ -7,13 +7,14 @@ A type is one file with one subclass of :class:`Codec`. It writes the NumPy spec
 from __future__ import annotations
 
 import os
+import warnings
 from abc import ABC
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final, Literal, NamedTuple, get_args
 
 import ml_dtypes
 import numpy as np
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from ggufx import kernels
 from ggufx.errors import CodecError, UnsupportedType
 
-__all__ = ["Codec", "Layout"]
+__all__ = ["Codec", "Effort", "ImportanceWarning", "Layout", "Objective", "Search"]
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
@@ -32,6 +33,27 @@ _CHUNK_NBYTES = 1 << 22
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _FLOATS = frozenset((np.dtype(np.float32), np.dtype(np.float16), BFLOAT16, np.dtype(np.float64)))
+
+
+Effort = Literal["fast", "normal", "high", "reference"]
+"""How long an encoder searches; ``reference`` gives the C library's bytes, where a type promises them."""
+Objective = Literal["reference", "mse"]
+"""What an encoder minimises: ``sum w (x - y)^2`` with the reference encoder's own weights ``w`` (FORMATS of the type), or with
+the importance alone (1 without one)."""
+
+EFFORTS: Final[tuple[Effort, ...]] = get_args(Effort)
+OBJECTIVES: Final[tuple[Objective, ...]] = get_args(Objective)
+
+
+class Search(NamedTuple):
+    """Wishes for an encoder."""
+
+    effort: Effort = "normal"
+    objective: Objective = "reference"
+
+
+class ImportanceWarning(UserWarning):
+    """Importance weights are all zero over a block, so that block is encoded as if it had none."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +141,8 @@ class Codec(ABC):
         Whether encoding without importance weights is refused.
     lossy : bool
         Whether encoding loses bits of float32 values in general.
+    reproduces : bool
+        Whether ``effort="reference"`` gives the bytes of the C library's encoder.
     """
 
     layout: ClassVar[Layout]
@@ -126,6 +150,7 @@ class Codec(ABC):
     value_dtype: ClassVar[np.dtype[Any]] = np.dtype(np.float32)
     needs_importance: ClassVar[bool] = False
     lossy: ClassVar[bool] = True
+    reproduces: ClassVar[bool] = False
 
     # What a type writes -----------------------------------------------------------------------------------------
 
@@ -133,8 +158,11 @@ class Codec(ABC):
         """Fill ``out`` [R, row_len] of ``value_dtype`` from ``rows`` uint8 [R, row_nbytes]: the specification."""
         raise UnsupportedType(f"{self.name} is known by its layout only; decoding it is not implemented")
 
-    def encode_rows(self, values: F32, out: U8, importance: F32 | None) -> None:
-        """Fill ``out`` uint8 [R, row_nbytes] from finite ``values`` float32 [R, row_len]."""
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Fill ``out`` uint8 [R, row_nbytes] from finite ``values`` float32 [R, row_len].
+
+        ``importance`` is float32 [row_len], not all zero over any block. A row's bytes must depend on that row alone.
+        """
         raise UnsupportedType(f"encoding to {self.name} is not implemented")
 
     def pack_rows(self, codes: U8, scales: U8, out: U8, rows_per_scale: int) -> tuple[int, int]:
@@ -276,6 +304,8 @@ class Codec(ABC):
         values: npt.ArrayLike,
         importance: npt.ArrayLike | None = None,
         *,
+        effort: Effort = "normal",
+        objective: Objective = "reference",
         out: U8 | None = None,
         threads: int | None = None,
         use_kernel: bool = True,
@@ -288,7 +318,14 @@ class Codec(ABC):
             Real array [..., row_len]. Must be finite. Converted to float32 first, except for integer types and float64,
             which take the numbers as they are.
         importance
-            Non-negative weights [row_len] of the columns. Types whose reference ignores them do, too.
+            Non-negative weights [row_len] of the columns (a row of an importance matrix). Types without a search ignore
+            them. Blocks of columns whose weights are all zero get the mean weight, with an :class:`ImportanceWarning`.
+        effort
+            ``fast``, ``normal`` or ``high``: less error for more time. ``reference``: the C library's bytes, for types
+            that promise them (:attr:`reproduces`). Types without a search give the same for all.
+        objective
+            ``reference``: minimise ``sum w (x - y)^2`` with the weights of the type's reference encoder; ``mse``: with the
+            importance itself.
         out
             C-contiguous uint8 [..., row_nbytes] to fill.
         threads, use_kernel
@@ -318,7 +355,15 @@ class Codec(ABC):
         if out is None:
             out = np.empty(shape, np.uint8)
         self._check_packed_out(out, shape)
+        if effort not in EFFORTS or objective not in OBJECTIVES:
+            raise CodecError(
+                f"effort {effort!r}, objective {objective!r}: expected one of {', '.join(EFFORTS)}, one of "
+                f"{', '.join(OBJECTIVES)}"
+            )
+        if effort == "reference" and not self.reproduces:
+            raise UnsupportedType(f"{self.name} does not promise the reference encoder's bytes; use another effort")
         weights = self._importance(importance, row_len)
+        search = Search(effort, objective)
         if array.size == 0:
             return out
         flat, target = array.reshape(-1, row_len), out.reshape(-1, row_nbytes)
@@ -329,7 +374,7 @@ class Codec(ABC):
             if function is not None:
                 function(part, target[start:stop], self.layout.block_len)
             else:
-                self.encode_rows(part, target[start:stop], weights)
+                self.encode_rows(part, target[start:stop], weights, search)
 
         self._in_chunks(encode_chunk, flat.shape[0], row_len * 4, threads)
         return out
@@ -439,6 +484,16 @@ class Codec(ABC):
         weights = np.ascontiguousarray(importance, np.float32)
         if weights.shape != (row_len,) or not np.isfinite(weights).all() or (weights < 0).any():
             raise CodecError(f"importance must be {row_len} finite weights >= 0, got an array of {list(weights.shape)}")
+        dead = ~weights.reshape(-1, self.layout.block_len).any(axis=1)
+        if dead.any():
+            warnings.warn(
+                f"importance is all zero over {int(dead.sum())} of {dead.size} blocks of {self.layout.block_len} columns; "
+                "they are encoded with the mean weight",
+                ImportanceWarning,
+                stacklevel=3,
+            )
+            weights = weights.copy()
+            weights.reshape(-1, self.layout.block_len)[dead] = weights.mean() if weights.any() else 1
         return weights
 
     def _finite(self, part: npt.NDArray[Any], first_row: int) -> F32:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ggufx.types.codec import F32, U8, Codec, Layout
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 
 BLOCK_LEN = 128
 
@@ -50,7 +50,7 @@ class F8_E4M3_B128(Codec):  # noqa: N801 (upstream's spelling)
         with np.errstate(over="ignore", invalid="ignore"):
             out.reshape(*blocks.shape, BLOCK_LEN)[...] = E4M3[blocks["qs"]] * E8M0[blocks["e"]][..., None]
 
-    def encode_rows(self, values: F32, out: U8, importance: F32 | None) -> None:
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Smallest scale that clips nothing, nearest code (ties to even); -0.0 is kept. Importance changes nothing.
 
         The scale is the smallest ``e`` with ``amax <= 448 * 2^(e-127)``: a power of two, so a larger one gives the same

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ggufx.types.codec import F32, U8, Codec, Layout
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 
 BLOCK_LEN = 32
 
@@ -32,6 +32,7 @@ class MXFP4(Codec):
     """
 
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("e", "u1"), ("qs", "u1", (BLOCK_LEN // 2,))]))
+    reproduces: ClassVar = True
     ids: ClassVar = {"llama.cpp": 39}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
@@ -42,7 +43,7 @@ class MXFP4(Codec):
         with np.errstate(over="ignore"):
             out.reshape(codes.shape)[...] = E2M1_DOUBLED[codes] * HALF_E8M0[blocks["e"]][..., None]
 
-    def encode_rows(self, values: F32, out: U8, importance: F32 | None) -> None:
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Encode as the reference does, byte for byte, importance ignored.
 
         ``e = floor(log2(amax)) - 2 + 127`` in float32; nearest magnitude, ties to the smaller one, zero coded 0.

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ggufx.types.codec import F32, U8, Codec, Layout
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 
 BLOCK_LEN = 32
 
@@ -16,6 +16,7 @@ class Q4_0(Codec):  # noqa: N801 (upstream's spelling)
     """``y[i] = (n - 8) * d``, 32 elements in 18 bytes; byte j of ``qs`` holds elements j (low) and j + 16 (high)."""
 
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "u1", (BLOCK_LEN // 2,))]))
+    reproduces: ClassVar = True
     ids: ClassVar = {"llama.cpp": 2}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
@@ -26,7 +27,7 @@ class Q4_0(Codec):  # noqa: N801 (upstream's spelling)
             levels = codes.astype(np.float32) - np.float32(8)
             out.reshape(codes.shape)[...] = levels * blocks["d"].astype(np.float32)[..., None]
 
-    def encode_rows(self, values: F32, out: U8, importance: F32 | None) -> None:
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Encode as the reference does, byte for byte: plain rounding, or a weighted scale search with importance."""
         _, blocks = self.layout.split(out)
         x = values.reshape(*blocks.shape, BLOCK_LEN)

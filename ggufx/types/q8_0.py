@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ggufx.types.codec import F32, U8, Codec, Layout
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 
 BLOCK_LEN = 32
 
@@ -16,6 +16,7 @@ class Q8_0(Codec):  # noqa: N801 (upstream's spelling)
     """``y[i] = qs[i] * d``, 32 elements in 34 bytes."""
 
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "i1", (BLOCK_LEN,))]))
+    reproduces: ClassVar = True
     ids: ClassVar = {"llama.cpp": 8}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
@@ -24,7 +25,7 @@ class Q8_0(Codec):  # noqa: N801 (upstream's spelling)
         with np.errstate(invalid="ignore"):
             out.reshape(blocks["qs"].shape)[...] = blocks["qs"] * blocks["d"].astype(np.float32)[..., None]
 
-    def encode_rows(self, values: F32, out: U8, importance: F32 | None) -> None:
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Encode as the reference does, byte for byte, importance ignored.
 
         ``d = amax / 127``; codes round half away from zero of ``x * (1 / d)`` in float32, with the unrounded ``d``.

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ggufx.errors import CodecError
 from ggufx.types.codec import F32 as Floats
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.codec import U8, Codec, Layout, Search
 
 
 class _Scalar(Codec):
@@ -22,7 +22,7 @@ class _Scalar(Codec):
         """Reinterpret, then widen if the value dtype is wider; exact."""
         out[...] = rows.view(self.stored)
 
-    def encode_rows(self, values: Floats, out: U8, importance: Floats | None) -> None:
+    def encode_rows(self, values: Floats, out: U8, importance: Floats | None, search: Search) -> None:
         """Round to the stored dtype (nearest, ties to even); importance changes nothing."""
         with np.errstate(over="ignore", invalid="ignore"):
             stored = values.astype(self.stored)
