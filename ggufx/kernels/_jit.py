@@ -34,7 +34,6 @@ __all__ = [
     "nibble_lookup",
     "nibbles_and_bits",
     "scale_bytes16",
-    "scale_shifted16",
     "scale_signed16",
     "store64",
     "trits4",
@@ -368,24 +367,6 @@ def scale_signed16(
         return context.get_dummy_value()
 
     return types.void(types.uint64, types.uint64, types.uint16, types.float32, out, types.intp), codegen
-
-
-@intrinsic
-def scale_shifted16(
-    typing_context: Any, first: Any, second: Any, shift: Any, other: Any, scale: Any, out: Any, position: Any
-) -> Any:
-    """Write ``out[position + j] = float32(byte j) * scale`` for the 16 signed bytes of two words, j in 0..15.
-
-    The bytes of ``shift`` are added to those of the first word, the bytes of ``other`` to those of the second.
-    """
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        values = builder.add(_join_words(builder, args[0], args[1]), _join_words(builder, args[2], args[3]))
-        _store_scaled(context, builder, signature.args[5], args[5], args[6], values, args[4])
-        return context.get_dummy_value()
-
-    word = types.uint64
-    return types.void(word, word, word, word, types.float32, out, types.intp), codegen
 
 
 @intrinsic
