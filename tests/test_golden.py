@@ -17,7 +17,7 @@ SCALARS = {"F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64"}
 NO_REFERENCE = {"F8_E4M3_B128"}
 """Types without a reference library; ml_dtypes is their oracle below."""
 SHORT = {"IQ4_KT": 4}
-"""Types whose vector has fewer rows than the others' twelve: its reference encoder is very slow."""
+"""Rows of a vector that has fewer than the others' twelve."""
 EXACT_ENCODERS = ("Q4_0", "Q8_0", "MXFP4")
 """Types whose encoder promises the reference's bytes."""
 
