@@ -22,12 +22,13 @@ def _block(b: Block) -> None:
     power = ((exponent + subnormal + (127 - 11)) << 23).float_bits()
     scales = ((c.equals(0x7F).mask_of(32) ^ -1) & significand).floats() * power
     for k in range(0, 4, 2):
-        # 16 bytes are two sub-blocks: look up in whole vectors, then put the halves together.
-        codes = b.load(4 + 8 * k, LANES)
-        low, high = ((codes >> shift & 15).lookup(tables.E2M1_DOUBLED) for shift in (0, 4))
-        for part in range(2):
-            values = low.take([8 * part + lane + 8 * (lane // 8) for lane in range(LANES)], high)
-            b.store(16 * (k + part), values.floats() * scales.spread(k + part))
+        # 16 bytes are two sub-blocks. Shuffling bytes before or after a lookup would keep it from becoming one instruction.
+        both = scales.take([k] * 8 + [k + 1] * 8)
+        for half in range(2):
+            codes = b.load(4 + 8 * k, LANES) >> 4 * half & 15
+            values = codes.lookup(tables.E2M1_DOUBLED).floats() * both
+            b.store(16 * k + 8 * half, values.take(range(8)))
+            b.store(16 * k + 8 * half + 16, values.take(range(8, 16)))
 
 
 @kernel
