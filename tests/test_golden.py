@@ -6,6 +6,7 @@ import hashlib
 import json
 import zlib
 
+import gguf
 import ml_dtypes
 import numpy as np
 import pytest
@@ -167,6 +168,16 @@ def test_f8_e4m3_b128_every_scale_and_code(use_kernel: bool) -> None:
         expected = E8M0[:, None] * E4M3[None, :]
     actual = types.get("F8_E4M3_B128").decode(rows.reshape(256, 258), use_kernel=use_kernel)
     assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("use_kernel", [False, True], ids=["specification", "kernel"])
+def test_nvfp4_every_scale_and_code(use_kernel: bool) -> None:
+    # One block a scale, the same in all four places, over all sixteen codes in both nibbles.
+    blocks = np.empty((256, 36), np.uint8)
+    blocks[:, :4] = np.arange(256)[:, None]
+    blocks[:, 4:] = np.tile(np.arange(16) * 16 + np.arange(16)[::-1], 2)
+    expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.NVFP4)
+    assert_same_bits(types.get("NVFP4").decode(blocks, use_kernel=use_kernel), expected)
 
 
 def half_patterns(dtype: type) -> np.ndarray:

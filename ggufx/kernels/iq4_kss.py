@@ -11,7 +11,11 @@ _NBYTES = 128
 
 @block_intrinsic
 def _block(b: Block) -> None:
-    c = b.load(0, 64, 16).narrow(1).cast(BYTE, 8)
+    # Bit 0 of word p is bit p of the sub-block's scale byte: four words at a time, then the halves of the byte.
+    bits = b.load(0, 16, 64) & 0x0001_0001_0001_0001
+    bits = bits | bits >> 15
+    bits = (bits | bits >> 30).narrow(32) & 15
+    c = bits.take(range(0, 16, 2)) | bits.take(range(1, 16, 2)) << 4
     scales = b.d.take(range(8)) * ((c & 254) - 127).floats()
 
     def codes(i: int) -> Vector:

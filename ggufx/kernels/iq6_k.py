@@ -19,7 +19,8 @@ def _block(b: Block) -> None:
     flags = b.flags(2, LANES).widen(32).floats()
     for k in range(16):
         n = b.codes(16 * k, (20, 4, 32), (148, 2, 32)).floats()
-        # Each step rounds once: that is what the format's table of 64 values is.
+        # Each step rounds once: that is what the format's table of 64 values is. x86 before 2013 has no such instruction:
+        # there LLVM calls the C library's fmaf, exact and slow.
         cubic = n.fused(a3, a2).fused(n, a1).fused(n, a0)
         b.store(16 * k, scales.spread(k) * (cubic + flags.spread(k)))
 
