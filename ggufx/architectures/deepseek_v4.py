@@ -285,17 +285,14 @@ class DeepSeekV4:
         places: dict[tuple[str, str], int] = {}
         projections: dict[str, dict[str, Part]] = {}
         unknown: list[str] = []
-        seen: set[str] = set()
         for tensor in self._in_order():
             name = tensor.name
             if name.endswith(".scale") and f"{name.removesuffix('.scale')}.weight" in self.checkpoint:
-                seen.add(name)  # goes with its weight
-                continue
+                continue  # goes with its weight
             reason = "left out by --skip" if skip(name) else self._side_reason(name, mtp=mtp)
             if reason is not None:
                 skipped.append((name, reason))
-                scale = f"{name.removesuffix('.weight')}.scale"
-                if scale != name and scale in self.checkpoint:
+                if (scale := _scale_name(name)) in self.checkpoint:
                     skipped.append((scale, reason))
                 continue
             located = self._locate(name)
@@ -304,6 +301,8 @@ class DeepSeekV4:
                 continue
             family, block, ratio, expert = located
             part = self._part(tensor, family, ratio)
+            if part.scale is None and (scale := _scale_name(name)) in self.checkpoint:
+                skipped.append((scale, f"{name} is {tensor.dtype}, which takes no scales"))
             gguf_name = block + (family.nisparks if dialect == "nisparks" else family.upstream)
             if expert is not None:
                 key = (block, family.source.split(".")[3])
@@ -412,7 +411,7 @@ class DeepSeekV4:
             return Part(tensor, kind, shape)
         if kind == "FP4" and shape[-1] % FP4_BLOCK:
             raise CheckpointError(f"{where} has rows of {shape[-1]} FP4 codes, not a multiple of {FP4_BLOCK}")
-        scale_name = f"{tensor.name.removesuffix('.weight')}.scale"
+        scale_name = _scale_name(tensor.name)
         scale = self.checkpoint.get(scale_name)
         if scale is None:
             raise CheckpointError(f"{where} is {kind} but its scales {scale_name!r} are missing")
@@ -622,6 +621,12 @@ _ACCEPTED: Final[Mapping[Role, tuple[str, ...]]] = {
     "dense": ("F8_E4M3", *_FLOATS),
     "expert": ("I8", "F8_E4M3", *_FLOATS),
 }
+
+
+def _scale_name(name: str) -> str:
+    """Return the name of a weight's scales; empty for a name that does not end in ``.weight``: it has none."""
+    stem = name.removesuffix(".weight")
+    return "" if stem == name else f"{stem}.scale"
 
 
 def _evaluate(expression: str, dims: Mapping[str, int]) -> int:
