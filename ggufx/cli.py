@@ -112,8 +112,9 @@ def _root(
 @app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="Directory with config.json, safetensors shards and tokenizer.")],
+    # Not a Path: that drops the slash at the end, which says that a directory is meant.
     outfile: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Output; may hold {ftype}. A directory gets a name by the GGUF convention. Default: CHECKPOINT."
         ),
