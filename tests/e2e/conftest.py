@@ -70,9 +70,7 @@ def source(checkpoint_path: Callable[[str], Path]) -> Callable[[str], Source]:
 
 
 @pytest.fixture(scope="session")
-def converted(
-    checkpoint_path: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Gguf]:
+def converted(checkpoint_path: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Gguf]:
     """The conversion of a case, read by the oracle; not to be changed."""
     from ggufx.convert import convert
 

@@ -119,9 +119,11 @@ def test_offsets_lengths_and_sources(plans: dict[str, Plan], target: str) -> Non
 
 
 @pytest.mark.parametrize("target", ["nisparks", "llama.cpp"])
-def test_tiles_read_every_source_byte_once_and_write_every_output_byte_once(plans: dict[str, Plan], target: str) -> None:
+def test_tiles_read_every_source_byte_once_and_write_every_output_byte_once(
+    plans: dict[str, Plan], target: str
+) -> None:
     plan = plans[target]
-    read = Counter({number: 0 for number in range(46)})
+    read = Counter(dict.fromkeys(range(46), 0))
     for tensor in plan.tensors:
         end = 0
         for tile in tensor.tiles:
