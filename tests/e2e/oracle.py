@@ -149,7 +149,8 @@ class Source:
         values = np.empty((shape[0], shape[1] * 2), np.float32)
         low, high = E2M1[pairs & 15], E2M1[pairs >> 4]
         values[:, 0::2], values[:, 1::2] = (high, low) if high_first else (low, high)
-        return values * np.repeat(scales, 32, 1)
+        with np.errstate(over="ignore"):
+            return values * np.repeat(scales, 32, 1)
 
 
 # Names, order and types -----------------------------------------------------------------------------------------
@@ -310,7 +311,8 @@ class Raw:
         else:
             values = blocks[:, 1:].copy().view(ml_dtypes.float8_e4m3fn).astype(np.float32)
         assert values.shape[1] == block
-        return (values * scale).reshape(self.shape)
+        with np.errstate(over="ignore"):
+            return (values * scale).reshape(self.shape)
 
 
 class Gguf:
