@@ -152,18 +152,15 @@ def verify(
         workers = threads or execute.default_workers()
         if progress is not None:
             progress(0, total)
-        try:
-            with ThreadPoolExecutor(workers, thread_name_prefix="ggufx") as pool:
-                for tensor in plan.tensors:
-                    if tensor.name not in file:
-                        report.tensors.append(TensorReport(tensor.name, tensor.type, "missing", native=_native(tensor)))
-                        continue
-                    report.tensors.append(_compare(pool, plan, tensor, file[tensor.name]))
-                    done += file[tensor.name].nbytes
-                    if progress is not None:
-                        progress(done, total)
-        finally:
-            execute.close_files()
+        with execute.open_files(), ThreadPoolExecutor(workers, thread_name_prefix="ggufx") as pool:
+            for tensor in plan.tensors:
+                if tensor.name not in file:
+                    report.tensors.append(TensorReport(tensor.name, tensor.type, "missing", native=_native(tensor)))
+                    continue
+                report.tensors.append(_compare(pool, plan, tensor, file[tensor.name]))
+                done += file[tensor.name].nbytes
+                if progress is not None:
+                    progress(done, total)
         report.tensors += [TensorReport(t.name, t.type, "extra") for t in file.tensors if t.name not in planned]
     return report
 
