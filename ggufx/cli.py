@@ -433,18 +433,23 @@ def _fail(message: str, code: int = 1) -> NoReturn:
     raise SystemExit(code)
 
 
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM. Not KeyboardInterrupt: typer ends the process on that one without a word to the user."""
+
+
 def main() -> None:
     """Run the command line: one clear line and exit code 1 for every error that input can cause."""
 
     def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise _Stopped
 
+    signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     try:
         app()
     except GGUFError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
+    except _Stopped:
         _fail("stopped; what is done is kept, the same command goes on", 130)
     except BrokenPipeError:
         # The reader of our output went away (| head): not an error, and nothing more to print.
