@@ -30,8 +30,9 @@ __all__ = ["Report", "TensorReport", "verify"]
 
 Status = Literal["exact", "rounded", "different", "missing", "extra", "undecided"]
 
-REPRODUCIBLE: Final = frozenset({"Q8_0", "Q4_0"})
-"""Types whose encoder gives the reference's bytes: a rounded tensor must have exactly these."""
+REPRODUCIBLE: Final = frozenset({"Q8_0", "Q4_0", "BF16", "F16"})
+"""Types whose encoder gives the reference's bytes: a rounded tensor must have exactly these. BF16 and F16 are here because
+they mostly hold the source exactly, and then a flipped bit must not pass for rounding."""
 
 _NATIVE: Final = {("FP8", "F8_E4M3_B128"), ("FP4", "MXFP4")}
 
