@@ -452,9 +452,10 @@ def main() -> None:
     except _Stopped:
         _fail("stopped; what is done is kept, the same command goes on", 130)
     except BrokenPipeError:
-        # The reader of our output went away (| head): not an error, and nothing more to print.
+        # The reader of our output went away (| head): nothing more to print, and not 0: the work may not be done. Typer and
+        # rich end so themselves; this is for what they do not see.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+        raise SystemExit(1) from None
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except UnicodeDecodeError as error:
