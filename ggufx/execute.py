@@ -17,7 +17,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -259,11 +259,17 @@ def execute(
     with _Journal(first, plan, resume=resume) as journal, _files:
         pending = _prepare(plan, journal, overwrite=overwrite)
         try:
+            sources = plan.source_state()
             if executor is not None:
                 _fill(plan, pending, journal, executor, workers, progress)
             else:
                 with ThreadPoolExecutor(workers, thread_name_prefix="ggufx") as pool:
                     _fill(plan, pending, journal, pool, workers, progress)
+            if plan.source_state() != sources:
+                raise CheckpointError(
+                    f"{first}: the checkpoint's files changed while they were read (a download that goes on?); when they are "
+                    "complete, start over with --no-resume"
+                )
             _finish(plan, pending)
         except OSError as error:
             raise _disk_error(first, error) from error
@@ -373,7 +379,8 @@ def _prepare(plan: Plan, journal: _Journal, *, overwrite: bool) -> list[PlannedF
     except OSError as error:
         if not journal.resumed:
             for file in pending:
-                partial_path(file.path).unlink(missing_ok=True)
+                with suppress(OSError):  # it may not be a file at all; the first error is the one to tell
+                    partial_path(file.path).unlink()
             journal.remove()
         raise _disk_error(pending[0].path, error) from error
     return pending
