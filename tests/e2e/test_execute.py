@@ -22,7 +22,7 @@ import pytest
 from ggufx import execute, plan
 from ggufx.container import Value
 from ggufx.convert import convert, plan_convert
-from ggufx.errors import DiskError, PlanError
+from ggufx.errors import CheckpointError, DiskError, PlanError
 from ggufx.execute import journal_path, partial_path
 
 from .conftest import Run, assert_nothing_left, assert_one_line, run_process, start
@@ -486,6 +486,27 @@ def test_progress_ends_at_the_total(checkpoint_path: PathOf, tmp_path: Path) -> 
     assert seen[0] == (0, total)
     assert seen[-1] == (total, total)
     assert seen == sorted(seen)
+
+
+def test_sources_that_change_while_they_are_read(editable: Source, cli: Cli, tmp_path: Path) -> None:
+    """A download that goes on: half of the old file and half of the new one is no model."""
+    out, shard = tmp_path / "o.gguf", max(editable.path.glob("*.safetensors"))
+
+    def change(done: int, total: int) -> None:
+        if done == 0:
+            os.utime(shard, (1, 1))
+
+    with pytest.raises(CheckpointError, match=r"changed while they were read.*--no-resume"):
+        convert(editable.path, out, progress=change)
+    assert not out.exists()
+    assert_one_line(cli("convert", editable.path, "--outfile", out), "another plan", "--no-resume")
+    assert cli("convert", editable.path, "--outfile", out, "--no-resume").code == 0
+
+
+def test_a_partial_that_is_a_directory(editable: Source, cli: Cli, tmp_path: Path) -> None:
+    partial_path(tmp_path / "o.gguf").mkdir()
+    assert_one_line(cli("convert", editable.path, "--outfile", tmp_path / "o.gguf"), "o.gguf.partial", "directory")
+    assert not journal_path(tmp_path / "o.gguf").exists()
 
 
 def test_zero_size_tensors_and_an_empty_file(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -19,7 +20,7 @@ from ggufx.container import ValueType
 from ggufx.convert import plan_convert
 from ggufx.plan import Plan
 
-from .conftest import run_process
+from .conftest import Run, run_process
 from .oracle import FIXTURES, KV_TYPES, TYPES, Expected, expected, nbytes_of
 
 LAYERS = {
@@ -294,8 +295,8 @@ def test_dry_run_json(full: Path, plans: dict[str, Plan], tmp_path: Path) -> Non
     assert data["file"]["nbytes"] == data["file"]["data_offset"] + end
 
 
-def test_dry_run_table(full: Path, tmp_path: Path) -> None:
-    run = run_process("convert", full, "--outfile", tmp_path / "out.gguf", "--dry-run")
+def test_dry_run_table(full: Path, cli: Callable[..., Run], tmp_path: Path) -> None:
+    run = cli("convert", full, "--outfile", tmp_path / "out.gguf", "--dry-run")
     assert run.code == 0
     for text in ("156142864448 bytes of data", "1328 tensors", "50 keys", "bits per weight", "disk:", "memory:"):
         assert text in run.out
