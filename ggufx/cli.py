@@ -119,8 +119,9 @@ def _root(
 @app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="Directory with config.json, safetensors shards and tokenizer.")],
+    # Not a Path: that drops the slash at the end, which says that a directory is meant.
     outfile: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Output; may hold {ftype}. A directory gets a name by the GGUF convention. Default: CHECKPOINT."
         ),
@@ -326,6 +327,7 @@ def inspect(
 def verify(
     file: Annotated[Path, typer.Argument(help="The GGUF.")],
     against: Annotated[Path, typer.Option(help="The checkpoint directory it was made from.")],
+    skip: Annotated[list[str] | None, typer.Option(help="Tensors of this shell pattern were left out. Repeatable.")] = None,
     dialect: DialectOption = None,
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -334,7 +336,12 @@ def verify(
     """Prove a conversion: compare every tensor's codes, scales or values with the checkpoint's. Exit 0 if all is right."""
     with _progress("verify") as progress:
         report = verify_module.verify(
-            file, against, dialect=None if dialect is None else dialect.value, threads=threads, progress=progress
+            file,
+            against,
+            dialect=None if dialect is None else dialect.value,
+            skip=skip or (),
+            threads=threads,
+            progress=progress,
         )
     if as_json:
         sys.stdout.write(json.dumps(report.to_json(), indent=1) + "\n")
@@ -527,23 +534,29 @@ def _fail(message: str, code: int = 1) -> NoReturn:
     raise SystemExit(code)
 
 
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM. Not KeyboardInterrupt: typer ends the process on that one without a word to the user."""
+
+
 def main() -> None:
     """Run the command line: one clear line and exit code 1 for every error that input can cause."""
 
     def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise _Stopped
 
+    signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     try:
         app()
     except GGUFError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
+    except _Stopped:
         _fail("stopped; what is done is kept, the same command goes on", 130)
     except BrokenPipeError:
-        # The reader of our output went away (| head): not an error, and nothing more to print.
+        # The reader of our output went away (| head): nothing more to print, and not 0: the work may not be done. Typer and
+        # rich end so themselves; this is for what they do not see.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+        raise SystemExit(1) from None
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except UnicodeDecodeError as error:
