@@ -19,6 +19,7 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+import os
 from functools import cache
 from types import ModuleType
 
@@ -40,7 +41,8 @@ def find(name: str) -> ModuleType | None:
     The first call for a type imports Numba. A kernel that exists but fails to import raises: nothing falls back in
     silence.
     """
-    if not exists(name):
+    # With Numba's compiler switched off (to debug, say) the specifications run: the kernels' intrinsics exist compiled only.
+    if not exists(name) or os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         return None
     # What importing Numba makes nearly all stays: looking for garbage among it is a sixth of the time (measured).
     collecting = gc.isenabled()
