@@ -72,6 +72,8 @@ class Checkpoint(Mapping[str, SourceTensor]):
         config.json.
     shards : list of Path
         In order of their names.
+    shard_states : list of (int, int)
+        Size and modification time (ns) of each shard when its header was read.
 
     Raises
     ------
@@ -87,8 +89,11 @@ class Checkpoint(Mapping[str, SourceTensor]):
         self.config: dict[str, Any] = self._json("config.json", required=True)
         self.shards, weight_map = self._find_shards()
         self._tensors: dict[str, SourceTensor] = {}
+        self.shard_states: list[tuple[int, int]] = []
         for number, shard in enumerate(self.shards):
-            for tensor in _read_header(shard, number):
+            state, tensors = _read_header(shard, number)
+            self.shard_states.append(state)
+            for tensor in tensors:
                 if tensor.name in self._tensors:
                     other = self.shards[self._tensors[tensor.name].shard].name
                     raise CheckpointError(f"{shard}: tensor {tensor.name!r} is in {other}, too")
@@ -185,9 +190,10 @@ class Checkpoint(Mapping[str, SourceTensor]):
         return f"<Checkpoint {self.path.name}: {len(self)} tensors in {len(self.shards)} shards>"
 
 
-def _read_header(path: Path, shard: int) -> list[SourceTensor]:
+def _read_header(path: Path, shard: int) -> tuple[tuple[int, int], list[SourceTensor]]:
     with path.open("rb") as file:
-        file_nbytes = os.fstat(file.fileno()).st_size
+        status = os.fstat(file.fileno())
+        file_nbytes = status.st_size
         prefix = file.read(8)
         if len(prefix) < 8:
             raise CheckpointError(f"{path}: {file_nbytes} bytes are too few for a safetensors file; download it again")
@@ -218,7 +224,7 @@ def _read_header(path: Path, shard: int) -> list[SourceTensor]:
             f"{path}: the tensors end at byte {end} but the file has {file_nbytes}: it is incomplete or damaged; download "
             "it again"
         )
-    return tensors
+    return (status.st_size, status.st_mtime_ns), tensors
 
 
 def _entry(path: Path, shard: int, start: int, name: str, line: Any) -> SourceTensor:

@@ -67,6 +67,8 @@ class _Job(NamedTuple):
     position: int
     expected: int | None
     """Checksum from the journal: verify instead of writing."""
+    sync: bool
+    """Bring the bytes to the disk at once: what another machine wrote, this one cannot."""
 
 
 class _Done(NamedTuple):
@@ -82,6 +84,7 @@ class _Files:
     """Open descriptors of this process, by path and mode, for as long as some run uses them."""
 
     descriptors: dict[tuple[str, int], tuple[int, tuple[int, int]]]
+    retired: list[int]
     lock: threading.Lock
     users: int = 0
 
@@ -98,7 +101,8 @@ class _Files:
                 status = Path(path).stat()
                 if held[1] == (status.st_dev, status.st_ino):
                     return held[0]
-                os.close(self.descriptors.pop(key)[0])
+                # Another thread may be reading through the old one, and its number must not become another file's.
+                self.retired.append(self.descriptors.pop(key)[0])
             descriptor = os.open(path, flags | os.O_CLOEXEC)
             status = os.fstat(descriptor)
             self.descriptors[key] = descriptor, (status.st_dev, status.st_ino)
@@ -114,12 +118,13 @@ class _Files:
         with self.lock:
             self.users -= 1
             if self.users == 0:
-                for descriptor, _identity in self.descriptors.values():
+                for descriptor in (*(held[0] for held in self.descriptors.values()), *self.retired):
                     os.close(descriptor)
                 self.descriptors.clear()
+                self.retired.clear()
 
 
-_files = _Files({}, threading.Lock())
+_files = _Files({}, [], threading.Lock())
 _local = threading.local()
 
 
@@ -158,7 +163,11 @@ def open_files() -> AbstractContextManager[object]:
 def _fill_buffer(path: str, descriptor: int, offset: int, buffer: npt.NDArray[np.uint8]) -> None:
     view, done = memoryview(buffer), 0  # type: ignore[arg-type] # ndarrays are buffers
     while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], offset + done)
+        try:
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+        except OSError as error:
+            error.filename = path
+            raise
         if count == 0:
             raise CheckpointError(
                 f"{path}: ends at byte {offset + done}, expected {len(view)} bytes at {offset}: the file changed or is "
@@ -196,7 +205,10 @@ def _run(job: _Job) -> _Done:
     if _refused(job.transform, outcome):
         return _Done(job.number, 0, 0, outcome, False)
     _write(descriptor, job.position, out)
-    _start_writeback(descriptor, job.position, tile.nbytes)
+    if job.sync:
+        os.fsync(descriptor)
+    else:
+        _start_writeback(descriptor, job.position, tile.nbytes)
     return _Done(job.number, tile.nbytes, xxhash.xxh3_64_intdigest(out.data), outcome, False)
 
 
@@ -245,7 +257,8 @@ def execute(
     threads
         Tiles at a time; default: the CPU count, at most :data:`MAX_WORKERS`. Memory is about 50 MB a thread.
     executor
-        Runs the tiles instead of a local thread pool (for several machines on a shared file system).
+        Runs the tiles instead of a local thread pool (for several machines on a shared file system). Every tile is then
+        brought to the disk by the machine that wrote it.
     progress
         Told about the bytes done.
 
@@ -257,34 +270,48 @@ def execute(
     Raises
     ------
     OutputExists, PlanError
-        The output exists; a partial output is of another plan or in use by another process.
+        The output exists or is one of the sources; a partial output is of another plan, of nobody we know, or in use by
+        another process.
     DiskError
         The disk is full or fails. What is done stays; the same command goes on.
     SourceCodesError, CheckpointError
-        A source holds refused codes, or ended early.
+        A source holds refused codes, ended early, or changed since it was planned with.
     """
     first = plan.files[0].path
+    _refuse_sources(plan)
     first.parent.mkdir(parents=True, exist_ok=True)
     workers = threads or default_workers()
     with _Journal(first, plan, resume=resume) as journal, _files:
         pending = _prepare(plan, journal, overwrite=overwrite)
         try:
-            sources = plan.source_state()
+            _check_sources(plan)
             if executor is not None:
-                _fill(plan, pending, journal, executor, workers, progress)
+                _fill(plan, pending, journal, executor, workers, progress, sync=True)
             else:
                 with ThreadPoolExecutor(workers, thread_name_prefix="ggufx") as pool:
-                    _fill(plan, pending, journal, pool, workers, progress)
-            if plan.source_state() != sources:
-                raise CheckpointError(
-                    f"{first}: the checkpoint's files changed while they were read (a download that goes on?); when they are "
-                    "complete, start over with --no-resume"
-                )
-            _finish(plan, pending)
+                    _fill(plan, pending, journal, pool, workers, progress, sync=False)
+            _check_sources(plan)
+            _finish(plan, pending, journal, overwrite=overwrite)
         except OSError as error:
             raise _disk_error(first, error) from error
         journal.remove()
     return [file.path for file in plan.files]
+
+
+def _refuse_sources(plan: Plan) -> None:
+    for file in plan.files:
+        for source in plan.source_files:
+            if file.path.exists() and file.path.samefile(source):
+                raise PlanError(f"{file.path}: is one of the sources; choose another --outfile")
+
+
+def _check_sources(plan: Plan) -> None:
+    changed = plan.sources_changed()
+    if changed:
+        raise CheckpointError(
+            f"{changed[0]}: changed since it was planned with ({len(changed)} of {len(plan.source_files)} files; a download "
+            "that goes on?); when the files are complete, start over with --no-resume"
+        )
 
 
 def partial_path(path: Path) -> Path:
@@ -304,47 +331,84 @@ class _Journal:
         self.path = journal_path(path)
         self.done: dict[int, int] = {}
         self._lock = threading.Lock()
-        try:
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise DiskError(f"{self.path}: cannot be written ({os.strerror(error.errno or 0)})") from error
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._descriptor)
-            raise PlanError(f"{path}: another process is writing this output; wait for it or choose another") from None
+        self._descriptor = self._open(path)
         try:
             self._load(path, plan, resume=resume)
+        except OSError as error:
+            os.close(self._descriptor)
+            raise DiskError(
+                f"{self.path}: the journal cannot be written ({os.strerror(error.errno or 0)}); free some space, or choose "
+                "another --outfile"
+            ) from error
         except BaseException:
             os.close(self._descriptor)
             raise
 
+    def _open(self, path: Path) -> int:
+        while True:
+            try:
+                self._created = not self.path.exists()
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except OSError as error:
+                raise DiskError(f"{self.path}: cannot be written ({os.strerror(error.errno or 0)})") from error
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The run that held the lock may have removed the file meanwhile: a lock on that says nothing.
+                if os.fstat(descriptor).st_ino == self.path.stat().st_ino:
+                    return descriptor
+            except FileNotFoundError:
+                pass
+            except OSError:
+                os.close(descriptor)
+                raise PlanError(
+                    f"{path}: another process is writing this output; wait for it or choose another"
+                ) from None
+            os.close(descriptor)
+
     def _load(self, path: Path, plan: Plan, *, resume: bool) -> None:
-        header = json.dumps({"journal": _JOURNAL_VERSION, "digest": plan.digest}).encode() + b"\n"
+        self._header = json.dumps({"journal": _JOURNAL_VERSION, "digest": plan.digest}).encode() + b"\n"
         found = self.path.read_bytes()
-        self.resumed = resume and found.startswith(header)
-        # A journal whose first line is torn was never worth anything: the line is written before the first tile.
-        if resume and not self.resumed and b"\n" in found and any(partial_path(f.path).exists() for f in plan.files):
-            raise PlanError(
-                f"{partial_path(path)}: belongs to another plan (other options, sources or version of ggufx); go on with "
-                "the same command, or start over with --no-resume"
-            )
-        end = len(header)
+        self.resumed = resume and found.startswith(self._header)
+        partials = [partial_path(file.path) for file in plan.files if partial_path(file.path).exists()]
+        if resume and partials and not self.resumed:
+            if self._created:
+                self.path.unlink()
+                raise PlanError(
+                    f"{partials[0]}: exists, but the journal of a run that wrote it does not; move it away, or start over with "
+                    "--no-resume"
+                )
+            # A journal whose first line is torn was never worth anything: the line is written before the first tile.
+            if b"\n" in found:
+                raise PlanError(
+                    f"{partials[0]}: belongs to another plan (other options, sources or version of ggufx); go on with the "
+                    "same command, or start over with --no-resume"
+                )
+        end = len(self._header)
         if self.resumed:
             for position in range(end, len(found) - _RECORD.size + 1, _RECORD.size):
                 number, checksum, check = _RECORD.unpack_from(found, position)
-                if check != _check(number, checksum) or number >= plan.n_tiles:
+                if check != _check(number, checksum) or number >= plan.n_tiles + len(plan.files):
                     break  # the tail of a torn write
                 self.done[number] = checksum
                 end = position + _RECORD.size
             os.ftruncate(self._descriptor, end)
+            self._end = end
         else:
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, header, 0)
-        self._end = end
+            try:
+                self.forget()
+            except OSError:
+                self.path.unlink()
+                raise
+
+    def forget(self) -> None:
+        """Drop every record."""
+        self.done.clear()
+        os.ftruncate(self._descriptor, 0)
+        _write(self._descriptor, 0, self._header)
+        self._end = len(self._header)
 
     def add(self, number: int, checksum: int) -> None:
-        """Record a finished tile."""
+        """Record a finished tile, or, past the tiles' numbers, a file that is about to get its name (and its inode)."""
         with self._lock:
             _write(self._descriptor, self._end, _RECORD.pack(number, checksum, _check(number, checksum)))
             self._end += _RECORD.size
@@ -367,10 +431,11 @@ def _check(number: int, checksum: int) -> int:
 def _prepare(plan: Plan, journal: _Journal, *, overwrite: bool) -> list[PlannedFile]:
     """Check names and space, preallocate; returns the files that are not under their final name yet."""
     pending = []
-    for file in plan.files:
-        renamed = journal.resumed and len(journal.done) == plan.n_tiles and not partial_path(file.path).exists()
-        if renamed and file.path.exists() and file.path.stat().st_size == file.nbytes:
-            continue  # killed between the renames of a split
+    for number, file in enumerate(plan.files):
+        inode = journal.done.get(plan.n_tiles + number)
+        if inode is not None and file.path.exists() and file.path.stat().st_ino == inode:
+            partial_path(file.path).unlink(missing_ok=True)
+            continue  # killed after this file got its name: it is the very one that was finished
         if file.path.exists() and not overwrite:
             if not journal.resumed:
                 journal.remove()
@@ -429,14 +494,15 @@ def _reserve(descriptor: int, nbytes: int) -> None:
             raise OSError(number, f"{nbytes} bytes cannot be reserved: {os.strerror(number)}")
 
 
-def _jobs(plan: Plan, pending: list[PlannedFile], journal: _Journal) -> Iterator[_Job]:
+def _jobs(plan: Plan, pending: list[PlannedFile], journal: _Journal, *, sync: bool) -> Iterator[_Job]:
     paths = {file.path for file in pending}
     for number, (file_number, tensor, tile) in enumerate(plan.jobs()):
         file = plan.files[file_number]
         if file.path in paths:
             position = len(file.header) + tensor.offset + tile.offset
             output = str(partial_path(file.path))
-            yield _Job(number, tensor.transform, tile, plan.source_files, output, position, journal.done.get(number))
+            expected = journal.done.get(number)
+            yield _Job(number, tensor.transform, tile, plan.source_files, output, position, expected, sync)
 
 
 def _fill(
@@ -446,10 +512,12 @@ def _fill(
     pool: Executor,
     workers: int,
     progress: Progress | None,
+    *,
+    sync: bool,
 ) -> None:
     total = sum(tensor.nbytes for file in pending for tensor in file.tensors)
     done = 0
-    jobs = _jobs(plan, pending, journal)
+    jobs = _jobs(plan, pending, journal, sync=sync)
     # A bounded window of tasks: neither a hundred thousand futures nor an idle worker.
     waiting: dict[Future[_Done], _Job] = {}
     if progress is not None:
@@ -519,21 +587,49 @@ def _codes_error(plan: Plan, job: _Job, outcome: Outcome) -> GGUFError:
     )
 
 
-def _finish(plan: Plan, pending: list[PlannedFile]) -> None:
+def _finish(plan: Plan, pending: list[PlannedFile], journal: _Journal, *, overwrite: bool) -> None:
     for file in pending:
         partial = partial_path(file.path)
         descriptor = _files.get(str(partial), os.O_RDWR)
         _write(descriptor, 0, file.header)
-        os.fsync(descriptor)
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            # Linux forgets which pages failed and would read them back as good: nothing in the journal holds any more.
+            journal.forget()
+            raise
         _check_file(partial, file)
-    for file in pending:
-        partial_path(file.path).replace(file.path)
+    for number, file in enumerate(plan.files):
+        if file in pending:
+            partial = partial_path(file.path)
+            journal.add(plan.n_tiles + number, partial.stat().st_ino)
+            _rename(partial, file.path, overwrite=overwrite)
     if pending:
         directory = os.open(pending[0].path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def _rename(partial: Path, path: Path, *, overwrite: bool) -> None:
+    """Give a finished file its name; without ``overwrite`` never to the loss of a file that came there meanwhile."""
+    exists = OutputExists(
+        f"{path}: came into being while {partial.name} was written; move one of them away, or pass --overwrite"
+    )
+    if not overwrite:
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            raise exists from None
+        except OSError:
+            # No hard links on this file system: look, then rename.
+            if path.exists():
+                raise exists from None
+        else:
+            partial.unlink()
+            return
+    partial.replace(path)
 
 
 def _check_file(partial: Path, file: PlannedFile) -> None:

@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import ggufx
 from ggufx import container, types
 from ggufx.container import Value, ValueType, align_up, encode_header
 from ggufx.errors import PlanError
@@ -270,7 +271,9 @@ class Plan:
     files
         One, or the members of a split.
     source_files
-        Paths that the tiles' spans index.
+        Absolute paths that the tiles' spans index.
+    source_states
+        (size, modification time in ns) of each when its header was read.
     dialect
         Of the output.
     skipped
@@ -281,6 +284,7 @@ class Plan:
 
     files: tuple[PlannedFile, ...]
     source_files: tuple[str, ...]
+    source_states: tuple[tuple[int, int], ...]
     dialect: str
     skipped: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
@@ -318,16 +322,17 @@ class Plan:
         """Number of tiles."""
         return sum(len(tensor.tiles) for tensor in self.tensors)
 
-    def source_state(self) -> str:
-        """Return the sources' names, sizes and modification times as they are now: a run compares start and end."""
-        stats = [(source, Path(source).stat()) for source in self.source_files]
-        return "".join(f"{source}\0{stat.st_size}\0{stat.st_mtime_ns}\n" for source, stat in stats)
+    def sources_changed(self) -> list[str]:
+        """Return the sources whose size or modification time is no longer what it was when they were planned with."""
+        return [
+            path for path, state in zip(self.source_files, self.source_states, strict=True) if _state(path) != state
+        ]
 
     @cached_property
     def digest(self) -> str:
-        """Fingerprint of what will be written and of the sources' sizes and modification times (hex)."""
+        """Fingerprint of what will be written, of the sources' sizes and modification times, and of ggufx's version (hex)."""
         digest = hashlib.sha256()
-        digest.update(self.source_state().encode())
+        digest.update(repr((ggufx.__version__, self.source_files, self.source_states)).encode())
         for file in self.files:
             digest.update(f"{file.path.name}\n".encode())
             digest.update(file.header)
@@ -384,7 +389,8 @@ def build(
     metadata: Mapping[str, Value],
     tensors: Iterable[PlannedTensor],
     *,
-    source_files: Sequence[str],
+    source_files: Sequence[str | Path],
+    source_states: Sequence[tuple[int, int]] | None = None,
     dialect: str,
     alignment: int = container.DEFAULT_ALIGNMENT,
     split_max_nbytes: int | None = None,
@@ -396,6 +402,8 @@ def build(
 
     Parameters
     ----------
+    source_files, source_states
+        Of the spans; states that are not given are taken now.
     split_max_nbytes
         Start a new file when a tensor would take the data section past this many bytes; metadata goes to the first file,
         ``split.no`` (from 0), ``split.count`` and ``split.tensors.count`` (the total) to all.
@@ -430,4 +438,12 @@ def build(
             keys["split.count"] = Value(ValueType.UINT16, len(shards))
             keys["split.tensors.count"] = Value(ValueType.INT32, len(names))
         files.append(PlannedFile(target, keys, tuple(shard.tensors), alignment))
-    return Plan(tuple(files), tuple(source_files), dialect, tuple(skipped), tuple(notes), file_type)
+    # Absolute, so that a run goes on from another directory, too.
+    paths = tuple(str(Path(source).resolve()) for source in source_files)
+    states = tuple(_state(source) for source in paths) if source_states is None else tuple(source_states)
+    return Plan(tuple(files), paths, states, dialect, tuple(skipped), tuple(notes), file_type)
+
+
+def _state(path: str) -> tuple[int, int]:
+    status = Path(path).stat()
+    return status.st_size, status.st_mtime_ns

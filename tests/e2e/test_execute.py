@@ -22,7 +22,7 @@ import pytest
 from ggufx import execute, plan
 from ggufx.container import Value
 from ggufx.convert import convert, plan_convert
-from ggufx.errors import CheckpointError, DiskError, PlanError
+from ggufx.errors import CheckpointError, DiskError, OutputExists, PlanError
 from ggufx.execute import journal_path, partial_path
 
 from .conftest import Run, assert_nothing_left, assert_one_line, run_process, start
@@ -194,10 +194,15 @@ def test_a_torn_first_line_starts_over(
     assert len(applied) == plan_convert(checkpoint, out).n_tiles
 
 
-def test_a_journal_that_is_gone_starts_over(half_done: tuple[Path, Path, int], undamaged: bytes) -> None:
+def test_a_partial_without_a_journal_is_not_ours_to_take(half_done: tuple[Path, Path, int], undamaged: bytes) -> None:
     checkpoint, out, _ = half_done
     journal_path(out).unlink()
-    convert(checkpoint, out)
+    found = partial_path(out).read_bytes()
+    with pytest.raises(PlanError, match=r"out.gguf.partial: exists, but the journal.*--no-resume"):
+        convert(checkpoint, out)
+    assert partial_path(out).read_bytes() == found
+    assert not journal_path(out).exists()
+    convert(checkpoint, out, resume=False)
     assert out.read_bytes() == undamaged
 
 
@@ -276,16 +281,16 @@ def test_killed_between_the_renames_of_a_split(
     wanted = [p.read_bytes() for p in convert(editable.path, tmp_path / "whole" / "o.gguf", **options)]  # type: ignore[arg-type]
     assert len(wanted) > 3
     applied.clear()
-    original, count = Path.replace, [0]
+    original, count = execute._rename, [0]
 
-    def replace(self: Path, target: Path) -> Path:
+    def rename(partial: Path, path: Path, *, overwrite: bool) -> None:
         if count[0] == at:
             raise Stop
         count[0] += 1
-        return original(self, target)
+        original(partial, path, overwrite=overwrite)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", replace)
+        patch.setattr(execute, "_rename", rename)
         with pytest.raises(Stop):
             convert(editable.path, tmp_path / "o.gguf", **options)  # type: ignore[arg-type]
     assert len(list(tmp_path.glob("o-*.gguf"))) == at
@@ -496,7 +501,7 @@ def test_sources_that_change_while_they_are_read(editable: Source, cli: Cli, tmp
         if done == 0:
             os.utime(shard, (1, 1))
 
-    with pytest.raises(CheckpointError, match=r"changed while they were read.*--no-resume"):
+    with pytest.raises(CheckpointError, match=r"changed since it was planned with.*--no-resume"):
         convert(editable.path, out, progress=change)
     assert not out.exists()
     assert_one_line(cli("convert", editable.path, "--outfile", out), "another plan", "--no-resume")
@@ -505,7 +510,9 @@ def test_sources_that_change_while_they_are_read(editable: Source, cli: Cli, tmp
 
 def test_a_partial_that_is_a_directory(editable: Source, cli: Cli, tmp_path: Path) -> None:
     partial_path(tmp_path / "o.gguf").mkdir()
-    assert_one_line(cli("convert", editable.path, "--outfile", tmp_path / "o.gguf"), "o.gguf.partial", "directory")
+    assert_one_line(
+        cli("convert", editable.path, "--outfile", tmp_path / "o.gguf"), "o.gguf.partial", "journal", "move it away"
+    )
     assert not journal_path(tmp_path / "o.gguf").exists()
 
 
@@ -607,3 +614,96 @@ def test_an_output_that_is_a_link_stays_one(checkpoint_path: Callable[[str], Pat
     convert(checkpoint_path("flash"), link, overwrite=True)
     assert link.is_symlink()
     assert target.read_bytes()[:4] == b"GGUF"
+
+
+def test_a_finished_looking_file_of_before_is_not_taken_for_ours(
+    editable: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tiles journalled, the partial deleted by hand, and an old OUT of the very length that is planned."""
+    out = tmp_path / "o.gguf"
+    (wanted,) = convert(editable.path, tmp_path / "wanted" / "o.gguf")
+    out.write_bytes(bytes(wanted.stat().st_size))
+
+    def rename(partial: Path, path: Path, *, overwrite: bool) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execute, "_rename", rename)
+        with pytest.raises(Stop):
+            convert(editable.path, out, overwrite=True)
+    partial_path(out).unlink()
+    convert(editable.path, out, overwrite=True)
+    assert out.read_bytes() == wanted.read_bytes()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_came_meanwhile_is_not_replaced(
+    editable: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    out = tmp_path / "o.gguf"
+
+    def come(done: int, total: int) -> None:
+        out.write_bytes(b"somebody else's")
+
+    if not links:
+
+        def link(*_: object) -> None:
+            raise OSError(errno.EOPNOTSUPP, "no hard links here")
+
+        monkeypatch.setattr(os, "link", link)
+    with pytest.raises(OutputExists, match="came into being"):
+        convert(editable.path, out, progress=come)
+    assert out.read_bytes() == b"somebody else's"
+    out.unlink()
+    (again,) = convert(editable.path, out)
+    assert again.read_bytes()[:4] == b"GGUF"
+    assert sorted(tmp_path.glob("o*")) == [out]
+
+
+def test_a_source_that_changes_after_planning_is_noticed(editable: Source, tmp_path: Path) -> None:
+    planned = plan_convert(editable.path, tmp_path / "o.gguf")
+    shard = max(editable.path.glob("*.safetensors"))
+    os.utime(shard, (1, 1))
+    with pytest.raises(CheckpointError, match=f"{shard.name}: changed since it was planned with"):
+        execute.execute(planned)
+
+
+def test_an_output_that_is_a_source_is_refused(editable: Source, cli: Cli, tmp_path: Path) -> None:
+    shard = max(editable.path.glob("*.safetensors"))
+    before = shard.read_bytes()
+    run = cli("convert", editable.path, "--outfile", shard, "--overwrite")
+    assert_one_line(run, shard.name, "is one of the sources")
+    assert shard.read_bytes() == before
+    members = convert(editable.path, tmp_path / "s.gguf", split_max_nbytes=300_000)
+    held = [member.read_bytes() for member in members]
+    run = cli("rewrite", members[0], "--outfile", tmp_path / "s.gguf", "--split-max-size", "300K", "--overwrite")
+    assert_one_line(run, "is one of the sources")
+    assert [member.read_bytes() for member in members] == held
+
+
+def test_a_run_goes_on_from_another_directory(
+    half_done: tuple[Path, Path, int], undamaged: bytes, applied: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, out, half = half_done
+    monkeypatch.chdir(checkpoint.parent)
+    applied.clear()
+    convert(checkpoint.name, os.path.relpath(out))
+    assert out.read_bytes() == undamaged
+    assert len(applied) <= plan_convert(checkpoint, out).n_tiles - half
+
+
+def test_a_failed_sync_forgets_what_it_cannot_know(
+    editable: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "o.gguf"
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(DiskError, match="Input/output error"):
+            convert(editable.path, out)
+    assert records(out) == 0
+    convert(editable.path, out)
+    assert out.read_bytes()[:4] == b"GGUF"
