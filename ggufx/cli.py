@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -56,6 +57,7 @@ app = typer.Typer(
 )
 
 Target = StrEnum("Target", {name: name for name in dialects.DIALECTS})  # type: ignore[misc]
+Reading = StrEnum("Reading", {name: name for name in (*dialects.DIALECTS, dialects.OPAQUE)})  # type: ignore[misc]
 Dense = StrEnum("Dense", {name: name for name in convert_module.DENSE_TYPES})  # type: ignore[misc]
 
 EffortChoice = StrEnum("EffortChoice", {name: name for name in get_args(types.Effort)})  # type: ignore[misc]
@@ -74,7 +76,7 @@ Threads = Annotated[
     int | None, typer.Option("--threads", "-t", min=1, help="Tiles at a time. Default: the CPU count, at most 16.")
 ]
 DialectOption = Annotated[
-    Target | None, typer.Option("--dialect", help="Whose type ids the file has. Default: found from ids and sizes.")
+    Reading | None, typer.Option("--dialect", help="Whose type ids the file has. Default: found from ids and sizes.")
 ]
 
 
@@ -94,6 +96,24 @@ def _nbytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1024
     return f"{count:.2f} TiB"
+
+
+def _print_json(data: Any) -> None:
+    """Print JSON that every parser takes: numbers that are not finite become null."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items()}
+        return [clean(item) for item in value] if isinstance(value, list | tuple) else value
+
+    sys.stdout.write(json.dumps(clean(data), indent=1, allow_nan=False) + "\n")
+
+
+def _text(name: str) -> str:
+    """Make a name from a file harmless: no markup, and control characters (escape sequences) as their codes."""
+    return escape("".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in name))
 
 
 @contextmanager
@@ -184,12 +204,11 @@ def convert(
     )
     if dry_run:
         if as_json:
-            sys.stdout.write(json.dumps(plan.to_json(), indent=1) + "\n")
+            _print_json(plan.to_json())
         else:
             _print_plan(plan, threads, verbose=verbose)
         return
-    for note in plan.notes:
-        _err.print(f"note: {note}", markup=False)
+    _print_skipped(plan, _err, verbose=verbose)
     if verbose:
         _print_tensors(plan)
     _execute(plan, "convert", overwrite=overwrite, resume=resume, threads=threads)
@@ -198,7 +217,10 @@ def convert(
 def _execute(plan: Plan, verb: str, *, overwrite: bool, resume: bool, threads: int | None) -> None:
     start = time.monotonic()
     with _progress(verb) as progress:
-        paths = execute.execute(plan, overwrite=overwrite, resume=resume, threads=threads, progress=progress)
+        try:
+            paths = execute.execute(plan, overwrite=overwrite, resume=resume, threads=threads, progress=progress)
+        except _Stopped:
+            raise _Stopped("what is done is kept, the same command goes on") from None
     seconds = time.monotonic() - start
     _print_groups(inspect_module.summarise(plan.tensors, lambda t: t.type), "type")
     rate = f"{plan.nbytes / seconds / 1e9:.2f} GB/s" if seconds else ""
@@ -212,13 +234,7 @@ def _print_plan(plan: Plan, threads: int | None, *, verbose: bool) -> None:
     _print_tensors(plan) if verbose else _print_families(plan)
     _print_groups(inspect_module.summarise(plan.tensors, lambda t: t.type), "type")
     _print_groups(inspect_module.summarise(plan.tensors, lambda t: inspect_module.role(t.name)), "role")
-    reasons: dict[str, int] = {}
-    for _, reason in plan.skipped:
-        reasons[reason] = reasons.get(reason, 0) + 1
-    for reason, count in reasons.items():
-        _out.print(f"left out: {count} tensors: {reason}", markup=False)
-    for note in plan.notes:
-        _out.print(f"note: {note}", markup=False)
+    _print_skipped(plan, _out, verbose=verbose)
     directory = plan.files[0].path.absolute().parent
     while not directory.exists():
         directory = directory.parent
@@ -234,6 +250,19 @@ def _print_plan(plan: Plan, threads: int | None, *, verbose: bool) -> None:
         f"disk: {_nbytes(plan.nbytes)} needed, {_nbytes(stat.f_bavail * stat.f_frsize)} free; "
         f"memory: about {_nbytes(execute.memory_need(plan, threads))}"
     )
+
+
+def _print_skipped(plan: Plan, console: Console, *, verbose: bool) -> None:
+    """Print what is left out and why (with ``verbose`` by name), and the plan's notes."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in plan.skipped:
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        console.print(f"note: left out: {len(names)} tensors: {reason}", markup=False)
+        for name in names if verbose else ():
+            console.print(f"note:   {_text(name)}")
+    for note in plan.notes:
+        console.print(f"note: {note}", markup=False)
 
 
 def _table(*columns: str) -> Table:
@@ -260,7 +289,7 @@ def _print_groups(groups: dict[str, dict[str, Any]], label: str) -> None:
     table = _table(label, "tensors", "weights", "bytes", "bpw")
     for name, group in groups.items():
         numbers = (group["n_tensors"], group["n_weights"], group["nbytes"], f"{group['bits_per_weight']:.4f}")
-        table.add_row(escape(name), *map(str, numbers))
+        table.add_row(_text(name), *map(str, numbers))
     _out.print(table)
 
 
@@ -273,16 +302,14 @@ def _print_families(plan: Plan) -> None:
     table = _table("tensor", "count", "shape", "type", "bytes", "source")
     for (name, shape, kind), members in families.items():
         nbytes = sum(tensor.nbytes for tensor in members)
-        table.add_row(escape(name), str(len(members)), escape(str(list(shape))), kind, str(nbytes), _how(members[0]))
+        table.add_row(_text(name), str(len(members)), _text(str(list(shape))), kind, str(nbytes), _how(members[0]))
     _out.print(table)
 
 
 def _print_tensors(plan: Plan) -> None:
     table = _table("tensor", "shape", "type", "bytes", "source")
     for tensor in plan.tensors:
-        table.add_row(
-            escape(tensor.name), escape(str(list(tensor.shape))), tensor.type, str(tensor.nbytes), _how(tensor)
-        )
+        table.add_row(_text(tensor.name), _text(str(list(tensor.shape))), tensor.type, str(tensor.nbytes), _how(tensor))
     _out.print(table)
 
 
@@ -306,7 +333,7 @@ def inspect(
     elements = limit if as_json or limit is not None else 8
     found = inspect_module.inspect(file, dialect=name, pattern=tensors, limit=limit, elements=elements)
     if as_json:
-        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        _print_json(found)
         return
     about = found["file"]
     for key in ("path", "version", "dialect", "file_type", "alignment", "data_offset", "nbytes"):
@@ -318,12 +345,12 @@ def inspect(
         text = json.dumps(value["value"], ensure_ascii=False)
         shown = text if len(text) <= 100 else text[:97] + "..."
         kind = value["type"] + (f" x {value['length']}" if "length" in value else "")
-        table.add_row(escape(key), escape(kind), escape(shown))
+        table.add_row(_text(key), _text(kind), _text(shown))
     _out.print(table)
     table = _table("tensor", "shape", "type", "bytes", "bpw")
     for tensor in found["tensors"]:
         numbers = (str(tensor["nbytes"]), f"{tensor['bits_per_weight']:.4f}")
-        table.add_row(escape(tensor["name"]), escape(str(tensor["shape"])), tensor["type"], *numbers)
+        table.add_row(_text(tensor["name"]), _text(str(tensor["shape"])), tensor["type"], *numbers)
     _out.print(table)
     if len(found["tensors"]) < found["n_matching"]:
         _out.print(f"... {found['n_matching'] - len(found['tensors'])} more", markup=False)
@@ -358,14 +385,14 @@ def verify(
             progress=progress,
         )
     if as_json:
-        sys.stdout.write(json.dumps(report.to_json(), indent=1) + "\n")
+        _print_json(report.to_json())
         raise typer.Exit(0 if report.ok else 1)
     shown = [t for t in report.tensors if verbose or t.status not in ("exact", "rounded")]
     if shown:
         table = _table("tensor", "type", "status", "differing", "max error", "relative rms", "detail")
         for t in shown:
             numbers = (str(t.differing), f"{t.max_error:.3g}", f"{t.relative_rms:.3g}")
-            table.add_row(escape(t.name), t.type, t.status, *numbers, escape(t.detail))
+            table.add_row(_text(t.name), t.type, t.status, *numbers, _text(t.detail))
         _out.print(table)
     for line in report.metadata:
         _out.print(f"key {line}", markup=False)
@@ -378,7 +405,8 @@ def verify(
         table.add_row(kind, status, str(len(members)), f"{worst:.3g}", f"{rms:.3g}")
     _out.print(table)
     counts = ", ".join(f"{count} {status}" for status, count in report.counts().items())
-    _out.print(f"{'verified' if report.ok else 'NOT VERIFIED'} ({report.target}): {counts}")
+    keys = f"; {len(report.metadata)} keys differ from a conversion's" if report.metadata else ""
+    _out.print(f"{'verified' if report.ok else 'NOT VERIFIED'} ({report.target}): {counts}{keys}")
     raise typer.Exit(0 if report.ok else 1)
 
 
@@ -393,7 +421,7 @@ def diff(
     with _progress("diff") as progress:
         found = diff_module.diff(first, second, dialect=None if dialect is None else dialect.value, progress=progress)
     if as_json:
-        sys.stdout.write(json.dumps(found.to_json(), indent=1) + "\n")
+        _print_json(found.to_json())
         raise typer.Exit(0 if found.same else 1)
     for line in found.keys:
         _out.print(f"key {line}", markup=False)
@@ -410,7 +438,7 @@ def diff(
                 str(list(t.shapes[0])) if t.shapes[0] == t.shapes[1] else f"{list(t.shapes[0])} -> {list(t.shapes[1])}"
             )
             numbers = (str(t.differing), f"{t.max_error:.3g}", f"{t.relative_rms:.3g}")
-            table.add_row(escape(t.name), kinds, escape(shapes), *numbers, t.note)
+            table.add_row(_text(t.name), kinds, _text(shapes), *numbers, t.note)
         _out.print(table)
     _out.print("the same" if found.same else "different")
     raise typer.Exit(0 if found.same else 1)
@@ -467,7 +495,7 @@ def measure(
         measure_module.plot(found, plot)
     records = [item.to_json() for item in found]
     if as_json:
-        sys.stdout.write(json.dumps({"summary": measure_module.summary(found), "tensors": records}, indent=1) + "\n")
+        _print_json({"summary": measure_module.summary(found), "tensors": records})
     elif as_csv:
         columns = list(dict.fromkeys(key for record in records for key in record))
         writer = csv.DictWriter(sys.stdout, columns, restval="")
@@ -500,11 +528,11 @@ def types_command(
         return
     rows = catalog.type_rows()
     if as_json:
-        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+        _print_json(rows)
         return
     table = _table(*rows[0])
     for row in rows:
-        table.add_row(*(escape(catalog.cell(value)) for value in row.values()))
+        table.add_row(*(_text(catalog.cell(value)) for value in row.values()))
     _out.print(table)
 
 
@@ -527,7 +555,7 @@ def selftest(
     broken = [verdict for verdicts in found.values() for verdict in verdicts if verdict.status == "broken"]
     if as_json:
         data = {name: [asdict(verdict) for verdict in verdicts] for name, verdicts in found.items()}
-        sys.stdout.write(json.dumps({"broken": len(broken), "types": data}, indent=1) + "\n")
+        _print_json({"broken": len(broken), "types": data})
         raise typer.Exit(1 if broken else 0)
     _print_verdicts(found)
     for verdict in broken:
@@ -592,8 +620,8 @@ def main() -> None:
         app()
     except GGUFError as error:
         _fail(str(error))
-    except _Stopped:
-        _fail("stopped; what is done is kept, the same command goes on", 130)
+    except _Stopped as reason:
+        _fail(f"stopped; {reason}" if str(reason) else "stopped", 130)
     except BrokenPipeError:
         # The reader of our output went away (| head): nothing more to print, and not 0: the work may not be done. Typer and
         # rich end so themselves; this is for what they do not see.

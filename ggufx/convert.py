@@ -11,7 +11,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-import ggufx
 from ggufx import architectures, dialects, execute, plan, types, vocabulary
 from ggufx.architectures.deepseek_v4 import DeepSeekV4, Output, Part
 from ggufx.checkpoint import Checkpoint
@@ -19,6 +18,7 @@ from ggufx.container import Value, ValueType
 from ggufx.errors import CheckpointError, CodecError, PlanError
 from ggufx.execute import Progress
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
+from ggufx.version import __version__
 
 __all__ = ["DENSE_TYPES", "OUTTYPES", "TARGETS", "convert", "plan_convert"]
 
@@ -98,12 +98,6 @@ def plan_convert(
     architecture = architectures.find(source)
     outputs, skipped = architecture.outputs(target, mtp=mtp, skip=_matcher(skip))
     notes: list[str] = []
-    n_mtp = sum(name.startswith("mtp.") for name, _ in skipped)
-    if n_mtp and not mtp:
-        notes.append(
-            f"the MTP block ({n_mtp} tensors) is left out: "
-            + ("the nisparks dialect has no form for it" if target == "nisparks" else "--mtp writes it to its own file")
-        )
     tensors = [
         _tensor(
             output, dialect, dense, strict=not allow_nan, limit=architecture.integer("n_routed_experts"), notes=notes
@@ -116,7 +110,7 @@ def plan_convert(
         template=chat_template, notes=notes,
     )  # fmt: skip
     if stamp:
-        metadata["ggufx.version"] = Value.string(ggufx.__version__)
+        metadata["ggufx.version"] = Value.string(__version__)
         metadata["ggufx.dialect"] = Value.string(target)
     ftype_name = dialect.file_type_name(file_type) or ""
     built = plan.build(

@@ -14,7 +14,7 @@ from ggufx.container import Entry, align_up
 from ggufx.errors import AmbiguousDialect, CodecError, UnknownDialect
 from ggufx.types import Codec
 
-__all__ = ["DIALECTS", "Dialect", "Resolution", "fits", "get", "resolve"]
+__all__ = ["DIALECTS", "OPAQUE", "Dialect", "Resolution", "fits", "get", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,10 @@ DIALECTS: Mapping[str, Dialect] = {
 }
 
 
+OPAQUE = "opaque"
+"""In place of a dialect's name: resolve no id at all."""
+
+
 def get(name: str) -> Dialect:
     """Return the dialect called ``name``; raises UnknownDialect."""
     if name not in DIALECTS:
@@ -132,7 +136,8 @@ def resolve(
     entries
         The tensor directory, all splits.
     dialect
-        Explicit choice; nothing is guessed then.
+        Explicit choice; nothing is guessed then. :data:`OPAQUE` resolves nothing: every tensor is a span of bytes, so that a
+        file of an unknown fork can be listed and copied.
     stamped
         Value of the file's ``ggufx.dialect`` key; one that is not registered here (a newer ggufx wrote it) counts as none.
 
@@ -143,6 +148,8 @@ def resolve(
     AmbiguousDialect
         Several dialects fit and disagree on an id of the file.
     """
+    if dialect == OPAQUE:
+        return Resolution(None, {}, ())
     by_id: dict[int, list[Entry]] = {}
     for entry in entries:
         by_id.setdefault(entry.type_id, []).append(entry)
@@ -197,5 +204,5 @@ def _misfit(path: object, type_id: int, named: Mapping[str, Codec], entries: Seq
     return (
         f"{path}: tensor {entry.name!r} {list(entry.shape)} of type id {type_id} has {entry.span} bytes ({where}) but takes "
         f"{' or '.join(sizes)}: the model is corrupted or incomplete, or written by a fork that gives this id another "
-        "meaning"
+        f"meaning (--dialect {OPAQUE} lists it all the same)"
     )

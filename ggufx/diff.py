@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from ggufx import execute
 from ggufx.container import Value, ValueType
 from ggufx.execute import Progress
 from ggufx.file import Tensor, open
 
 __all__ = ["Difference", "TensorDifference", "diff"]
 
-_CHUNK_LEN = 1 << 21
+_CHUNK_LEN = 1 << 20
+_CHUNK_NBYTES = 1 << 22
 
 
 @dataclass
@@ -71,7 +74,7 @@ def diff(
     Difference
         Tensors of equal type are compared by bytes first; those that differ, and those of different types, by value.
     """
-    with open(first, dialect=dialect) as a, open(second, dialect=dialect) as b:
+    with open(first, dialect=dialect) as a, open(second, dialect=dialect) as b, execute.open_files():
         result = Difference((str(first), str(second)))
         result.keys = _keys(a.metadata.typed(), b.metadata.typed())
         result.only_first = [name for name in a if name not in b]
@@ -112,7 +115,7 @@ def _tensor(a: Tensor, b: Tensor) -> TensorDifference | None:
     result = TensorDifference(a.name, (a.type, b.type), (a.shape, b.shape))
     if a.shape != b.shape:
         return result
-    if a.type == b.type and np.array_equal(a.packed, b.packed):
+    if a.type == b.type and _same_bytes(a, b):
         return None
     decodable = all(t.codec is not None and t.codec.can_decode for t in (a, b))
     if not decodable:
@@ -125,25 +128,42 @@ def _tensor(a: Tensor, b: Tensor) -> TensorDifference | None:
     return result
 
 
+def _read(tensor: Tensor, slot: str, start: int, nbytes: int) -> npt.NDArray[np.uint8]:
+    """Read into memory that is used again: a model's mapped pages would all count as this process's memory."""
+    buffer = execute.scratch(slot, nbytes)
+    execute.read_into(str(tensor.path), tensor.file_offset + start, buffer)
+    return buffer
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    if a.nbytes != b.nbytes:
+        return False
+    parts = ((start, min(_CHUNK_NBYTES, a.nbytes - start)) for start in range(0, a.nbytes, _CHUNK_NBYTES))
+    return all(np.array_equal(_read(a, "a", *part), _read(b, "b", *part)) for part in parts)
+
+
 def _values(a: Tensor, b: Tensor, result: TensorDifference) -> None:
     assert a.codec is not None
     assert b.codec is not None
     row_len = a.shape[-1] if a.shape else 1
-    rows_a = a.packed.reshape(-1, a.codec.layout.row_nbytes(row_len))
-    rows_b = b.packed.reshape(-1, b.codec.layout.row_nbytes(row_len))
+    width_a, width_b = a.codec.layout.row_nbytes(row_len), b.codec.layout.row_nbytes(row_len)
+    n_rows = a.size // max(1, row_len)
     step = max(1, _CHUNK_LEN // max(1, row_len))
     squares = energy = 0.0
-    for start in range(0, rows_a.shape[0], step):
-        x = a.codec.decode(rows_a[start : start + step], dtype=np.float64)
-        y = b.codec.decode(rows_b[start : start + step], dtype=np.float64)
+    for start in range(0, n_rows, step):
+        count = min(step, n_rows - start)
+        packed_a = _read(a, "a", start * width_a, count * width_a).reshape(count, width_a)
+        packed_b = _read(b, "b", start * width_b, count * width_b).reshape(count, width_b)
+        x = a.codec.decode(packed_a, dtype=np.float64)
+        y = b.codec.decode(packed_b, dtype=np.float64)
         unequal = (x != y) & ~(np.isnan(x) & np.isnan(y))
         energy += float(np.square(x).sum())
-        count = int(np.count_nonzero(unequal))
-        if not count:
+        differing = int(np.count_nonzero(unequal))
+        if not differing:
             continue
         with np.errstate(invalid="ignore", over="ignore"):
             error = np.where(unequal, np.abs(x - y), 0.0)
-        result.differing += count
+        result.differing += differing
         result.max_error = max(result.max_error, float(np.nan_to_num(error, nan=np.inf).max()))
         squares += float(np.square(error).sum())
     size = max(1, a.size)

@@ -303,7 +303,7 @@ def open(path: str | Path, *, dialect: str | None = None, splits: bool = True) -
         The file; any member opens a whole split file.
     dialect
         ``"llama.cpp"``, ``"ik_llama.cpp"`` or ``"nisparks"``; by default the file's own stamp or what its ids and spans
-        say.
+        say. ``"opaque"`` takes every tensor for bytes of an unknown type: a file that no dialect explains opens, too.
     splits
         ``False`` opens one member of a split file alone.
 

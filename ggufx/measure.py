@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import types
+from ggufx.distortion import Quality, quality
 from ggufx.errors import GGUFError, UnsupportedType
 from ggufx.file import File, Tensor, open
 from ggufx.imatrix import ImportanceMatrix
-from ggufx.quality import Quality, quality
 from ggufx.types import Codec, Effort, Objective
 
 __all__ = ["Measurement", "measure", "plot", "summary"]

@@ -13,10 +13,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import ggufx
 from ggufx import container, types
 from ggufx.container import Value, ValueType, align_up, encode_header
 from ggufx.errors import PlanError
+from ggufx.version import __version__
 
 __all__ = [
     "Matrix",
@@ -332,7 +332,7 @@ class Plan:
     def digest(self) -> str:
         """Fingerprint of what will be written, of the sources' sizes and modification times, and of ggufx's version (hex)."""
         digest = hashlib.sha256()
-        digest.update(repr((ggufx.__version__, self.source_files, self.source_states)).encode())
+        digest.update(repr((__version__, self.source_files, self.source_states)).encode())
         for file in self.files:
             digest.update(f"{file.path.name}\n".encode())
             digest.update(file.header)

@@ -1,7 +1,7 @@
 """Prove a conversion: every tensor of a GGUF against the checkpoint it was made from.
 
-Native tensors are unpacked into codes and scales and compared with the checkpoint's own bytes; others are compared by
-value. This goes backwards from the file and shares no step with the packing that made it.
+Native tensors are unpacked into codes and scales and compared with the checkpoint's own bytes, which goes backwards from
+the file and shares no step with the packing that made it. Others are compared by value, decoded from both sides.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ggufx import dialects, execute, types
+from ggufx import execute, types
 from ggufx.checkpoint import Checkpoint
 from ggufx.container import Value, ValueType
 from ggufx.convert import plan_convert
@@ -169,32 +169,35 @@ def verify(
 
 
 def _native(tensor: PlannedTensor) -> bool:
-    return tensor.transform.kind in ("FP8", "FP4")
+    """Return whether a conversion for this target keeps the tensor's codes, so that the file must have them."""
+    return (tensor.transform.kind, tensor.type) in _NATIVE
 
 
 def _matching_plan(file: File, checkpoint: Checkpoint, skip: Sequence[str]) -> tuple[Plan, str]:
-    """Return the plan whose tensor names the file has."""
+    """Return the plan whose tensor names the file has, or most of them."""
     best: tuple[int, Plan, str] | None = None
     refusal: GGUFError | None = None
-    for target in dialects.DIALECTS:
-        for mtp in (False, True):
-            try:
-                plan = plan_convert(checkpoint, file.path, target=target, mtp=mtp, skip=skip)
-            except GGUFError as error:
-                # Not every target has a form for everything; the checkpoint's own faults show in every attempt.
-                refusal = refusal or error
-                continue
-            common = sum(tensor.name in file for tensor in plan.tensors) - sum(
-                name not in {tensor.name for tensor in plan.tensors} for name in file
-            )
-            if best is None or common > best[0]:
-                best = (common, plan, f"{target} --mtp" if mtp else target)
-    if best is None:
-        assert refusal is not None
-        raise refusal
-    if not any(tensor.name in file for tensor in best[1].tensors):
-        raise PlanError(f"{file.path}: none of its {len(file)} tensors belongs to the checkpoint {checkpoint.path}")
-    return best[1], best[2]
+    names = set(file)
+    # ik_llama.cpp's names are llama.cpp's.
+    for target, mtp in (("nisparks", False), ("llama.cpp", False), ("llama.cpp", True)):
+        try:
+            plan = plan_convert(checkpoint, file.path, target=target, mtp=mtp, skip=skip)
+        except GGUFError as error:
+            # Not every target has a form for everything; the checkpoint's own faults show in every attempt.
+            refusal = refusal or error
+            continue
+        planned = {tensor.name for tensor in plan.tensors}
+        label = f"{target} --mtp" if mtp else target
+        if planned == names:
+            return plan, label
+        common = len(planned & names) - len(names - planned)
+        if names & planned and (best is None or common > best[0]):
+            best = (common, plan, label)
+    if best is not None:
+        return best[1], best[2]
+    raise refusal or PlanError(
+        f"{file.path}: none of its {len(file)} tensors belongs to the checkpoint {checkpoint.path}"
+    )
 
 
 def _differing_keys(expected: Mapping[str, Value], found: Mapping[str, Value]) -> list[str]:
@@ -218,8 +221,8 @@ def _short(value: Value) -> str:
 
 
 def _compare(pool: ThreadPoolExecutor, plan: Plan, planned: PlannedTensor, tensor: Tensor) -> TensorReport:
-    native = (planned.transform.kind, tensor.type) in _NATIVE
-    result = TensorReport(tensor.name, tensor.type, "exact", native=native)
+    coded = (planned.transform.kind, tensor.type) in _NATIVE
+    result = TensorReport(tensor.name, tensor.type, "exact", native=_native(planned))
     if tensor.shape != planned.shape:
         result.status = "different"
         result.detail = f"shape {list(tensor.shape)}, expected {list(planned.shape)}"
@@ -230,7 +233,7 @@ def _compare(pool: ThreadPoolExecutor, plan: Plan, planned: PlannedTensor, tenso
         return result
     first_rows = np.cumsum([0, *(tile.rows for tile in planned.tiles)])
     work = [
-        pool.submit(_compare_tile, plan, planned, tensor, tile, int(row), native)
+        pool.submit(_compare_tile, plan, planned, tensor, tile, int(row), coded)
         for tile, row in zip(planned.tiles, first_rows, strict=False)
     ]
     sums = [future.result() for future in work]
@@ -243,13 +246,13 @@ def _compare(pool: ThreadPoolExecutor, plan: Plan, planned: PlannedTensor, tenso
     result.relative_rms = float(np.sqrt(squares / energy)) if energy else 0.0
     if result.differing:
         unlike = sum(s.unlike_encoder for s in sums)
-        lossless = native or tensor.type in ("F32", "F64", "I32", "I64") or tensor.type == planned.transform.kind
+        lossless = coded or tensor.type in ("F32", "F64", "I32", "I64") or tensor.type == planned.transform.kind
         if lossless:
             result.status = "different"
             result.detail = (
                 f"{result.differing} codes, scales or values differ from the source, the first at {result.first}"
             )
-        elif result.relative_rms > FAR:
+        elif not result.relative_rms <= FAR:  # NaN is far, too
             result.status = "different"
             result.detail = f"the values are far from the source (relative RMS {result.relative_rms:.3g})"
         elif unlike:
@@ -257,10 +260,14 @@ def _compare(pool: ThreadPoolExecutor, plan: Plan, planned: PlannedTensor, tenso
             result.detail = f"{unlike} bytes are not what encoding the source to {tensor.type} gives"
         else:
             result.status = "rounded"
+            if result.native:
+                result.detail = (
+                    f"{planned.transform.kind} codes are kept exactly by {planned.type}; here they are rounded"
+                )
     return result
 
 
-def _compare_tile(plan: Plan, planned: PlannedTensor, tensor: Tensor, tile: Tile, first_row: int, native: bool) -> _Sum:
+def _compare_tile(plan: Plan, planned: PlannedTensor, tensor: Tensor, tile: Tile, first_row: int, coded: bool) -> _Sum:
     codec = tensor.codec
     assert codec is not None
     row_len = tensor.shape[-1] if tensor.shape else 1
@@ -270,7 +277,7 @@ def _compare_tile(plan: Plan, planned: PlannedTensor, tensor: Tensor, tile: Tile
     rows = packed.reshape(tile.rows, row_nbytes)
     inputs = execute.read_spans(plan.source_files, tile)
     result = _Sum()
-    if native:
+    if coded:
         _compare_codes(codec, rows, inputs, planned.transform.rows_per_scale, first_row, result)
         if not result.differing:
             return result
@@ -282,7 +289,7 @@ def _compare_tile(plan: Plan, planned: PlannedTensor, tensor: Tensor, tile: Tile
     values = codec.decode(rows, threads=1, dtype=np.float32)
     source = _source_values(planned, tile, inputs)
     unequal = values.view(np.uint32) != source.view(np.uint32)
-    if not native:
+    if not coded:
         _note(result, unequal, first_row)
     if result.differing:
         with np.errstate(invalid="ignore", over="ignore"):

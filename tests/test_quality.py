@@ -42,7 +42,7 @@ def test_quality_is_what_numpy_says() -> None:
 def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = RNG.standard_normal((33, 64)).astype(np.float32)
     whole = ggufx.quality(x, "Q4_0")
-    monkeypatch.setattr(sys.modules["ggufx.quality"], "_CHUNK_LEN", 64 * 5)  # the function hides the module
+    monkeypatch.setattr(sys.modules["ggufx.distortion"], "_CHUNK_LEN", 64 * 5)
     parts = ggufx.quality(x, "Q4_0")
     assert parts.max_error == whole.max_error
     assert parts.rmse == pytest.approx(whole.rmse, rel=1e-12)

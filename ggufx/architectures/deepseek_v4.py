@@ -303,7 +303,7 @@ class DeepSeekV4:
             name = tensor.name
             if name.endswith(".scale") and f"{name.removesuffix('.scale')}.weight" in self.checkpoint:
                 continue  # goes with its weight
-            reason = "left out by --skip" if skip(name) else self._side_reason(name, mtp=mtp)
+            reason = "left out by --skip" if skip(name) else self._side_reason(name, target, mtp=mtp)
             if reason is not None:
                 skipped.append((name, reason))
                 if (scale := _scale_name(name)) in self.checkpoint:
@@ -349,7 +349,7 @@ class DeepSeekV4:
         """Shards in order, names sorted within: the order that both dialects' files have."""
         return iter(sorted(self.checkpoint.values(), key=lambda t: (t.shard, t.name)))
 
-    def _side_reason(self, name: str, *, mtp: bool) -> str | None:
+    def _side_reason(self, name: str, target: str, *, mtp: bool) -> str | None:
         for pattern, reason in SIDE:
             if pattern.search(name):
                 return reason
@@ -362,7 +362,8 @@ class DeepSeekV4:
                 return f"config.json counts {self.n_mtp} MTP blocks (num_nextn_predict_layers)"
             return None
         if block == "mtp":
-            return "the MTP block is not part of this file"
+            form = "the nisparks dialect has no form for it" if target == "nisparks" else "--mtp writes its own file"
+            return f"part of the MTP block: {form}"
         if (
             match
             and match["rest"] == "ffn.gate.bias"

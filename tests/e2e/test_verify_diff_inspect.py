@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -526,19 +527,22 @@ def test_noise_in_a_type_whose_encoder_is_not_ours_is_not_rounding(
     name = "blk.1.attn_output_a.weight"
     reader = gguf.GGUFReader(source.path)
     rng = np.random.default_rng(0)
-    for seed, ok in ((None, True), (1, False)):
-        out = tmp_path / f"{ok}.gguf"
+    for seed, ok in ((None, True), (1, False), ("nan", False)):
+        out = tmp_path / f"{seed}.gguf"
         writer = gguf.GGUFWriter(out, "deepseek4")
         for tensor in reader.tensors:
             if tensor.name != name:
                 writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
                 continue
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            if seed is not None:
+            if seed == 1:
                 values = rng.standard_normal(values.shape).astype(np.float32) * values.std()
             # The gguf package writes Q5_1; ggufx does not promise its bytes, so there is nothing to compare them with.
             kind = gguf.GGMLQuantizationType.Q5_1
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+            packed = gguf.quants.quantize(values, kind)
+            if seed == "nan":
+                packed[0, :2] = (0x00, 0x7E)  # one block's scale
+            writer.add_tensor(name, packed, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -546,3 +550,62 @@ def test_noise_in_a_type_whose_encoder_is_not_ours_is_not_rounding(
         report = verify(out, checkpoint_path("flash"))
         status = next(t for t in report.tensors if t.name == name)
         assert (report.ok, status.status) == ((True, "rounded") if ok else (False, "different"))
+
+
+def test_native_codes_that_were_requantized_do_not_pass(
+    checkpoint_path: PathOf, converted: Converted, tmp_path: Path
+) -> None:
+    """Experts as Q8_0 are near enough, but their FP4 codes are gone, and that is what verify is asked about."""
+    source = converted("flash", "nisparks", "q8_0")
+    out, name = tmp_path / "o.gguf", "blk.1.ffn_up_exps.weight"
+    reader = gguf.GGUFReader(converted("flash", "llama.cpp", "q8_0").path)
+    writer = gguf.GGUFWriter(out, "deepseek4")
+    for tensor in reader.tensors:
+        data, kind = tensor.data, tensor.tensor_type
+        if tensor.name == name:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            data = gguf.quants.quantize(gguf.quants.dequantize(tensor.data, tensor.tensor_type), kind)
+        writer.add_tensor(tensor.name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert name in source.tensors
+    report = verify(out, checkpoint_path("flash"))
+    found = next(t for t in report.tensors if t.name == name)
+    assert (found.native, report.ok) == (True, found.status == "exact")
+
+
+def test_a_file_of_an_unknown_fork_is_listed_as_opaque(tmp_path: Path, cli: Cli) -> None:
+    """Id 42 as another fork has it: 34 bytes per 128 values."""
+    path = tmp_path / "o.gguf"
+    header = struct.pack("<4sIQQ", b"GGUF", 3, 1, 0)
+    header += struct.pack("<Q6sIQQIQ", 6, b"w\x1b[31m", 2, 4096, 2, 42, 0)
+    path.write_bytes(header + bytes(-len(header) % 32) + bytes(4096 * 2 // 128 * 34))
+    assert_one_line(cli("inspect", path), "id 42", "--dialect opaque")
+    run = cli("inspect", path, "--dialect", "opaque")
+    assert run.code == 0
+    assert "id 42" in run.out
+    assert "\x1b" not in run.out
+    assert "w\\x1b" in run.out
+    assert cli("rewrite", path, "--outfile", tmp_path / "c.gguf", "--dialect", "opaque").code == 0
+    assert (tmp_path / "c.gguf").read_bytes() == path.read_bytes()
+
+
+def test_json_has_no_nan(tmp_path: Path, cli: Cli) -> None:
+    path = tmp_path / "o.gguf"
+    writer = gguf.GGUFWriter(path, "x")
+    writer.add_float32("x.nan", float("nan"))
+    writer.add_array("x.inf", [1.0, float("inf")])
+    writer.add_tensor("t", np.zeros(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    found = json.loads(cli("inspect", path, "--json").out, parse_constant=refuse)
+    assert found["metadata"]["x.nan"]["value"] is None
+    assert found["metadata"]["x.inf"]["value"] == [1.0, None]
