@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ggufx.kernels._jit import bits_to_float, kernel, load64, nibble_lookup, store64
+from ggufx.kernels._jit import bits_to_float, float_to_bits, kernel, load64, nibble_lookup, store64
 
 # Twice the E2M1 values. The sign is on the integer, so that code 8 ("minus zero") gives +0 as in the reference.
 _decode16 = nibble_lookup((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12))
@@ -91,3 +91,113 @@ def unpack(rows, codes, scales, block_len):
                 odd |= y << shift
             store64(target, b * half, (even & _LOW) | ((odd & _LOW) << _FOUR))
             store64(target, b * half + 8, ((even >> _FOUR) & _LOW) | (odd & _HIGH))
+
+
+# The search works with blocks side by side in the lanes, as in _linear.py: sums run over a block's elements in order.
+_LANES = 64
+_ZERO = np.float32(0)
+
+
+@kernel
+def _reference_scale(x, rounded_up):
+    """Return ``floor(log2f(amax)) + 125`` within 0..254, 0 for amax 0."""
+    top = np.uint32(0)
+    for i in range(x.shape[0]):
+        top = max(top, np.uint32(float_to_bits(x[i]) & np.uint32(0x7FFFFFFF)))
+    field = np.int32(top >> np.uint32(23))
+    return max(field + np.int32(top >= rounded_up[field]) - 2, 0)
+
+
+@kernel
+def _factors(e):
+    """Return two factors whose product is ``2^(128 - e)``, which itself may be beyond float32."""
+    first = min(128 - e, 127)
+    return bits_to_float(np.uint32(first + 127) << np.uint32(23)), np.float32(2) if e == 0 else np.float32(1)
+
+
+@kernel
+def _write(x, e, codes, row, start):
+    f, g = _factors(e)
+    for i in range(x.shape[0]):
+        bits = np.uint32(float_to_bits(x[i]))
+        a = bits_to_float(bits & np.uint32(0x7FFFFFFF)) * f * g
+        # Thresholds between the doubled magnitudes 0, 1, 2, 3, 4, 6, 8, 12; one on a threshold stays below.
+        c = np.int32(a > np.float32(0.5)) + np.int32(a > np.float32(1.5)) + np.int32(a > np.float32(2.5))
+        c += np.int32(a > np.float32(3.5)) + np.int32(a > np.float32(5)) + np.int32(a > np.float32(7))
+        c += np.int32(a > np.float32(10))
+        sign = np.int32(bits >> np.uint32(28)) & 8
+        codes[i] = np.uint8(c | (sign if c > 0 else 0))
+    half = codes.shape[0] // 2
+    row[start] = np.uint8(e)
+    low, high, target = codes[:half], codes[half:], row[start + 1 : start + 1 + half]
+    for j in range(half):
+        target[j] = low[j] | (high[j] << np.uint8(4))
+
+
+@kernel
+def _errors(xt, wt, factor, back, error):
+    """Per lane: ``sum w (x - y)^2`` for y of the scale ``factor`` below the one that ``xt`` (magnitudes) is in units of."""
+    n = error.shape[0]
+    for i in range(n):
+        error[i] = _ZERO
+    for j in range(0, xt.shape[0], 8):
+        for i in range(n):
+            total = error[i]
+            for u in range(8):
+                x = xt[j + u, i]
+                a = x * factor
+                y = np.float32(1) if a > np.float32(0.5) else _ZERO
+                y = np.float32(2) if a > np.float32(1.5) else y
+                y = np.float32(3) if a > np.float32(2.5) else y
+                y = np.float32(4) if a > np.float32(3.5) else y
+                y = np.float32(6) if a > np.float32(5) else y
+                y = np.float32(8) if a > np.float32(7) else y
+                y = np.float32(12) if a > np.float32(10) else y
+                difference = x - y * back
+                total += wt[j + u, i] * difference * difference
+            error[i] = total
+
+
+@kernel
+def encode_search(values, importance, out, rounded_up, deltas):
+    """Give every block the best of the reference's scale plus ``deltas`` (the first is 0); one delta: no search."""
+    blocks = values.shape[1] // 32
+    codes = np.empty(32, np.uint8)
+    if deltas.shape[0] == 1:
+        for r in range(values.shape[0]):
+            for b in range(blocks):
+                x = values[r, b * 32 : b * 32 + 32]
+                _write(x, _reference_scale(x, rounded_up), codes, out[r], b * 17)
+        return
+    count = values.shape[0] * blocks
+    weighted = importance.shape[0] > 0
+    xt = np.zeros((32, _LANES), np.float32)
+    wt = np.ones((32, _LANES), np.float32)
+    error, best = np.zeros(_LANES, np.float32), np.zeros(_LANES, np.float32)
+    scale, chosen = np.zeros(_LANES, np.int64), np.zeros(_LANES, np.int64)
+    for first in range(0, count, _LANES):
+        n = min(_LANES, count - first)
+        for lane in range(n):
+            r, b = divmod(first + lane, blocks)
+            x = values[r, b * 32 : b * 32 + 32]
+            e = _reference_scale(x, rounded_up)
+            scale[lane] = e
+            chosen[lane] = e
+            f, g = _factors(e)
+            for j in range(x.shape[0]):
+                xt[j, lane] = abs(x[j]) * f * g
+            if weighted:
+                m = importance[b * 32 : b * 32 + 32]
+                for j in range(x.shape[0]):
+                    wt[j, lane] = m[j]
+        for k in range(deltas.shape[0]):
+            delta = deltas[k]
+            _errors(xt, wt, np.float32(2.0) ** -delta, np.float32(2.0) ** delta, error)
+            for i in range(_LANES):
+                e = scale[i] + delta
+                better = k == 0 or (error[i] < best[i] and e >= 0 and e <= 254)
+                best[i] = error[i] if better else best[i]
+                chosen[i] = e if better else chosen[i]
+        for lane in range(n):
+            r, b = divmod(first + lane, blocks)
+            _write(values[r, b * 32 : b * 32 + 32], chosen[lane], codes, out[r], b * 17)

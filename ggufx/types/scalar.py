@@ -1,0 +1,64 @@
+"""What the encoders of evenly spaced codes share on this side of their kernels: the choice of what to search."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from ggufx import kernels
+from ggufx.types.codec import F32, U8, Search
+
+if TYPE_CHECKING:
+    from ggufx.types.codec import Codec
+
+__all__ = ["encode_block32", "locked", "relative"]
+
+
+def locked(array: F32 | None) -> F32:
+    """Return a read-only view, so that kernels are compiled for one kind of array; empty for ``None``."""
+    view = np.empty(0, np.float32) if array is None else np.ascontiguousarray(array, np.float32).view()
+    view.flags.writeable = False
+    return view
+
+
+def relative(importance: F32 | None, block_len: int) -> F32:
+    """Return the importance divided by the largest of its block: only ratios count, and sums then neither vanish nor overflow."""
+    if importance is None:
+        return locked(None)
+    parts = importance.reshape(-1, block_len).astype(np.float64)
+    return locked((parts / parts.max(axis=1, keepdims=True)).astype(np.float32).ravel())
+
+
+# What the largest element is tried as, in levels beyond the outermost one: (from, to, step) with the sign
+# of the lowest level, then of the highest; and the number of refits.
+_BLOCK32: Final = {
+    "fast": ((-1.0, 1.3, 0.2), None, 0),
+    "normal": ((-1.0, 1.4, 0.25), (-1.0, 1.1, 0.25), 1),
+    "high": ((-2.5, 1.55, 0.1), (-2.5, 1.55, 0.1), 2),
+}
+
+
+def encode_block32(codec: Codec, bits: int, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+    """Encode blocks of 32 codes around zero under one f16: Q4_0, Q5_0, Q6_0.
+
+    Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(sigma2 + x^2), sigma2 the mean of x^2 over the row and
+    m the importance, or 1 without importance; ``mse``: w = m, or 1. Every scale that brings the block's largest element to one
+    of a list of levels is tried, the best one is refitted by least squares, rounded as stored, and then the codes are made.
+    """
+    kernel = kernels.find(codec.name)
+    assert kernel is not None
+    below, above, refits = _BLOCK32[search.effort]
+    top = float(1 << (bits - 1))
+    steps = [-(top + t) for t in np.arange(*below)]
+    steps += [top - 0.5 + t for t in np.arange(*above)] if above is not None else []
+    kernel.encode_block32(
+        locked(values),
+        relative(importance, 32),
+        out,
+        bits,
+        codec.layout.block.itemsize,
+        search.objective == "reference",
+        np.array(steps, np.float32),
+        refits,
+    )
