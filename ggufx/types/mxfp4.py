@@ -70,7 +70,10 @@ class MXFP4(Codec):
         """
         kernel = kernels.find(self.name)
         assert kernel is not None
-        deltas = {"reference": (0,), "high": (0, 1, -1)}.get(search.effort, (0, 1))
+        if search.effort == "reference":
+            kernel.encode_reference(locked(values), out, ROUNDED_UP)
+            return
+        deltas = (0, 1, -1) if search.effort == "high" else (0, 1)
         weights = relative(importance, BLOCK_LEN)
         kernel.encode_search(locked(values), weights, out, ROUNDED_UP, np.array(deltas, np.int64))
 
