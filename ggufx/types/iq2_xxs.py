@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from ggufx import tables
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx import kernels, tables
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import EVEN_SIGNS, fields, negated, widen
+from ggufx.types.scalar import locked, relative
 
 BLOCK_LEN = 256
+
+# (least, largest, number) of the sampled scales over largest magnitude / 43; window of sub-scales, starts, refits.
+_SEARCHES: Final = {
+    "fast": ((0.45, 0.95, 4), 1, 1, 1),
+    "normal": ((0.35, 1.1, 8), 1, 1, 1),
+    "high": ((0.3, 1.15, 24), 2, 6, 2),
+}
 
 
 class IQ2_XXS(Codec):  # noqa: N801 (upstream's spelling)
@@ -27,6 +35,8 @@ class IQ2_XXS(Codec):  # noqa: N801 (upstream's spelling)
         BLOCK_LEN,
         np.dtype([("d", "<f2"), ("qs", "<u2", (32,))]),
     )
+    needs_importance: ClassVar = True
+    reproduces: ClassVar = True
     ids: ClassVar = {"llama.cpp": 16}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
@@ -42,3 +52,21 @@ class IQ2_XXS(Codec):  # noqa: N801 (upstream's spelling)
                 widen(blocks["d"]) * (np.float32(0.5) + (words[..., 0] >> 28).astype(np.float32)) * np.float32(0.25)
             )
             out.reshape(values.shape)[...] = scales[..., None] * values
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search scales exactly, over the whole grid, with the parity of the signs (FORMATS 7.1).
+
+        Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(sigma2 + x^2), sigma2 the mean of x^2 over the block
+        and m the importance; ``mse``: w = m. Effort ``reference`` is the C library's own search, step by step.
+        """
+        kernel = kernels.find(self.name)
+        assert kernel is not None
+        assert importance is not None
+        if search.effort == "reference":
+            kernel.encode_reference(locked(values), locked(importance), out, *_neighbours())
+            return
+        multiples, window, starts, passes = _SEARCHES[search.effort]
+        weights = relative(importance, BLOCK_LEN)
+        by_energy = search.objective == "reference"
+        steps = np.linspace(*multiples, dtype=np.float32)
+        kernel.encode_search(locked(values), weights, out, by_energy, steps, window, starts, passes)
