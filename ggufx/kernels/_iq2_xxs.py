@@ -14,6 +14,8 @@ from ggufx.kernels._jit import float_to_bits, float_to_half, half_to_float, kern
 from ggufx.kernels._linear import down, exponent_of, mean_square, up
 
 _GRID = np.ascontiguousarray(tables.GRID_IQ2_XXS).astype(np.float32)
+# What the C library's encoder takes the magnitudes 8, 25 and 43 for.
+_ODD = np.where(_GRID == 8, 1, np.where(_GRID == 25, 3, 5)).astype(np.float32)
 _POINTS = _GRID.shape[0]
 
 
@@ -24,7 +26,7 @@ def _halves(start):
 
 _LEFT, _LEFT_OF = _halves(0)
 _RIGHT, _RIGHT_OF = _halves(4)
-_BLOCKS = 4
+_BLOCKS = 8
 _LANES = 32 * _BLOCKS
 _NBYTES = 66
 _ZERO = np.float32(0)
@@ -124,12 +126,12 @@ def _evaluate(d, window, scales, line_a, line_b, lines, first, chosen):
 
 
 @kernel
-def encode_search(values, importance, out, by_energy, multiples, window, starts, passes):
+def encode_search(values, importance, out, by_energy, multiples, window, starts, passes, exact):
     """Encode by the exact search: sample scales, keep the points that win somewhere, then fit d and the sub-scales to them.
 
     ``multiples``: sampled scales of a group of 32, in units of its largest magnitude over 43. ``window``: sub-scales tried to
     either side of the nearest one. ``starts``: values of d, of 64 ranked by a quadratic model, that are tried in earnest and
-    refitted ``passes`` times.
+    refitted ``passes`` times. ``exact``: the final points are the best of the whole grid, not of those kept.
     """
     samples = multiples.shape[0]
     blocks = values.shape[1] // 256
@@ -273,7 +275,15 @@ def encode_search(values, importance, out, by_energy, multiples, window, starts,
                 for i in range(32 * block + 4 * group, 32 * block + 4 * group + 4):
                     last_scale[0, i] = s
                     last_lift[0, i] = energy[i] / s
-        _sweep(left, right, twice_odd, last_scale, last_lift, a8, b8, last)
+        if exact:
+            _sweep(left, right, twice_odd, last_scale, last_lift, a8, b8, last)
+        else:
+            for lane in range(32 * n):
+                s, least = last_scale[0, lane], _INF
+                for k in range(lines[lane]):
+                    cost = s * line_a[lane, k] - line_b[lane, k] * _TWO
+                    if cost < least:
+                        least, last[0, lane] = cost, np.uint32(line_g[lane, k])
         for block in range(n):
             r, b = divmod(start + block, blocks)
             for group in range(8):
@@ -296,3 +306,186 @@ def encode_search(values, importance, out, by_energy, multiples, window, starts,
                     word |= (negative & np.uint32(127)) << np.uint32(7 * run)
                 for k in range(4):
                     out[r, at + 4 + k] = np.uint8((word >> np.uint32(8 * k)) & np.uint32(0xFF))
+
+
+@kernel
+def _round(value):
+    return np.int64(np.rint(value))
+
+
+@kernel
+def _uniform_scale(x, w, levels):
+    """Scale of a fit with levels 0..4 that the C library starts from; ``levels`` wrap as its unsigned bytes do."""
+    top = x[0]
+    for i in range(32):
+        top = max(top, x[i])
+    inverse = np.float32(4) / top
+    scale = _ONE / inverse
+    best = _ZERO
+    for i in range(32):
+        levels[i] = np.uint8(_round(inverse * x[i]))
+        off = x[i] - scale * np.float32(levels[i])
+        best += w[i] * off * off
+    chosen = inverse
+    for k in range(-4, 5):
+        if k == 0:
+            continue
+        tried = (np.float32(0.1) * np.float32(k) + np.float32(4)) / top
+        scale = _ONE / tried
+        error = _ZERO
+        for i in range(32):
+            off = x[i] - scale * np.float32(min(_round(tried * x[i]), 4))
+            error += w[i] * off * off
+        if error < best:
+            best, chosen = error, tried
+    s1, s2 = _ZERO, _ZERO
+    for i in range(32):
+        level = min(_round(chosen * x[i]), 4)
+        levels[i] = np.uint8(level)
+        s1 += w[i] * x[i] * np.float32(level)
+        s2 += w[i] * np.float32(level) * np.float32(level)
+    for _ in range(5):
+        changed = False
+        for i in range(32):
+            old = np.float32(levels[i])
+            t1, t2 = s1 - w[i] * x[i] * old, s2 - w[i] * old * old
+            if t1 > _ZERO and t2 > _ZERO:
+                level = min(_round(x[i] * t2 / t1), 4)
+                if level != np.int64(levels[i]):
+                    new = np.float32(level)
+                    t1 += w[i] * x[i] * new
+                    t2 += w[i] * new * new
+                    if t1 * t1 * s2 > s1 * s1 * t2:
+                        levels[i] = np.uint8(level)
+                        s1, s2 = t1, t2
+                        changed = True
+        if not changed:
+            break
+    return s1 / s2 if s2 > _ZERO else _ZERO
+
+
+@kernel
+def _nearest_points(x, roots, inverse, scale, starts, neighbours, levels, points):
+    """Levels 0..2 of 32 magnitudes and the grid points that hold them, the best neighbour where none does."""
+    for run in range(4):
+        at = 8 * run
+        code = 0
+        for j in range(8):
+            level = _round(np.float32(0.5) * (inverse * x[at + j] - _ONE))
+            levels[at + j] = min(max(level, 0), 2)
+            code += levels[at + j] * 3**j
+        first, last = starts[code], starts[code + 1]
+        g = neighbours[first]
+        if last - first > 1:
+            best = _INF
+            for n in range(first, last):
+                error = _ZERO
+                for j in range(8):
+                    off = scale * _ODD[neighbours[n], j] - x[at + j]
+                    error += roots[at + j] * off * off
+                if error < best:
+                    best, g = error, neighbours[n]
+        for j in range(8):
+            levels[at + j] = np.int64(_ODD[g, j]) // 2
+        points[run] = g
+
+
+@kernel
+def _sums(x, w, levels):
+    s1, s2 = _ZERO, _ZERO
+    for i in range(32):
+        q = np.float32(2 * levels[i] + 1)
+        s1 += w[i] * x[i] * q
+        s2 += w[i] * q * q
+    return s1, s2
+
+
+@kernel
+def encode_reference(values, importance, out, starts, neighbours):
+    """Encode as the C library does, FORMATS 6.5, in its order of operations."""
+    blocks = values.shape[1] // 256
+    w, roots, x = np.empty(32, np.float32), np.empty(32, np.float32), np.empty(32, np.float32)
+    bytes_, levels = np.empty(32, np.uint8), np.empty(32, np.int64)
+    points, signs = np.empty(4, np.int64), np.empty(4, np.uint32)
+    grid_points, words, scales = np.empty((8, 4), np.int64), np.empty(8, np.uint32), np.empty(8, np.float32)
+    for r in range(values.shape[0]):
+        for b in range(blocks):
+            source, m = values[r, b * 256 : b * 256 + 256], importance[b * 256 : b * 256 + 256]
+            sigma2 = _ZERO
+            for v in source:
+                sigma2 += v * v
+            sigma2 = sigma2 / np.float32(256)
+            largest = _ZERO
+            for group in range(8):
+                at = 32 * group
+                scales[group] = _ZERO
+                words[group] = np.uint32(0)
+                for run in range(4):
+                    grid_points[group, run] = 0
+                for i in range(32):
+                    v = source[at + i]
+                    w[i] = m[at + i] * np.sqrt(sigma2 + v * v)
+                    roots[i] = np.sqrt(w[i])
+                for run in range(4):
+                    negative, flips = np.uint32(0), 0
+                    where, least = 0, _INF
+                    for j in range(8 * run, 8 * run + 8):
+                        v = source[at + j]
+                        x[j] = v if v >= _ZERO else -v
+                        if not v >= _ZERO:
+                            negative |= np.uint32(1) << np.uint32(j - 8 * run)
+                            flips += 1
+                        cost = w[j] * v * v
+                        if j == 8 * run or cost < least:
+                            where, least = j, cost
+                    if flips % 2:
+                        x[where] = -x[where]
+                        negative ^= np.uint32(1) << np.uint32(where - 8 * run)
+                    signs[run] = negative & np.uint32(127)
+                top = x[0]
+                for i in range(32):
+                    top = max(top, x[i])
+                if top < np.float32(1e-8):
+                    continue
+                scale = _uniform_scale(x, w, bytes_)
+                full = scale * np.float32(3)
+                if full <= _ZERO:
+                    continue
+                best = _ZERO
+                for k in range(-6, 7):
+                    inverse = (np.float32(5) + np.float32(k) * np.float32(0.1)) / full
+                    _nearest_points(x, roots, inverse, _ONE / inverse, starts, neighbours, levels, points)
+                    s1, s2 = _sums(x, w, levels)
+                    if s2 > _ZERO and s1 * s1 > best * s2:
+                        scale = s1 / s2
+                        best = scale * s1
+                if scale > _ZERO:
+                    _nearest_points(x, roots, _ONE / scale, scale, starts, neighbours, levels, points)
+                    s1, s2 = _sums(x, w, levels)
+                    if s2 > _ZERO:
+                        scale = s1 / s2
+                if scale < _ZERO:
+                    scale = -scale
+                    for run in range(4):
+                        signs[run] = ~signs[run] & np.uint32(127)
+                for run in range(4):
+                    grid_points[group, run] = points[run]
+                    words[group] |= signs[run] << np.uint32(7 * run)
+                scales[group] = scale
+                largest = max(largest, scale)
+            start = b * _NBYTES
+            for k in range(_NBYTES):
+                out[r, start + k] = np.uint8(0)
+            if largest <= _ZERO:
+                continue
+            d = largest / np.float32(31)
+            bits = min(float_to_half(d), np.uint16(0x7BFF))
+            out[r, start] = np.uint8(bits & np.uint16(0xFF))
+            out[r, start + 1] = np.uint8(bits >> np.uint16(8))
+            inverse = _ONE / d
+            for group in range(8):
+                a = min(max(_round(np.float32(0.5) * (inverse * scales[group] - _ONE)), 0), 15)
+                word = words[group] | np.uint32(a) << np.uint32(28)
+                for k in range(4):
+                    out[r, start + 2 + 8 * group + k] = np.uint8(grid_points[group, k])
+                    out[r, start + 6 + 8 * group + k] = np.uint8((word >> np.uint32(8 * k)) & np.uint32(0xFF))

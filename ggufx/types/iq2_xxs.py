@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import ClassVar, Final
 
 import numpy as np
@@ -14,12 +15,31 @@ from ggufx.types.scalar import locked, relative
 
 BLOCK_LEN = 256
 
-# (least, largest, number) of the sampled scales over largest magnitude / 43; window of sub-scales, starts, refits.
+# (least, largest, number) of the sampled scales over largest magnitude / 43; window of sub-scales, starts, refits,
+# whether the last choice is among all points.
 _SEARCHES: Final = {
-    "fast": ((0.45, 0.95, 4), 1, 1, 1),
-    "normal": ((0.35, 1.1, 8), 1, 1, 1),
-    "high": ((0.3, 1.15, 24), 2, 6, 2),
+    "fast": ((0.45, 0.95, 4), 1, 1, 1, False),
+    "normal": ((0.35, 1.1, 8), 1, 1, 1, True),
+    "high": ((0.3, 1.15, 24), 2, 6, 2, True),
 }
+
+
+@cache
+def _neighbours() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return ``(starts [6562], points)``: what the C library tries for every eight levels 0..2 (level j times 3^j, summed).
+
+    The point itself where the grid has it, else all points in the two smallest distinct distances, nearest first.
+    """
+    levels = np.arange(3**8)[:, None] // 3 ** np.arange(8) % 3
+    grid = np.searchsorted([8, 25, 43], tables.GRID_IQ2_XXS)
+    distances = ((levels[:, None, :] - grid).astype(np.int16) ** 2).sum(axis=-1)
+    found = []
+    for row in distances:
+        smallest = np.unique(row)[: 1 if row.min() == 0 else 2]
+        order = np.argsort(row, kind="stable")
+        found.append(order[: np.count_nonzero(row <= smallest[-1])])
+    starts = np.cumsum([0, *(len(points) for points in found)])
+    return starts, np.concatenate(found)
 
 
 class IQ2_XXS(Codec):  # noqa: N801 (upstream's spelling)
@@ -65,8 +85,8 @@ class IQ2_XXS(Codec):  # noqa: N801 (upstream's spelling)
         if search.effort == "reference":
             kernel.encode_reference(locked(values), locked(importance), out, *_neighbours())
             return
-        multiples, window, starts, passes = _SEARCHES[search.effort]
+        multiples, window, starts, passes, exact = _SEARCHES[search.effort]
         weights = relative(importance, BLOCK_LEN)
         by_energy = search.objective == "reference"
         steps = np.linspace(*multiples, dtype=np.float32)
-        kernel.encode_search(locked(values), weights, out, by_energy, steps, window, starts, passes)
+        kernel.encode_search(locked(values), weights, out, by_energy, steps, window, starts, passes, exact)
