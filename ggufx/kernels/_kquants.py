@@ -27,6 +27,8 @@ _ONE = np.float32(1)
 _TWO = np.float32(2)
 _INF = np.float32(np.inf)
 _RATIOS = 64
+_COARSE = np.float32(2.0**-18)
+"""Under this a half (a subnormal) has steps of more than 1.5 %."""
 
 
 @kernel
@@ -175,6 +177,26 @@ def _rank(targets, weights, first, n, unit, top, low, cost):
 
 
 @kernel
+def _settle(targets, weights, first, n, step, factor, top, low):
+    """Return ``step``, or where ``step * factor`` is a half of few digits, the better of its neighbours but 0."""
+    real = step * factor
+    if step == _ZERO or abs(real) >= _COARSE:
+        return step
+    least, chosen = _INF, step
+    below = np.floor(abs(real) * np.float32(2.0**24))
+    for k in range(3):
+        unit = max(below + np.float32(k), _ONE) * np.float32(2.0**-24)
+        unit = (-unit if real < _ZERO else unit) / factor
+        cost = _ZERO
+        for i in range(first, first + n):
+            off = targets[i] - unit * min(max(np.rint(targets[i] / unit), low), top)
+            cost += weights[i] * off * off
+        if cost < least:
+            least, chosen = cost, unit
+    return chosen
+
+
+@kernel
 def _pack_two_bits(codes, row, at):
     for half in range(2):
         for j in range(32):
@@ -320,6 +342,7 @@ def encode_affine(values, importance, out, bits, block_nbytes, by_energy, steps,
             step = largest / limit
             if step > _ZERO:
                 step, _ = _rank(scale, stiff, first, per_block, step, limit, _ZERO, cost)
+                step = _settle(scale, stiff, first, per_block, step, factors[block], limit, _ZERO)
             step = store_half(step * factors[block], out[r], at + at_d) / factors[block]
             for i in range(first, first + per_block):
                 d[i] = step
@@ -329,6 +352,7 @@ def encode_affine(values, importance, out, bits, block_nbytes, by_energy, steps,
             step = deepest / limit
             if step > _ZERO:
                 step, _ = _rank(target, sw, first, per_block, step, limit, _ZERO, cost)
+                step = _settle(target, sw, first, per_block, step, factors[block], limit, _ZERO)
             step = store_half(step * factors[block], out[r], at + start_min) / factors[block]
             for i in range(first, first + per_block):
                 dmin[i] = step
@@ -384,7 +408,11 @@ def encode_affine(values, importance, out, bits, block_nbytes, by_energy, steps,
                 new_d, new_min = d[first], dmin[first]
                 if det > np.float32(1e-5) * aa * bb:
                     new_d, new_min = (ax * bb - bx * ab) / det, (ax * ab - aa * bx) / det
-                if new_d > _ZERO and new_min >= _ZERO:
+                if not new_min * factors[block] >= _COARSE:
+                    new_min = dmin[first]
+                    new_d = (ax + new_min * ab) / aa if aa > _ZERO else _ZERO
+                # Coarse halves are settled above: rounding to the nearest would undo it.
+                if new_d * factors[block] >= _COARSE:
                     new_d = store_half(new_d * factors[block], out[r], at + at_d) / factors[block]
                     new_min = store_half(new_min * factors[block], out[r], at + start_min) / factors[block]
                     for i in range(first, first + per_block):
@@ -476,6 +504,7 @@ def encode_plain(values, importance, out, bits, block_nbytes, by_energy, steps, 
                 step, off = _rank(scale, stiff, first, per_block, largest / bottom, limit, bottom, cost)
                 other, other_off = _rank(scale, stiff, first, per_block, largest / limit, limit, bottom, cost)
                 step = other if other_off < off else step
+                step = _settle(scale, stiff, first, per_block, step, factors[block], limit, bottom)
             step = store_half(step * factors[block], out[r], b * block_nbytes + at_d) / factors[block]
             for i in range(first, first + per_block):
                 d[i] = step
@@ -510,8 +539,9 @@ def encode_plain(values, importance, out, bits, block_nbytes, by_energy, steps, 
                 for i in range(first, first + per_block):
                     numerator += first_s[i] * s1[i]
                     denominator += first_s[i] * first_s[i] * s2[i]
-                if denominator > _ZERO and numerator != _ZERO:
-                    step = numerator / denominator * factors[block]
+                step = numerator / denominator * factors[block] if denominator > _ZERO else _ZERO
+                # Coarse halves are settled above: rounding to the nearest would undo it.
+                if abs(step) >= _COARSE:
                     step = store_half(step, out[r], b * block_nbytes + at_d) / factors[block]
                     for i in range(first, first + per_block):
                         d[i] = step

@@ -48,12 +48,12 @@ def encode(values, out, block_len):
             for i in range(x.shape[0]):
                 top = max(top, np.uint32(float_to_bits(x[i]) & np.uint32(0x7FFFFFFF)))
             # The smallest e with amax <= 448 * 2^(e - 127), 448 = 1.75 * 2^8; 0 where even e = 0 is enough, subnormals too.
-            e = max(
-                np.int32(top >> np.uint32(23)) - 8 + np.int32((top & np.uint32(0x7FFFFF)) > np.uint32(0x600000)), 0
-            )
+            e = max(np.int32(top >> np.uint32(23)) - 8 + np.int32((top & np.uint32(0x7FFFFF)) > np.uint32(0x600000)), 0)
             target[b * block_nbytes] = np.uint8(e)
             # 2^(127 - e), with e = 254 a subnormal; both this product and the one below are exact where they matter.
-            factor = bits_to_float(np.uint32(254 - e) << np.uint32(23)) if e < 254 else bits_to_float(np.uint32(1 << 22))
+            factor = (
+                bits_to_float(np.uint32(254 - e) << np.uint32(23)) if e < 254 else bits_to_float(np.uint32(1 << 22))
+            )
             # Under e = 247 the codes above 240 overflow float32: stay below, a finite value must not come back infinite.
             limit = np.float32(448) if e < 247 else np.float32(240)
             codes = target[b * block_nbytes + 1 : (b + 1) * block_nbytes]

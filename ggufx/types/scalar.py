@@ -12,7 +12,7 @@ from ggufx.types.codec import F32, U8, Search
 if TYPE_CHECKING:
     from ggufx.types.codec import Codec
 
-__all__ = ["encode_block32", "locked", "relative"]
+__all__ = ["encode_affine", "encode_block32", "encode_plain", "locked", "relative"]
 
 
 def locked(array: F32 | None) -> F32:
@@ -61,4 +61,48 @@ def encode_block32(codec: Codec, bits: int, values: F32, out: U8, importance: F3
         search.objective == "reference",
         np.array(steps, np.float32),
         refits,
+    )
+
+
+# Steps of the first stage as above, then window of sub-scales, minima to either side (of types that have them), rounds.
+_AFFINE: Final = {
+    "fast": ((-1.6, 1.1, 0.4), 1, 0, 2),
+    "normal": ((-1.6, 1.0, 0.2), 2, 1, 3),
+    "high": ((-2.0, 1.1, 0.1), 4, 2, 4),
+}
+_PLAIN: Final = {
+    "fast": ((-0.75, 1.25, 0.25), 1, 2),
+    "normal": ((-2.0, 1.4, 0.2), 2, 3),
+    "high": ((-2.5, 1.6, 0.1), 5, 4),
+}
+
+
+def encode_affine(codec: Codec, bits: int, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+    """Encode blocks of 256 with scales and minima: Q2_K, Q4_K, Q5_K.
+
+    Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(sigma2 + x^2), sigma2 the mean of x^2 over the block and m
+    the importance, or 1 without importance (the library's weights are alike, and differ from type to type); ``mse``: w = m, or 1.
+    See :mod:`ggufx.kernels._kquants` for the search.
+    """
+    kernel = kernels.find(codec.name)
+    assert kernel is not None
+    span, window, near, rounds = _AFFINE[search.effort]
+    steps = np.array([(1 << bits) - 1 + t for t in np.arange(*span)], np.float32)
+    by_energy = search.objective == "reference"
+    weights = relative(importance, 256)
+    nbytes = codec.layout.block.itemsize
+    kernel.encode_affine(locked(values), weights, out, bits, nbytes, by_energy, steps, window, near, rounds)
+
+
+def encode_plain(codec: Codec, bits: int, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+    """Encode blocks of 256 with signed scales: Q3_K, Q6_K. Objectives as in :func:`encode_affine`."""
+    kernel = kernels.find(codec.name)
+    assert kernel is not None
+    span, window, rounds = _PLAIN[search.effort]
+    top = float(1 << (bits - 1))
+    steps = np.array([s for t in np.arange(*span) for s in (-(top + t), top - 0.5 + t)], np.float32)
+    by_energy = search.objective == "reference"
+    weights = relative(importance, 256)
+    kernel.encode_plain(
+        locked(values), weights, out, bits, codec.layout.block.itemsize, by_energy, steps, window, rounds
     )
