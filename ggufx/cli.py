@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 from rich.console import Console
@@ -24,7 +25,9 @@ import ggufx
 from ggufx import convert as convert_module
 from ggufx import dialects, execute, types
 from ggufx import diff as diff_module
+from ggufx import imatrix as imatrix_module
 from ggufx import inspect as inspect_module
+from ggufx import measure as measure_module
 from ggufx import rewrite as rewrite_module
 from ggufx import verify as verify_module
 from ggufx.errors import GGUFError, PlanError
@@ -44,6 +47,9 @@ app = typer.Typer(
 Target = StrEnum("Target", {name: name for name in dialects.DIALECTS})  # type: ignore[misc]
 Dense = StrEnum("Dense", {name: name for name in convert_module.DENSE_TYPES})  # type: ignore[misc]
 
+EffortChoice = StrEnum("EffortChoice", {name: name for name in get_args(types.Effort)})  # type: ignore[misc]
+
+_NORMAL = EffortChoice("normal")
 _NISPARKS = Target("nisparks")
 _Q8_0 = Dense("q8_0")
 
@@ -221,7 +227,18 @@ def _print_plan(plan: Plan, threads: int | None, *, verbose: bool) -> None:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        numeric = column in ("tensors", "bytes", "bpw", "count", "weights", "max error", "relative rms", "differing")
+        numeric = column in (
+            "tensors",
+            "bytes",
+            "bpw",
+            "count",
+            "weights",
+            "max error",
+            "relative rms",
+            "differing",
+            "left out",
+            "SQNR dB",
+        )
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True, overflow="ignore")
     return table
 
@@ -394,6 +411,61 @@ def rewrite(
     with ggufx.open(file, dialect=None if dialect is None else dialect.value) as source:
         plan = rewrite_module.plan_rewrite(source, outfile, split_max_nbytes=_parse_nbytes(split_max_size))
         _execute(plan, "rewrite", overwrite=overwrite, resume=resume, threads=threads)
+
+
+@app.command()
+def measure(
+    file: Annotated[Path, typer.Argument(help="A GGUF to take tensors from.")],
+    type_names: Annotated[str, typer.Option("--types", help="Types to compare, comma-separated: iq2_ks,q4_k,...")],
+    tensors: Annotated[str | None, typer.Option(help="Shell pattern of the tensors. Default: every matrix.")] = None,
+    imatrix: Annotated[Path | None, typer.Option(help="Importance matrix, .gguf or legacy .dat.")] = None,
+    effort: Annotated[EffortChoice, typer.Option(help="How long the encoders search.")] = _NORMAL,
+    max_rows: Annotated[int, typer.Option(min=1, help="Rows per tensor, evenly spread.")] = 4096,
+    plot: Annotated[Path | None, typer.Option(help="Draw error against bits per weight (png, svg, pdf).")] = None,
+    dialect: DialectOption = None,
+    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON record per tensor and type.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print them as CSV.")] = False,
+) -> None:
+    """Compare quant types on real tensors: encode, decode, and show the errors."""
+    importance = None if imatrix is None else imatrix_module.load(imatrix)
+    names = [name.strip() for name in type_names.split(",") if name.strip()]
+    with _progress("measure") as progress:
+        found = measure_module.measure(
+            file,
+            names,
+            pattern=tensors,
+            imatrix=importance,
+            effort=effort.value,  # type: ignore[arg-type]
+            max_rows=max_rows,
+            dialect=None if dialect is None else dialect.value,
+            threads=threads,
+            progress=progress,
+        )
+    if plot is not None:
+        measure_module.plot(found, plot)
+    records = [item.to_json() for item in found]
+    if as_json:
+        sys.stdout.write(json.dumps({"summary": measure_module.summary(found), "tensors": records}, indent=1) + "\n")
+    elif as_csv:
+        columns = list(dict.fromkeys(key for record in records for key in record))
+        writer = csv.DictWriter(sys.stdout, columns, restval="")
+        writer.writeheader()
+        writer.writerows(records)
+    else:
+        table = _table("type", "tensors", "left out", "bpw", "relative rms", "max error", "SQNR dB")
+        for line in measure_module.summary(found):
+            if not line["tensors"]:
+                table.add_row(line["type"], "0", str(line["left_out"]), "", "", "", "")
+                continue
+            numbers = (f"{line[key]:.{digits}f}" for key, digits in (("bits_per_weight", 4), ("relative_rmse", 5)))
+            table.add_row(
+                line["type"], str(line["tensors"]), str(line["left_out"]), *numbers, f"{line['max_error']:.4g}",
+                f"{line['mean_sqnr']:.2f}",
+            )  # fmt: skip
+        _out.print(table)
+        for reason in dict.fromkeys(f"{item.type}: {item.note}" for item in found if item.note):
+            _out.print(f"left out: {reason}", markup=False)
 
 
 @app.command(name="types")

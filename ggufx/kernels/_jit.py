@@ -24,17 +24,20 @@ from numba.extending import intrinsic
 __all__ = [
     "bits_to_float",
     "code_lookup",
+    "float_at",
     "float_to_bits",
     "float_to_half",
+    "half_at",
     "half_to_float",
+    "halves_to_pairs",
     "kernel",
     "load16",
     "load32",
     "load64",
     "nibble_lookup",
     "nibbles_and_bits",
+    "pairs_to_halves",
     "scale_bytes16",
-    "scale_shifted16",
     "scale_signed16",
     "store64",
     "trits4",
@@ -134,6 +137,20 @@ def half_to_float(bits):
 
 
 @kernel
+def half_at(data, index):
+    """Read the binary16 at byte ``index`` of a uint8 array as float32."""
+    return half_to_float(np.uint16(data[index] | (np.uint16(data[index + 1]) << np.uint16(8))))
+
+
+@kernel
+def float_at(data, index):
+    """Read the little-endian float32 at byte ``index`` of a uint8 array."""
+    low = data[index] | (np.uint32(data[index + 1]) << np.uint32(8))
+    high = data[index + 2] | (np.uint32(data[index + 3]) << np.uint32(8))
+    return bits_to_float(low | (high << np.uint32(16)))
+
+
+@kernel
 def float_to_half(value):
     """Round a float32 to binary16 bits (uint16): to nearest, ties to even, subnormals kept, NaN to the quiet 0x7E00."""
     bits = np.uint32(float_to_bits(value))
@@ -149,31 +166,6 @@ def float_to_half(value):
         odd = (magnitude >> np.uint32(13)) & np.uint32(1)
         half = (magnitude - np.uint32(112 << 23) + np.uint32(0xFFF) + odd) >> np.uint32(13)
     return np.uint16(half | sign)
-
-
-@intrinsic
-def load64(typing_context: Any, data: Any, index: Any) -> Any:
-    """Read the little-endian uint64 at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        pointer = builder.bitcast(builder.gep(array.data, [args[1]]), ir.IntType(64).as_pointer())
-        return builder.load(pointer, align=1)
-
-    return types.uint64(data, types.intp), codegen
-
-
-@intrinsic
-def store64(typing_context: Any, data: Any, index: Any, value: Any) -> Any:
-    """Write a uint64, little-endian, at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        pointer = builder.bitcast(builder.gep(array.data, [args[1]]), ir.IntType(64).as_pointer())
-        builder.store(args[2], pointer, align=1)
-        return context.get_dummy_value()
-
-    return types.void(data, types.intp, types.uint64), codegen
 
 
 def _vector_lookup(builder: Any, indices: Any, table: tuple[int, ...], lanes: int) -> Any:
@@ -227,6 +219,37 @@ def _store_scaled(context: Any, builder: Any, out_type: Any, out: Any, index: An
     product = builder.fmul(builder.sitofp(values, _FLOATS), _splat(builder, scale, _FLOATS))
     where = builder.bitcast(builder.gep(target.data, [index]), _FLOATS.as_pointer())
     builder.store(product, where, align=4)
+
+
+def _reorder_nibbles(order: list[int]) -> Any:
+    """Return an intrinsic ``reorder(source, index, out, position)`` that permutes the 32 nibbles of 16 bytes.
+
+    Nibbles are numbered with the low ones of the bytes first, 0..15, then the high ones.
+    """
+    vector = ir.VectorType(ir.IntType(32), _LANES)
+    lanes = (ir.Constant(vector, order[:_LANES]), ir.Constant(vector, order[_LANES:]))
+
+    @intrinsic
+    def reorder(typing_context: Any, source: Any, index: Any, out: Any, position: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            four = ir.Constant(_BYTES, [4] * _LANES)
+            packed = _load_bytes(context, builder, signature.args[0], args[0], args[1])
+            nibbles = (builder.and_(packed, ir.Constant(_BYTES, [15] * _LANES)), builder.lshr(packed, four))
+            low, high = (builder.shuffle_vector(*nibbles, mask) for mask in lanes)
+            target = context.make_array(signature.args[2])(context, builder, args[2])
+            where = builder.bitcast(builder.gep(target.data, [args[3]]), _BYTES.as_pointer())
+            builder.store(builder.or_(low, builder.shl(high, four)), where, align=1)
+            return context.get_dummy_value()
+
+        return types.void(source, types.intp, out, types.intp), codegen
+
+    return reorder
+
+
+pairs_to_halves = _reorder_nibbles([nibble for k in range(_LANES) for nibble in (k, _LANES + k)])
+"""Reorder 32 codes: byte k held 2k (low) and 2k + 1 (high), afterwards byte j holds j (low) and j + 16 (high)."""
+halves_to_pairs = _reorder_nibbles([*range(0, 2 * _LANES, 2), *range(1, 2 * _LANES, 2)])
+"""The inverse of :data:`pairs_to_halves`."""
 
 
 def nibble_lookup(table: tuple[int, ...]) -> Any:
@@ -336,6 +359,21 @@ load16 = _load(16)
 """Read the little-endian uint16 at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
 load32 = _load(32)
 """Read the little-endian uint32 at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
+load64 = _load(64)
+"""Read the little-endian uint64 at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
+
+
+@intrinsic
+def store64(typing_context: Any, data: Any, index: Any, value: Any) -> Any:
+    """Write a uint64, little-endian, at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        pointer = builder.bitcast(builder.gep(array.data, [args[1]]), ir.IntType(64).as_pointer())
+        builder.store(args[2], pointer, align=1)
+        return context.get_dummy_value()
+
+    return types.void(data, types.intp, types.uint64), codegen
 
 
 def _lanes_of_bits(builder: Any, bits: Any) -> Any:
@@ -368,24 +406,6 @@ def scale_signed16(
         return context.get_dummy_value()
 
     return types.void(types.uint64, types.uint64, types.uint16, types.float32, out, types.intp), codegen
-
-
-@intrinsic
-def scale_shifted16(
-    typing_context: Any, first: Any, second: Any, shift: Any, other: Any, scale: Any, out: Any, position: Any
-) -> Any:
-    """Write ``out[position + j] = float32(byte j) * scale`` for the 16 signed bytes of two words, j in 0..15.
-
-    The bytes of ``shift`` are added to those of the first word, the bytes of ``other`` to those of the second.
-    """
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        values = builder.add(_join_words(builder, args[0], args[1]), _join_words(builder, args[2], args[3]))
-        _store_scaled(context, builder, signature.args[5], args[5], args[6], values, args[4])
-        return context.get_dummy_value()
-
-    word = types.uint64
-    return types.void(word, word, word, word, types.float32, out, types.intp), codegen
 
 
 @intrinsic

@@ -13,8 +13,8 @@ from ggufx.kernels._jit import kernel
 from ggufx.kernels._linear import (
     LANES,
     down,
-    exponent_of,
     explain,
+    exponent_of,
     keep_best,
     mean_square,
     store_half,
