@@ -196,8 +196,10 @@ def encode_search(values, importance, out, by_energy, multiples, window, starts,
                 tops[lane] = top
             for group in range(8):
                 lane = 32 * block + 4 * group
-                top = max(max(tops[lane], tops[lane + 1]), max(tops[lane + 2], tops[lane + 3])) / np.float32(43)
-                top = max(top, np.float32(1e-12))
+                top = np.float32(43e-12)
+                for i in range(lane, lane + 4):
+                    top = max(top, tops[i])
+                top = top / np.float32(43)
                 for k in range(samples):
                     s = multiples[k] * top
                     for i in range(lane, lane + 4):

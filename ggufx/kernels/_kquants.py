@@ -267,8 +267,8 @@ def _pack_plain(bits, codes, scales, row, start):
 def encode_affine(values, importance, out, bits, block_nbytes, by_energy, steps, window, near, passes):
     """Encode Q2_K, Q4_K or Q5_K (by ``bits``).
 
-    ``steps``: levels, real numbers, that the span of a sub-block is tried as. ``window``: sub-scales tried to either side of the
-    nearest, each with ``near`` minima to either side of the one that suits it. ``passes``: rounds of stage 3.
+    ``steps``: levels, real numbers, that the span of a sub-block is tried as. ``window``: sub-scales tried to either side of
+    the nearest, each with ``near`` minima to either side of the one that suits it. ``passes``: rounds of stage 3.
     """
     sub = 16 if bits == 2 else 32
     per_block = 256 // sub
@@ -286,12 +286,12 @@ def encode_affine(values, importance, out, bits, block_nbytes, by_energy, steps,
         np.zeros((sub, LANES), np.float32),
         np.zeros((sub, LANES), np.float32),
     )
-    lanes = np.zeros((28, LANES), np.float32)
+    lanes = np.zeros((27, LANES), np.float32)
     sw, sx, low, high, sq, sqq, sxq = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4], lanes[5], lanes[6]
     best, scale, shift, gain_q, gain_qq = lanes[7], lanes[8], lanes[9], lanes[10], lanes[11]
-    inverse, offset, d, dmin, first_s, first_m = lanes[12], lanes[13], lanes[14], lanes[15], lanes[16], lanes[17]
+    inverse, offset, d, dmin, first_s = lanes[12], lanes[13], lanes[14], lanes[15], lanes[16]
     error, least, try_s, try_m, real_s, real_m = lanes[18], lanes[19], lanes[20], lanes[21], lanes[22], lanes[23]
-    stiff, slope, target, chosen_m = lanes[24], lanes[25], lanes[26], lanes[27]
+    stiff, slope, target, chosen_m = lanes[24], lanes[25], lanes[26], lanes[17]
     cost, w, buffer = np.zeros(_RATIOS, np.float32), np.zeros(256, np.float32), np.zeros(64, np.float32)
     factors = np.ones(n_blocks, np.float32)
     codes = np.zeros(256, np.uint8)

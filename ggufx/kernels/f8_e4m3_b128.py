@@ -49,7 +49,7 @@ def encode(values, out, block_len):
         row, target = values[r], out[r]
         for b in range(row.shape[0] // block_len):
             x = row[b * block_len : (b + 1) * block_len]
-            top = _U0
+            top = np.uint32(0)
             for i in range(x.shape[0]):
                 top = max(top, np.uint32(float_to_bits(x[i]) & np.uint32(0x7FFFFFFF)))
             # The smallest e with amax <= 448 * 2^(e - 127), 448 = 1.75 * 2^8; 0 where even e = 0 is enough, subnormals too.

@@ -23,7 +23,7 @@ def locked(array: F32 | None) -> F32:
 
 
 def relative(importance: F32 | None, block_len: int) -> F32:
-    """Return the importance divided by the largest of its block: only ratios count, and sums then neither vanish nor overflow."""
+    """Return the importance divided by the largest of its block: only ratios count, and sums neither vanish nor overflow."""
     if importance is None:
         return locked(None)
     parts = importance.reshape(-1, block_len).astype(np.float64)
@@ -80,8 +80,8 @@ _PLAIN: Final = {
 def encode_affine(codec: Codec, bits: int, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
     """Encode blocks of 256 with scales and minima: Q2_K, Q4_K, Q5_K.
 
-    Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(sigma2 + x^2), sigma2 the mean of x^2 over the block and m
-    the importance, or 1 without importance (the library's weights are alike, and differ from type to type); ``mse``: w = m, or 1.
+    Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(sigma2 + x^2), sigma2 the mean of x^2 over the block and
+    m the importance, or 1 without (the library's weights are alike, and differ from type to type); ``mse``: w = m, or 1.
     See :mod:`ggufx.kernels._kquants` for the search.
     """
     kernel = kernels.find(codec.name)
