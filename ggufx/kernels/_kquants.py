@@ -13,6 +13,7 @@ from ggufx.kernels._jit import kernel
 from ggufx.kernels._linear import (
     LANES,
     down,
+    error_plain,
     explain,
     exponent_of,
     keep_best,
@@ -106,26 +107,6 @@ def _error_affine(xt, wt, scale, shift, top, error):
                 t = x * inverse
                 t = _ZERO if t < _ZERO else t
                 t = top if t > top else t
-                off = x - s * ((t + _MAGIC) - _MAGIC)
-                total += wt[j + u, i] * off * off
-            error[i] = total
-
-
-@kernel
-def _error_plain(xt, wt, scale, low, high, error):
-    """Per lane: ``sum w (x - y)^2`` for ``y = scale l`` with the nearest levels."""
-    n = scale.shape[0]
-    for i in range(n):
-        error[i] = _ZERO
-    for j in range(0, xt.shape[0], 8):
-        for i in range(n):
-            s, total = scale[i], error[i]
-            inverse = _ONE / s if s != _ZERO else _ZERO
-            for u in range(8):
-                x = xt[j + u, i]
-                t = x * inverse
-                t = low if t < low else t
-                t = high if t > high else t
                 off = x - s * ((t + _MAGIC) - _MAGIC)
                 total += wt[j + u, i] * off * off
             error[i] = total
@@ -520,7 +501,7 @@ def encode_plain(values, importance, out, bits, block_nbytes, by_energy, steps, 
                     s = limit if s > limit else s
                     try_s[i] = s
                     real_s[i] = s * d[i]
-                _error_plain(xt, wt, real_s, low, high, error)
+                error_plain(xt, wt, real_s, low, high, error)
                 for i in range(LANES):
                     better = error[i] < least[i]
                     least[i] = error[i] if better else least[i]

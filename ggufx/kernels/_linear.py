@@ -105,6 +105,35 @@ def keep_best(s1, s2, inverse, best, best_inverse, best_scale):
 
 
 @kernel
+def error_plain(xt, wt, scale, low, high, error):
+    """Per lane: ``sum w (x - y)^2`` for ``y = scale l`` with the nearest levels."""
+    n = scale.shape[0]
+    for i in range(n):
+        error[i] = _ZERO
+    for j in range(0, xt.shape[0], 8):
+        for i in range(n):
+            s, total = scale[i], error[i]
+            inverse = _ONE / s if s != _ZERO else _ZERO
+            for u in range(8):
+                x = xt[j + u, i]
+                t = x * inverse
+                t = low if t < low else t
+                t = high if t > high else t
+                off = x - s * ((t + _MAGIC) - _MAGIC)
+                total += wt[j + u, i] * off * off
+            error[i] = total
+
+
+@kernel
+def to_half_digits(values):
+    """Round to the 11 significant bits of a half (not subnormal), to nearest, ties to even."""
+    for i in range(values.shape[0]):
+        bits = np.uint32(float_to_bits(values[i]))
+        odd = (bits >> np.uint32(13)) & np.uint32(1)
+        values[i] = bits_to_float(np.uint32(bits + np.uint32(0xFFF) + odd) & np.uint32(0xFFFFE000))
+
+
+@kernel
 def code(xt, inverse, low, high, codes):
     """Per lane: ``codes[j] = clamp(rint(x * inverse)) - low`` as bytes."""
     n = inverse.shape[0]
@@ -160,12 +189,13 @@ def pack_block(codes, lane, bits, row, at):
 
 
 @kernel
-def encode_block32(values, importance, out, bits, block_nbytes, by_energy, steps, refits):
+def encode_block32(values, importance, out, bits, block_nbytes, by_energy, steps, ends, refits):
     """Search the f16 scale of every block of 32 codes of ``bits`` bits around zero.
 
     ``importance`` is [row_len], or empty for 1. With ``by_energy`` the weights are ``m sqrt(sigma2 + x^2)``, sigma2 the mean
-    of x^2 over the row, else m. ``steps`` are the levels, real numbers, that the largest element is tried at; the best is
-    refitted ``refits`` times. The codes are made with the stored scale.
+    of x^2 over the row, else m. ``steps`` are the levels, real numbers, that the largest element is tried at, in groups
+    that end at ``ends``. The best of each group by explained energy is refitted ``refits`` times; the best of these by its
+    error as stored (beside a spike, energy tells nothing about the others) makes the codes.
     """
     blocks = values.shape[1] // 32
     count = values.shape[0] * blocks
@@ -175,9 +205,10 @@ def encode_block32(values, importance, out, bits, block_nbytes, by_energy, steps
     wt = np.zeros((32, LANES), np.float32)
     wxt = np.zeros((32, LANES), np.float32)
     codes = np.zeros((32, LANES), np.uint8)
-    lanes = np.zeros((9, LANES), np.float32)
+    lanes = np.zeros((12, LANES), np.float32)
     extreme, inverse, s1, s2 = lanes[0], lanes[1], lanes[2], lanes[3]
     best, best_inverse, best_scale, factor, turned = lanes[4], lanes[5], lanes[6], lanes[7], lanes[8]
+    error, least, chosen = lanes[9], lanes[10], lanes[11]
     w = np.empty(32, np.float32)
     row_factor, sigma2 = _ONE, _ZERO
     for first in range(0, count, LANES):
@@ -207,9 +238,7 @@ def encode_block32(values, importance, out, bits, block_nbytes, by_energy, steps
                 wt[j, lane] = w[j]
         for i in range(LANES):
             extreme[i] = _ZERO
-            best[i] = -_ONE
-            best_inverse[i] = _ZERO
-            best_scale[i] = _ZERO
+            least[i] = np.float32(np.inf)
         for j in range(32):
             x, y, z = xt[j], wt[j], wxt[j]
             for i in range(LANES):
@@ -217,19 +246,29 @@ def encode_block32(values, importance, out, bits, block_nbytes, by_energy, steps
                 z[i] = x[i] * y[i]
         for i in range(LANES):
             turned[i] = _ONE / extreme[i] if extreme[i] != _ZERO else _ZERO
-        for k in range(steps.shape[0]):
+        for group in range(ends.shape[0]):
             for i in range(LANES):
-                inverse[i] = steps[k] * turned[i]
-            explain(xt, wxt, wt, inverse, low, high, s1, s2)
-            keep_best(s1, s2, inverse, best, best_inverse, best_scale)
-        for _ in range(refits):
+                best[i] = -_ONE
+                best_scale[i] = _ZERO
+            for k in range(ends[group - 1] if group else 0, ends[group]):
+                for i in range(LANES):
+                    inverse[i] = steps[k] * turned[i]
+                explain(xt, wxt, wt, inverse, low, high, s1, s2)
+                keep_best(s1, s2, inverse, best, best_inverse, best_scale)
+            for _ in range(refits):
+                for i in range(LANES):
+                    inverse[i] = _ONE / best_scale[i] if best_scale[i] != _ZERO else _ZERO
+                explain(xt, wxt, wt, inverse, low, high, s1, s2)
+                keep_best(s1, s2, inverse, best, best_inverse, best_scale)
+            to_half_digits(best_scale)
+            error_plain(xt, wt, best_scale, low, high, error)
             for i in range(LANES):
-                inverse[i] = _ONE / best_scale[i] if best_scale[i] != _ZERO else _ZERO
-            explain(xt, wxt, wt, inverse, low, high, s1, s2)
-            keep_best(s1, s2, inverse, best, best_inverse, best_scale)
+                better = error[i] < least[i]
+                least[i] = error[i] if better else least[i]
+                chosen[i] = best_scale[i] if better else chosen[i]
         for lane in range(n):
             r, b = divmod(first + lane, blocks)
-            d = best_scale[lane] * factor[lane]
+            d = chosen[lane] * factor[lane]
             if abs(d) < np.float32(2.0**-14):
                 d = among_subnormals(xt, wt, lane, d, _ONE / factor[lane], low, high)
             d = store_half(d, out[r], b * block_nbytes) / factor[lane]

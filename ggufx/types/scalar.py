@@ -33,9 +33,9 @@ def relative(importance: F32 | None, block_len: int) -> F32:
 # What the largest element is tried as, in levels beyond the outermost one: (from, to, step) with the sign
 # of the lowest level, then of the highest; and the number of refits.
 _BLOCK32: Final = {
-    "fast": ((-1.0, 1.3, 0.2), None, 0),
-    "normal": ((-1.0, 1.4, 0.25), (-1.0, 1.1, 0.25), 1),
-    "high": ((-2.5, 1.55, 0.1), (-2.5, 1.55, 0.1), 2),
+    "fast": ((-2.2, 1.5, 0.4), (-1.5, 1.5, 0.5), 0),
+    "normal": ((-2.5, 1.5, 0.25), (-2.0, 1.5, 0.25), 1),
+    "high": ((-3.5, 1.55, 0.1), (-3.0, 1.55, 0.1), 2),
 }
 
 
@@ -43,15 +43,14 @@ def encode_block32(codec: Codec, bits: int, values: F32, out: U8, importance: F3
     """Encode blocks of 32 codes around zero under one f16: Q4_0, Q5_0, Q6_0.
 
     Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(sigma2 + x^2), sigma2 the mean of x^2 over the row and
-    m the importance, or 1 without importance; ``mse``: w = m, or 1. Every scale that brings the block's largest element to one
-    of a list of levels is tried, the best one is refitted by least squares, rounded as stored, and then the codes are made.
+    m the importance, or 1 without importance; ``mse``: w = m, or 1. See :func:`ggufx.kernels._linear.encode_block32`.
     """
     kernel = kernels.find(codec.name)
     assert kernel is not None
     below, above, refits = _BLOCK32[search.effort]
     top = float(1 << (bits - 1))
     steps = [-(top + t) for t in np.arange(*below)]
-    steps += [top - 0.5 + t for t in np.arange(*above)] if above is not None else []
+    steps += [top - 0.5 + t for t in np.arange(*above)]
     kernel.encode_block32(
         locked(values),
         relative(importance, 32),
@@ -60,6 +59,8 @@ def encode_block32(codec: Codec, bits: int, values: F32, out: U8, importance: F3
         codec.layout.block.itemsize,
         search.objective == "reference",
         np.array(steps, np.float32),
+        # Groups: the steps that give the largest element the same level.
+        np.append(np.flatnonzero(np.diff(np.rint(steps))) + 1, len(steps)),
         refits,
     )
 
