@@ -166,7 +166,7 @@ def among_subnormals(xt, wt, lane, d, factor, low, high):
 
 
 @kernel
-def pack_block(codes, lane, bits, row, at):
+def pack_block(codes, nibbles, lane, bits, row, at):
     """Write the codes of one block of 32 behind its scale: Q4_0's, Q5_0's or Q6_0's layout, by ``bits``."""
     if bits == 5:
         high = np.uint32(0)
@@ -185,7 +185,7 @@ def pack_block(codes, lane, bits, row, at):
             )
         at += 8
     for j in range(16):
-        row[at + 2 + j] = (codes[j, lane] & np.uint8(15)) | (codes[j + 16, lane] << np.uint8(4))
+        row[at + 2 + j] = nibbles[j, lane]
 
 
 @kernel
@@ -211,10 +211,16 @@ def encode_block32(values, importance, out, bits, block_nbytes, by_energy, steps
     error, least, chosen = lanes[9], lanes[10], lanes[11]
     w = np.empty(32, np.float32)
     row_factor, sigma2 = _ONE, _ZERO
+    nibbles = np.zeros((16, LANES), np.uint8)
+    row_of, block_of = np.zeros(LANES, np.int64), np.zeros(LANES, np.int64)
+    r, b = 0, -1
     for first in range(0, count, LANES):
         n = min(LANES, count - first)
         for lane in range(n):
-            r, b = divmod(first + lane, blocks)
+            b += 1
+            if b == blocks:
+                r, b = r + 1, 0
+            row_of[lane], block_of[lane] = r, b
             if weighted and by_energy and (b == 0 or lane == 0):
                 row_factor = down(exponent_of(values[r]))
                 sigma2 = mean_square(values[r], row_factor, turned)
@@ -267,16 +273,18 @@ def encode_block32(values, importance, out, bits, block_nbytes, by_energy, steps
                 least[i] = error[i] if better else least[i]
                 chosen[i] = best_scale[i] if better else chosen[i]
         for lane in range(n):
-            r, b = divmod(first + lane, blocks)
             d = chosen[lane] * factor[lane]
             if abs(d) < np.float32(2.0**-14):
                 d = among_subnormals(xt, wt, lane, d, _ONE / factor[lane], low, high)
-            d = store_half(d, out[r], b * block_nbytes) / factor[lane]
+            d = store_half(d, out[row_of[lane]], block_of[lane] * block_nbytes) / factor[lane]
             inverse[lane] = _ONE / d if d != _ZERO else _ZERO
         code(xt, inverse, low, high, codes)
+        for j in range(16):
+            left, right, to = codes[j], codes[j + 16], nibbles[j]
+            for i in range(LANES):
+                to[i] = (left[i] & np.uint8(15)) | (right[i] << np.uint8(4))
         for lane in range(n):
-            r, b = divmod(first + lane, blocks)
-            pack_block(codes, lane, bits, out[r], b * block_nbytes)
+            pack_block(codes, nibbles, lane, bits, out[row_of[lane]], block_of[lane] * block_nbytes)
 
 
 @kernel
@@ -356,4 +364,5 @@ def encode_block32_reference(values, importance, out):
         for lane in range(n):
             r, b = divmod(first + lane, blocks)
             store_half(best_scale[lane], out[r], b * 18)
-            pack_block(codes, lane, 4, out[r], b * 18)
+            for j in range(16):
+                out[r, b * 18 + 2 + j] = (codes[j, lane] & np.uint8(15)) | (codes[j + 16, lane] << np.uint8(4))

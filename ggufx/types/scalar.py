@@ -33,7 +33,7 @@ def relative(importance: F32 | None, block_len: int) -> F32:
 # What the largest element is tried as, in levels beyond the outermost one: (from, to, step) with the sign
 # of the lowest level, then of the highest; and the number of refits.
 _BLOCK32: Final = {
-    "fast": ((-2.2, 1.5, 0.4), (-1.5, 1.5, 0.5), 0),
+    "fast": ((-1.8, 1.1, 0.4), (-1.5, 0.7, 0.5), 0),
     "normal": ((-2.5, 1.5, 0.25), (-2.0, 1.5, 0.25), 1),
     "high": ((-3.5, 1.55, 0.1), (-3.0, 1.55, 0.1), 2),
 }
