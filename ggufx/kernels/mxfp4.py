@@ -175,7 +175,8 @@ def encode_search(values, importance, out, rounded_up, deltas):
         for lane in range(n):
             r, b = divmod(first + lane, blocks)
             x = values[r, b * 32 : b * 32 + 32]
-            e = _reference_scale(x, rounded_up)
+            # Over 252 the larger codes overflow float32: a finite value must not come back infinite.
+            e = min(_reference_scale(x, rounded_up), 252)
             scale[lane] = e
             chosen[lane] = e
             f, g = _factors(e)
@@ -190,7 +191,7 @@ def encode_search(values, importance, out, rounded_up, deltas):
             _errors(xt, wt, np.float32(2.0) ** -delta, np.float32(2.0) ** delta, error)
             for i in range(_LANES):
                 e = scale[i] + delta
-                better = k == 0 or (error[i] < best[i] and e >= 0 and e <= 254)
+                better = k == 0 or (error[i] < best[i] and e >= 0 and e <= 252)
                 best[i] = error[i] if better else best[i]
                 chosen[i] = e if better else chosen[i]
         for lane in range(n):
