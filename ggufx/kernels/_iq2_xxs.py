@@ -42,28 +42,26 @@ def _half_sums(points, ax, wt, first, a, b, c):
     """Per point and lane: ``sum w g^2``, ``sum w x g`` and ``min w x g`` over four elements from ``first``."""
     for p in range(points.shape[0]):
         g0, g1, g2, g3 = points[p, 0], points[p, 1], points[p, 2], points[p, 3]
-        x0, x1, x2, x3 = ax[first], ax[first + 1], ax[first + 2], ax[first + 3]
-        w0, w1, w2, w3 = wt[first], wt[first + 1], wt[first + 2], wt[first + 3]
-        to_a, to_b, to_c = a[p], b[p], c[p]
-        for i in range(to_a.shape[0]):
-            to_a[i] = w0[i] * (g0 * g0) + w1[i] * (g1 * g1) + w2[i] * (g2 * g2) + w3[i] * (g3 * g3)
-            y0, y1, y2, y3 = x0[i] * w0[i] * g0, x1[i] * w1[i] * g1, x2[i] * w2[i] * g2, x3[i] * w3[i] * g3
-            to_b[i] = y0 + y1 + y2 + y3
+        for i in range(a.shape[1]):
+            w0, w1, w2, w3 = wt[first, i], wt[first + 1, i], wt[first + 2, i], wt[first + 3, i]
+            a[p, i] = w0 * (g0 * g0) + w1 * (g1 * g1) + w2 * (g2 * g2) + w3 * (g3 * g3)
+            y0, y1 = ax[first, i] * w0 * g0, ax[first + 1, i] * w1 * g1
+            y2, y3 = ax[first + 2, i] * w2 * g2, ax[first + 3, i] * w3 * g3
+            b[p, i] = y0 + y1 + y2 + y3
             low, high = (y0 if y0 < y1 else y1), (y2 if y2 < y3 else y3)
-            to_c[i] = low if low < high else high
+            c[p, i] = low if low < high else high
 
 
 @kernel
 def _lines(first, left, right, twice_odd, a8, b8):
     """A and 2 B of the eight points from ``first``, all lanes."""
     for u in range(8):
-        al, bl, cl = left[0, _LEFT_OF[first + u]], left[1, _LEFT_OF[first + u]], left[2, _LEFT_OF[first + u]]
-        ar, br, cr = right[0, _RIGHT_OF[first + u]], right[1, _RIGHT_OF[first + u]], right[2, _RIGHT_OF[first + u]]
-        to_a, to_b = a8[u], b8[u]
-        for i in range(to_a.shape[0]):
-            to_a[i] = al[i] + ar[i]
-            c = cl[i] if cl[i] < cr[i] else cr[i]
-            to_b[i] = _TWO * (bl[i] + br[i] - twice_odd[i] * c)
+        p, q = _LEFT_OF[first + u], _RIGHT_OF[first + u]
+        for i in range(a8.shape[1]):
+            a8[u, i] = left[0, p, i] + right[0, q, i]
+            c, other = left[2, p, i], right[2, q, i]
+            c = c if c < other else other
+            b8[u, i] = _TWO * (left[1, p, i] + right[1, q, i] - twice_odd[i] * c)
 
 
 @kernel
@@ -78,14 +76,13 @@ def _sweep(left, right, twice_odd, scale, lift, a8, b8, best):
     for first in range(0, _POINTS, 8):
         _lines(first, left, right, twice_odd, a8, b8)
         for k in range(scale.shape[0]):
-            to, s, c = best[k], scale[k], lift[k]
-            for i in range(to.shape[0]):
-                least = to[i]
+            for i in range(best.shape[1]):
+                least, s, c = best[k, i], scale[k, i], lift[k, i]
                 for u in range(8):
-                    value = s[i] * a8[u, i] - b8[u, i] + c[i]
+                    value = s * a8[u, i] - b8[u, i] + c
                     key = np.uint32((float_to_bits(value) & _UPPER) | np.uint32(first + u))
                     least = key if key < least else least
-                to[i] = least
+                best[k, i] = least
 
 
 @kernel

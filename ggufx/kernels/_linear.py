@@ -209,10 +209,10 @@ def encode_block32(values, importance, out, bits, block_nbytes, by_energy, steps
     extreme, inverse, s1, s2 = lanes[0], lanes[1], lanes[2], lanes[3]
     best, best_inverse, best_scale, factor, turned = lanes[4], lanes[5], lanes[6], lanes[7], lanes[8]
     error, least, chosen = lanes[9], lanes[10], lanes[11]
-    w = np.empty(32, np.float32)
+    w = np.ones(32, np.float32)
+    flat, flat_out = values.reshape(-1), out.reshape(-1)
     row_factor, sigma2 = _ONE, _ZERO
     nibbles = np.zeros((16, LANES), np.uint8)
-    row_of, block_of = np.zeros(LANES, np.int64), np.zeros(LANES, np.int64)
     r, b = 0, -1
     for first in range(0, count, LANES):
         n = min(LANES, count - first)
@@ -220,27 +220,25 @@ def encode_block32(values, importance, out, bits, block_nbytes, by_energy, steps
             b += 1
             if b == blocks:
                 r, b = r + 1, 0
-            row_of[lane], block_of[lane] = r, b
             if weighted and by_energy and (b == 0 or lane == 0):
                 row_factor = down(exponent_of(values[r]))
                 sigma2 = mean_square(values[r], row_factor, turned)
-            x = values[r, b * 32 : b * 32 + 32]
-            e = exponent_of(x)
+            at = (first + lane) * 32
+            top = np.uint32(0)
+            for j in range(w.shape[0]):
+                top = max(top, np.uint32(float_to_bits(flat[at + j]) & np.uint32(0x7FFFFFFF)))
+            e = min(max(np.int32(top >> np.uint32(23)), np.int32(1)), np.int32(253))
             f = down(e)
             factor[lane] = up(e)
-            m = importance[b * 32 : b * 32 + 32] if weighted else w
-            if not weighted:
-                for j in range(x.shape[0]):
-                    w[j] = _ONE
-            elif by_energy:
-                for j in range(x.shape[0]):
-                    v = x[j] * row_factor
-                    w[j] = m[j] * np.sqrt(sigma2 + v * v)
-            else:
-                for j in range(x.shape[0]):
-                    w[j] = m[j]
-            for j in range(x.shape[0]):
-                xt[j, lane] = x[j] * f
+            if weighted and by_energy:
+                for j in range(w.shape[0]):
+                    v = flat[at + j] * row_factor
+                    w[j] = importance[b * 32 + j] * np.sqrt(sigma2 + v * v)
+            elif weighted:
+                for j in range(w.shape[0]):
+                    w[j] = importance[b * 32 + j]
+            for j in range(w.shape[0]):
+                xt[j, lane] = flat[at + j] * f
                 wt[j, lane] = w[j]
         for i in range(LANES):
             extreme[i] = _ZERO
@@ -274,9 +272,9 @@ def encode_block32(values, importance, out, bits, block_nbytes, by_energy, steps
                 chosen[i] = best_scale[i] if better else chosen[i]
         for lane in range(n):
             d = chosen[lane] * factor[lane]
-            if abs(d) < np.float32(2.0**-14):
+            if d != _ZERO and abs(d) < np.float32(2.0**-14):
                 d = among_subnormals(xt, wt, lane, d, _ONE / factor[lane], low, high)
-            d = store_half(d, out[row_of[lane]], block_of[lane] * block_nbytes) / factor[lane]
+            d = store_half(d, flat_out, (first + lane) * block_nbytes) / factor[lane]
             inverse[lane] = _ONE / d if d != _ZERO else _ZERO
         code(xt, inverse, low, high, codes)
         for j in range(16):
@@ -284,7 +282,7 @@ def encode_block32(values, importance, out, bits, block_nbytes, by_energy, steps
             for i in range(LANES):
                 to[i] = (left[i] & np.uint8(15)) | (right[i] << np.uint8(4))
         for lane in range(n):
-            pack_block(codes, nibbles, lane, bits, out[row_of[lane]], block_of[lane] * block_nbytes)
+            pack_block(codes, nibbles, lane, bits, flat_out, (first + lane) * block_nbytes)
 
 
 @kernel
