@@ -19,6 +19,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import caching
 from numba.core.errors import TypingError
+from numba.core.runtime import rtsys
 from numba.extending import intrinsic
 
 __all__ = [
@@ -43,6 +44,9 @@ __all__ = [
     "trits4",
     "trits16",
 ]
+
+
+_KNOWN_NUMBA = "0.68."
 
 
 @cache
@@ -84,6 +88,16 @@ class _Impl(caching.CompileResultCacheImpl):  # type: ignore[misc]
 
 class _Cache(caching.FunctionCache):  # type: ignore[misc]
     _impl_class = _Impl
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        # Numba registers its whole library of overloads first (0.1 s), which only compiling needs, and compiling does so
+        # itself. Machine code from the cache needs the runtime alone (without it, it crashes): known for the versions that
+        # the tests have run with, so others keep to Numba's own way.
+        if not numba.__version__.startswith(_KNOWN_NUMBA):
+            return super().load_overload(sig, target_context)
+        rtsys.initialize(target_context)
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)
 
 
 def kernel(function: Callable[..., Any]) -> Any:

@@ -8,10 +8,10 @@ from typing import ClassVar, Final
 import numpy as np
 import numpy.typing as npt
 
-from ggufx import kernels, tables
+from ggufx import tables
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import EVEN_SIGNS, fields, negated, widen
-from ggufx.types.scalar import locked, relative
+from ggufx.types.scalar import kernel_of, locked, relative
 
 BLOCK_LEN = 256
 
@@ -76,8 +76,7 @@ class IQ2_XXS(Codec):  # noqa: N801 (upstream's spelling)
         Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(sigma2 + x^2), sigma2 the mean of x^2 over the block
         and m the importance; ``mse``: w = m. Effort ``reference`` is the C library's own search, step by step.
         """
-        kernel = kernels.find(self.name)
-        assert kernel is not None
+        kernel = kernel_of(self)
         assert importance is not None
         if search.effort == "reference":
             kernel.encode_reference(locked(values), locked(importance), out, *_neighbours())

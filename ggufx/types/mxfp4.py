@@ -7,9 +7,8 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ggufx import kernels
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.scalar import locked, relative
+from ggufx.types.scalar import kernel_of, locked, relative
 
 BLOCK_LEN = 32
 
@@ -51,6 +50,7 @@ class MXFP4(Codec):
 
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("e", "u1"), ("qs", "u1", (BLOCK_LEN // 2,))]))
     reproduces: ClassVar = True
+    rms_bound: ClassVar = 0.118
     ids: ClassVar = {"llama.cpp": 39}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
@@ -68,8 +68,7 @@ class MXFP4(Codec):
         ``reference`` takes it, whatever the importance; ``fast`` and ``normal`` try it and the next larger, ``high`` the
         next smaller too, and keep the least ``sum m (x - y)^2``, m the importance or 1: both objectives are the same.
         """
-        kernel = kernels.find(self.name)
-        assert kernel is not None
+        kernel = kernel_of(self)
         if search.effort == "reference":
             kernel.encode_reference(locked(values), out, ROUNDED_UP)
             return

@@ -7,9 +7,8 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ggufx import kernels
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.scalar import encode_block32, locked
+from ggufx.types.scalar import encode_block32, kernel_of, locked
 
 BLOCK_LEN = 32
 
@@ -19,6 +18,7 @@ class Q4_0(Codec):  # noqa: N801 (upstream's spelling)
 
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "u1", (BLOCK_LEN // 2,))]))
     reproduces: ClassVar = True
+    rms_bound: ClassVar = 0.089
     ids: ClassVar = {"llama.cpp": 2}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
@@ -36,8 +36,7 @@ class Q4_0(Codec):  # noqa: N801 (upstream's spelling)
         a scale beyond binary16, which the library stores as infinity, is clamped to 65504.
         """
         if search.effort == "reference":
-            kernel = kernels.find(self.name)
-            assert kernel is not None
+            kernel = kernel_of(self)
             kernel.encode_reference(locked(values), locked(importance), out)
         else:
             encode_block32(self, 4, values, out, importance, search)

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from ggufx import kernels
+from ggufx.errors import UnsupportedType
 from ggufx.types.codec import F32, U8, Search
 
 if TYPE_CHECKING:
     from ggufx.types.codec import Codec
 
-__all__ = ["encode_affine", "encode_block32", "encode_plain", "locked", "relative"]
+__all__ = ["encode_affine", "encode_block32", "encode_plain", "kernel_of", "locked", "relative"]
+
+
+def kernel_of(codec: Codec) -> ModuleType:
+    """Return the kernels of a type whose search exists compiled only.
+
+    Raises
+    ------
+    UnsupportedType
+        Numba's compiler is switched off.
+    """
+    kernel = kernels.find(codec.name)
+    if kernel is None:
+        raise UnsupportedType(f"encoding to {codec.name} needs Numba's compiler, which NUMBA_DISABLE_JIT switches off")
+    return kernel
 
 
 def locked(array: F32 | None) -> F32:
@@ -45,8 +61,7 @@ def encode_block32(codec: Codec, bits: int, values: F32, out: U8, importance: F3
     Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(sigma2 + x^2), sigma2 the mean of x^2 over the row and
     m the importance, or 1 without importance; ``mse``: w = m, or 1. See :func:`ggufx.kernels._linear.encode_block32`.
     """
-    kernel = kernels.find(codec.name)
-    assert kernel is not None
+    kernel = kernel_of(codec)
     below, above, refits = _BLOCK32[search.effort]
     top = float(1 << (bits - 1))
     steps = [-(top + t) for t in np.arange(*below)]
@@ -85,8 +100,7 @@ def encode_affine(codec: Codec, bits: int, values: F32, out: U8, importance: F32
     m the importance, or 1 without (the library's weights are alike, and differ from type to type); ``mse``: w = m, or 1.
     See :mod:`ggufx.kernels._kquants` for the search.
     """
-    kernel = kernels.find(codec.name)
-    assert kernel is not None
+    kernel = kernel_of(codec)
     span, window, near, rounds = _AFFINE[search.effort]
     steps = np.array([(1 << bits) - 1 + t for t in np.arange(*span)], np.float32)
     by_energy = search.objective == "reference"
@@ -97,8 +111,7 @@ def encode_affine(codec: Codec, bits: int, values: F32, out: U8, importance: F32
 
 def encode_plain(codec: Codec, bits: int, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
     """Encode blocks of 256 with signed scales: Q3_K, Q6_K. Objectives as in :func:`encode_affine`."""
-    kernel = kernels.find(codec.name)
-    assert kernel is not None
+    kernel = kernel_of(codec)
     span, window, rounds = _PLAIN[search.effort]
     top = float(1 << (bits - 1))
     steps = np.array([s for t in np.arange(*span) for s in (-(top + t), top - 0.5 + t)], np.float32)
