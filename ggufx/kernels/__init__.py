@@ -5,7 +5,8 @@ A kernel module may define, all over C-contiguous arrays (``rows`` read-only uin
 ``decode(rows, out, block_len)``
     Fill ``out``, float32 [R, row_len], with exactly what the type's NumPy specification gives.
 ``encode(values, out, block_len)``
-    Fill ``out``, uint8 [R, row_nbytes], from float32 [R, row_len] with exactly what the NumPy specification gives.
+    Fill ``out``, uint8 [R, row_nbytes], from float32 [R, row_len] with exactly what the NumPy specification gives. Only for
+    types without a search: importance and effort change nothing. A search is called by the type's ``encode_rows``.
 ``pack(codes, scales, out, block_len, rows_per_scale) -> (bad_codes, bad_scales)``
     Exact native packing; counts the codes and scales that consumers disagree on.
 ``unpack(rows, codes, scales, block_len)``

@@ -40,6 +40,7 @@ __all__ = [
     "pairs_to_halves",
     "scale_bytes16",
     "scale_signed16",
+    "store64",
     "trits4",
     "trits16",
 ]
@@ -374,6 +375,19 @@ load32 = _load(32)
 """Read the little-endian uint32 at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
 load64 = _load(64)
 """Read the little-endian uint64 at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
+
+
+@intrinsic
+def store64(typing_context: Any, data: Any, index: Any, value: Any) -> Any:
+    """Write a uint64, little-endian, at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        pointer = builder.bitcast(builder.gep(array.data, [args[1]]), ir.IntType(64).as_pointer())
+        builder.store(args[2], pointer, align=1)
+        return context.get_dummy_value()
+
+    return types.void(data, types.intp, types.uint64), codegen
 
 
 def _lanes_of_bits(builder: Any, bits: Any) -> Any:

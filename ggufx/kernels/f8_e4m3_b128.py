@@ -43,6 +43,39 @@ def decode(rows, out, block_len):
 
 
 @kernel
+def encode(values, out, block_len):
+    block_nbytes = block_len + 1
+    for r in range(values.shape[0]):
+        row, target = values[r], out[r]
+        for b in range(row.shape[0] // block_len):
+            x = row[b * block_len : (b + 1) * block_len]
+            top = np.uint32(0)
+            for i in range(x.shape[0]):
+                top = max(top, np.uint32(float_to_bits(x[i]) & np.uint32(0x7FFFFFFF)))
+            # The smallest e with amax <= 448 * 2^(e - 127), 448 = 1.75 * 2^8; 0 where even e = 0 is enough, subnormals too.
+            e = max(np.int32(top >> np.uint32(23)) - 8 + np.int32((top & np.uint32(0x7FFFFF)) > np.uint32(0x600000)), 0)
+            target[b * block_nbytes] = np.uint8(e)
+            # 2^(127 - e), with e = 254 a subnormal; both this product and the one below are exact where they matter.
+            factor = (
+                bits_to_float(np.uint32(254 - e) << np.uint32(23)) if e < 254 else bits_to_float(np.uint32(1 << 22))
+            )
+            # Under e = 247 the codes above 240 overflow float32: stay below, a finite value must not come back infinite.
+            limit = np.float32(448) if e < 247 else np.float32(240)
+            codes = target[b * block_nbytes + 1 : (b + 1) * block_nbytes]
+            for i in range(x.shape[0]):
+                bits = np.uint32(float_to_bits(x[i]))
+                z = bits_to_float(bits & np.uint32(0x7FFFFFFF)) * factor
+                z = z if z < limit else limit
+                # To nearest even: bits above the 20 dropped ones; under 2^-6 in steps of 2^-9, the ulp of 2^14.
+                m = np.uint32(float_to_bits(z))
+                m = np.uint32(m + np.uint32(0x7FFFF) + ((m >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)
+                normal = np.uint32(m - np.uint32(120 << 3))
+                small = np.uint32(float_to_bits(z + np.float32(16384))) - np.uint32(0x46800000)
+                code = normal if z >= np.float32(2.0**-6) else small
+                codes[i] = np.uint8(code | ((bits >> np.uint32(24)) & np.uint32(0x80)))
+
+
+@kernel
 def pack(codes, scales, out, block_len, rows_per_scale):
     bad_codes = 0
     bad_scales = 0

@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from ggufx import tables
+from ggufx.kernels._iq2_xxs import encode_reference, encode_search
 from ggufx.kernels._jit import half_to_float, kernel, load16, load64, scale_signed16
+
+__all__ = ["decode", "encode_reference", "encode_search"]
 
 _GRID = tables.GRID_IQ2_XXS.view(np.uint64).ravel()
 _SIGNS = np.array(tables.EVEN_SIGNS, np.uint64)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from ggufx.kernels._jit import code_lookup, half_to_float, kernel, load16
+from ggufx.kernels._kquants import encode_plain
+
+__all__ = ["decode", "encode_plain"]
 
 _decode16 = code_lookup(2, 1)
 _NBYTES = 110

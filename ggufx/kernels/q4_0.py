@@ -5,6 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from ggufx.kernels._jit import half_to_float, kernel, nibble_lookup
+from ggufx.kernels._linear import encode_block32
+from ggufx.kernels._linear import encode_block32_reference as encode_reference
+
+__all__ = ["decode", "encode_block32", "encode_reference"]
 
 _decode16 = nibble_lookup(tuple(range(-8, 8)))
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from ggufx.kernels._jit import code_lookup, half_to_float, kernel, load16
+from ggufx.kernels._kquants import encode_affine
 from ggufx.kernels._scales import scales_and_minima
+
+__all__ = ["decode", "encode_affine"]
 
 _decode16 = code_lookup(4, minimum=True)
 _NBYTES = 144

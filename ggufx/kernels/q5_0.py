@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from ggufx.kernels._jit import half_to_float, kernel, load16, load32, nibbles_and_bits
+from ggufx.kernels._linear import encode_block32
+
+__all__ = ["decode", "encode_block32"]
 
 _NBYTES = 22
 

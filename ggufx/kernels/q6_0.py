@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from ggufx.kernels._jit import half_at, kernel
+from ggufx.kernels._linear import encode_block32
 from ggufx.kernels._vector import Block, block_intrinsic
+
+__all__ = ["decode", "encode_block32"]
 
 _NBYTES = 26
 

@@ -32,6 +32,8 @@ def encode(values, out, block_len):
             for i in range(x.shape[0]):
                 top = max(top, np.uint32(float_to_bits(x[i]) & np.uint32(0x7FFFFFFF)))
             d = bits_to_float(top) / np.float32(127)
+            # The library would store infinity from 65520 on.
+            d = d if d < np.float32(65520) else np.float32(65504)
             inverse = np.float32(1) / d if d > np.float32(0) else np.float32(0)
             bits = float_to_half(d)
             start = b * block_nbytes

@@ -376,7 +376,7 @@ class Codec(ABC):
         if array.size == 0:
             return out
         flat, target = array.reshape(-1, row_len), out.reshape(-1, row_nbytes)
-        function = self._kernels.get("encode") if use_kernel and weights is None else None
+        function = self._kernels.get("encode") if use_kernel else None
 
         def encode_chunk(start: int, stop: int) -> None:
             part = self._finite(flat[start:stop], start)

@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from functools import cache
+from typing import ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import EVEN_SIGNS, fields, negated, widen
+from ggufx.types.scalar import kernel_of, locked, relative
 
 BLOCK_LEN = 256
+
+# (least, largest, number) of the sampled scales over largest magnitude / 43; window of sub-scales, starts, refits,
+# whether the last choice is among all points.
+_SEARCHES: Final = {
+    "fast": ((0.45, 0.95, 4), 1, 1, 1, False),
+    "normal": ((0.35, 1.1, 8), 1, 1, 1, True),
+    "high": ((0.3, 1.15, 24), 2, 6, 2, True),
+}
+
+
+@cache
+def _neighbours() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return ``(starts [6562], points)``: what the C library tries for every eight levels 0..2 (level j times 3^j, summed).
+
+    The point itself where the grid has it, else all points in the two smallest distinct distances, nearest first.
+    """
+    levels = np.arange(3**8)[:, None] // 3 ** np.arange(8) % 3
+    grid = np.searchsorted([8, 25, 43], tables.GRID_IQ2_XXS)
+    distances = ((levels[:, None, :] - grid).astype(np.int16) ** 2).sum(axis=-1)
+    found = []
+    for row in distances:
+        smallest = np.unique(row)[: 1 if row.min() == 0 else 2]
+        order = np.argsort(row, kind="stable")
+        found.append(order[: np.count_nonzero(row <= smallest[-1])])
+    starts = np.cumsum([0, *(len(points) for points in found)])
+    return starts, np.concatenate(found)
 
 
 class IQ2_XXS(Codec):  # noqa: N801 (upstream's spelling)
@@ -24,6 +52,8 @@ class IQ2_XXS(Codec):  # noqa: N801 (upstream's spelling)
     """
 
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "<u2", (32,))]))
+    needs_importance: ClassVar = True
+    reproduces: ClassVar = True
     ids: ClassVar = {"llama.cpp": 16}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
@@ -39,3 +69,20 @@ class IQ2_XXS(Codec):  # noqa: N801 (upstream's spelling)
                 widen(blocks["d"]) * (np.float32(0.5) + (words[..., 0] >> 28).astype(np.float32)) * np.float32(0.25)
             )
             out.reshape(values.shape)[...] = scales[..., None] * values
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search scales exactly, over the whole grid, with the parity of the signs (FORMATS 7.1).
+
+        Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(sigma2 + x^2), sigma2 the mean of x^2 over the block
+        and m the importance; ``mse``: w = m. Effort ``reference`` is the C library's own search, step by step.
+        """
+        kernel = kernel_of(self)
+        assert importance is not None
+        if search.effort == "reference":
+            kernel.encode_reference(locked(values), locked(importance), out, *_neighbours())
+            return
+        multiples, window, starts, passes, exact = _SEARCHES[search.effort]
+        weights = relative(importance, BLOCK_LEN)
+        by_energy = search.objective == "reference"
+        steps = np.linspace(*multiples, dtype=np.float32)
+        kernel.encode_search(locked(values), weights, out, by_energy, steps, window, starts, passes, exact)

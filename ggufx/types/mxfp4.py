@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.scalar import kernel_of, locked, relative
 
 BLOCK_LEN = 32
 
@@ -23,6 +24,22 @@ def _halved_e8m0() -> F32:
 
 HALF_E8M0 = _halved_e8m0()
 """float32 [256]: 2^(e-128). 255 gives 2^127, not NaN: the reference decoder does so and files are read as it does."""
+
+
+def _rounded_up() -> npt.NDArray[np.uint32]:
+    # C's log2f is correctly rounded here: float64's logarithm, rounded once, is the same on any CPU and in any library.
+    exponent = np.arange(1, 255, dtype=np.uint32)[:, None]
+    bits = (exponent << 23) + np.arange(0x800000 - 128, 0x800000, dtype=np.uint32)
+    logarithm = np.log2(bits.view(np.float32).astype(np.float64)).astype(np.float32)
+    near = (logarithm == exponent.astype(np.float32) - 126).sum(axis=1)
+    table = np.full(256, 0xFFFFFFFF, np.uint32)
+    table[1:255] = ((exponent[:, 0] + 1) << 23) - near
+    return table
+
+
+ROUNDED_UP = _rounded_up()
+"""uint32 [256]: by exponent field, the least bits of a float whose float32 log2 is rounded up to the next integer."""
+ROUNDED_UP.flags.writeable = False
 
 
 class MXFP4(Codec):
@@ -45,23 +62,19 @@ class MXFP4(Codec):
             out.reshape(codes.shape)[...] = E2M1_DOUBLED[codes] * HALF_E8M0[blocks["e"]][..., None]
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
-        """Encode as the reference does, byte for byte, importance ignored.
+        """Try scales, each with the nearest codes (ties to the smaller magnitude, zero coded 0).
 
-        ``e = floor(log2(amax)) - 2 + 127`` in float32; nearest magnitude, ties to the smaller one, zero coded 0.
+        The first scale is the reference's, ``e = floor(log2(amax)) - 2 + 127`` with C's float32 ``log2``. Effort
+        ``reference`` takes it, whatever the importance; ``fast`` and ``normal`` try it and the next larger, ``high`` the
+        next smaller too, and keep the least ``sum m (x - y)^2``, m the importance or 1: both objectives are the same.
         """
-        _, blocks = self.layout.split(out)
-        x = values.reshape(*blocks.shape, BLOCK_LEN)
-        amax = np.abs(x).max(axis=-1)
-        with np.errstate(divide="ignore"):
-            e = np.floor(np.log2(amax)) + 125
-        e = np.where(amax > 0, np.clip(e, 0, 254), 0).astype(np.uint8)
-        unit = HALF_E8M0[e].astype(np.float64)[..., None]
-        # A magnitude on a threshold stays with the smaller code.
-        thresholds = np.array([0.5, 1.5, 2.5, 3.5, 5, 7, 10])
-        magnitude = np.searchsorted(thresholds, np.abs(x) / unit, side="left").astype(np.uint8)
-        codes = np.where((x < 0) & (magnitude > 0), magnitude + 8, magnitude).astype(np.uint8)
-        blocks["e"] = e
-        blocks["qs"] = codes[..., : BLOCK_LEN // 2] | codes[..., BLOCK_LEN // 2 :] << 4
+        kernel = kernel_of(self)
+        if search.effort == "reference":
+            kernel.encode_reference(locked(values), out, ROUNDED_UP)
+            return
+        deltas = (0, 1, -1) if search.effort == "high" else (0, 1)
+        weights = relative(importance, BLOCK_LEN)
+        kernel.encode_search(locked(values), weights, out, ROUNDED_UP, np.array(deltas, np.int64))
 
     def pack_rows(self, codes: U8, scales: U8, out: U8, rows_per_scale: int) -> tuple[int, int]:
         """Permute nibbles from pairs (2j, 2j + 1) to halves (j, j + 16)."""

@@ -7,8 +7,9 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import fields, widen
+from ggufx.types.scalar import encode_affine
 
 BLOCK_LEN = 256
 
@@ -35,3 +36,7 @@ class Q2_K(Codec):  # noqa: N801 (upstream's spelling)
             scales = widen(blocks["d"]) * (blocks["scales"] & 15)
             minima = widen(blocks["dmin"]) * (blocks["scales"] >> 4)
             out.reshape(codes.shape)[...] = scales[..., None] * codes - minima[..., None]
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search scales and minima; see :func:`ggufx.types.scalar.encode_affine`."""
+        encode_affine(self, 2, values, out, importance, search)

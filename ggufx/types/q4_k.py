@@ -7,8 +7,9 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import fields, scales_and_minima, widen
+from ggufx.types.scalar import encode_affine
 
 BLOCK_LEN = 256
 
@@ -34,3 +35,7 @@ class Q4_K(Codec):  # noqa: N801 (upstream's spelling)
         with np.errstate(invalid="ignore"):
             scales, minima = widen(blocks["d"]) * s, widen(blocks["dmin"]) * m
             out.reshape(codes.shape)[...] = scales[..., None] * codes - minima[..., None]
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search scales and minima; see :func:`ggufx.types.scalar.encode_affine`."""
+        encode_affine(self, 4, values, out, importance, search)

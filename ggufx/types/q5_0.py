@@ -7,8 +7,9 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import fields, widen
+from ggufx.types.scalar import encode_block32
 
 BLOCK_LEN = 32
 
@@ -28,3 +29,7 @@ class Q5_0(Codec):  # noqa: N801 (upstream's spelling)
         codes = fields(blocks["qs"], 4, 16) | fields(blocks["qh"], 1, 1) << 4
         with np.errstate(invalid="ignore"):
             out.reshape(codes.shape)[...] = widen(blocks["d"]) * (codes.astype(np.int8) - np.int8(16))
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search the scale of every block; see :func:`ggufx.types.scalar.encode_block32`."""
+        encode_block32(self, 5, values, out, importance, search)

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx.types._codes import planes
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.scalar import encode_block32
 
 
 class Q6_0(Codec):  # noqa: N801 (upstream's spelling)
@@ -31,3 +32,7 @@ class Q6_0(Codec):  # noqa: N801 (upstream's spelling)
         levels = (planes(blocks["qs"], 4, 16) | high << 4).astype(np.float32) - np.float32(32)
         with np.errstate(invalid="ignore"):
             out.reshape(levels.shape)[...] = levels * blocks["d"].astype(np.float32)[..., None]
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search the scale of every block; see :func:`ggufx.types.scalar.encode_block32`."""
+        encode_block32(self, 6, values, out, importance, search)

@@ -7,8 +7,9 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import fields, widen
+from ggufx.types.scalar import encode_plain
 
 BLOCK_LEN = 256
 
@@ -33,3 +34,7 @@ class Q6_K(Codec):  # noqa: N801 (upstream's spelling)
         with np.errstate(invalid="ignore"):
             scales = widen(blocks["d"]) * blocks["scales"]
             out.reshape(codes.shape)[...] = scales[..., None] * (codes.astype(np.int8) - np.int8(32))
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search scales; see :func:`ggufx.types.scalar.encode_plain`."""
+        encode_plain(self, 6, values, out, importance, search)

@@ -30,10 +30,12 @@ class Q8_0(Codec):  # noqa: N801 (upstream's spelling)
         """Encode as the reference does, byte for byte, importance ignored.
 
         ``d = amax / 127``; codes round half away from zero of ``x * (1 / d)`` in float32, with the unrounded ``d``.
+        Only a ``d`` beyond binary16, which the library stores as infinity, is clamped to 65504.
         """
         _, blocks = self.layout.split(out)
         x = values.reshape(blocks["qs"].shape)
         d = np.abs(x).max(axis=-1) / np.float32(127)
+        d = np.where(d < 65520, d, np.float32(65504))
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             inverse = np.where(d > 0, np.float32(1) / d, np.float32(0))
             scaled = x * inverse[..., None]

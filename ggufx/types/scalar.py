@@ -1,0 +1,122 @@
+"""What the encoders of evenly spaced codes share on this side of their kernels: the choice of what to search."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from ggufx import kernels
+from ggufx.errors import UnsupportedType
+from ggufx.types.codec import F32, U8, Search
+
+if TYPE_CHECKING:
+    from ggufx.types.codec import Codec
+
+__all__ = ["encode_affine", "encode_block32", "encode_plain", "kernel_of", "locked", "relative"]
+
+
+def kernel_of(codec: Codec) -> ModuleType:
+    """Return the kernels of a type whose search exists compiled only.
+
+    Raises
+    ------
+    UnsupportedType
+        Numba's compiler is switched off.
+    """
+    kernel = kernels.find(codec.name)
+    if kernel is None:
+        raise UnsupportedType(f"encoding to {codec.name} needs Numba's compiler, which NUMBA_DISABLE_JIT switches off")
+    return kernel
+
+
+def locked(array: F32 | None) -> F32:
+    """Return a read-only view, so that kernels are compiled for one kind of array; empty for ``None``."""
+    view = np.empty(0, np.float32) if array is None else np.ascontiguousarray(array, np.float32).view()
+    view.flags.writeable = False
+    return view
+
+
+def relative(importance: F32 | None, block_len: int) -> F32:
+    """Return the importance divided by the largest of its block: only ratios count, and sums neither vanish nor overflow."""
+    if importance is None:
+        return locked(None)
+    parts = importance.reshape(-1, block_len).astype(np.float64)
+    return locked((parts / parts.max(axis=1, keepdims=True)).astype(np.float32).ravel())
+
+
+# What the largest element is tried as, in levels beyond the outermost one: (from, to, step) with the sign
+# of the lowest level, then of the highest; and the number of refits.
+_BLOCK32: Final = {
+    "fast": ((-1.8, 1.1, 0.4), (-1.5, 0.7, 0.5), 0),
+    "normal": ((-2.5, 1.5, 0.25), (-2.0, 1.5, 0.25), 1),
+    "high": ((-3.5, 1.55, 0.1), (-3.0, 1.55, 0.1), 2),
+}
+
+
+def encode_block32(codec: Codec, bits: int, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+    """Encode blocks of 32 codes around zero under one f16: Q4_0, Q5_0, Q6_0.
+
+    Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(sigma2 + x^2), sigma2 the mean of x^2 over the row and
+    m the importance, or 1 without importance; ``mse``: w = m, or 1. See :func:`ggufx.kernels._linear.encode_block32`.
+    """
+    kernel = kernel_of(codec)
+    below, above, refits = _BLOCK32[search.effort]
+    top = float(1 << (bits - 1))
+    steps = [-(top + t) for t in np.arange(*below)]
+    steps += [top - 0.5 + t for t in np.arange(*above)]
+    kernel.encode_block32(
+        locked(values),
+        relative(importance, 32),
+        out,
+        bits,
+        codec.layout.block.itemsize,
+        search.objective == "reference",
+        np.array(steps, np.float32),
+        # Groups: the steps that give the largest element the same level.
+        np.append(np.flatnonzero(np.diff(np.rint(steps))) + 1, len(steps)),
+        refits,
+    )
+
+
+# Steps of the first stage as above, then window of sub-scales, minima to either side (of types that have them), rounds.
+_AFFINE: Final = {
+    "fast": ((-1.6, 1.1, 0.4), 1, 0, 2),
+    "normal": ((-1.6, 1.0, 0.2), 2, 1, 3),
+    "high": ((-2.0, 1.1, 0.1), 4, 2, 4),
+}
+_PLAIN: Final = {
+    "fast": ((-0.75, 1.25, 0.25), 1, 2),
+    "normal": ((-2.0, 1.4, 0.2), 2, 3),
+    "high": ((-2.5, 1.6, 0.1), 5, 4),
+}
+
+
+def encode_affine(codec: Codec, bits: int, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+    """Encode blocks of 256 with scales and minima: Q2_K, Q4_K, Q5_K.
+
+    Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(sigma2 + x^2), sigma2 the mean of x^2 over the block and
+    m the importance, or 1 without (the library's weights are alike, and differ from type to type); ``mse``: w = m, or 1.
+    See :mod:`ggufx.kernels._kquants` for the search.
+    """
+    kernel = kernel_of(codec)
+    span, window, near, rounds = _AFFINE[search.effort]
+    steps = np.array([(1 << bits) - 1 + t for t in np.arange(*span)], np.float32)
+    by_energy = search.objective == "reference"
+    weights = relative(importance, 256)
+    nbytes = codec.layout.block.itemsize
+    kernel.encode_affine(locked(values), weights, out, bits, nbytes, by_energy, steps, window, near, rounds)
+
+
+def encode_plain(codec: Codec, bits: int, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+    """Encode blocks of 256 with signed scales: Q3_K, Q6_K. Objectives as in :func:`encode_affine`."""
+    kernel = kernel_of(codec)
+    span, window, rounds = _PLAIN[search.effort]
+    top = float(1 << (bits - 1))
+    steps = np.array([s for t in np.arange(*span) for s in (-(top + t), top - 0.5 + t)], np.float32)
+    by_energy = search.objective == "reference"
+    weights = relative(importance, 256)
+    kernel.encode_plain(
+        locked(values), weights, out, bits, codec.layout.block.itemsize, by_energy, steps, window, rounds
+    )
