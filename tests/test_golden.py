@@ -16,6 +16,8 @@ from ggufx import types
 SCALARS = {"F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64"}
 NO_REFERENCE = {"F8_E4M3_B128"}
 """Types without a reference library; ml_dtypes is their oracle below."""
+SHORT = {"IQ4_KT": 4}
+"""Rows of a vector that has fewer than the others' twelve."""
 EXACT_ENCODERS = ("Q4_0", "Q8_0", "MXFP4")
 """Types whose encoder promises the reference's bytes."""
 
@@ -51,7 +53,7 @@ def test_every_decodable_type_has_its_vector(name: str) -> None:
     for case in MANIFEST[name]["cases"]:
         packed, expected = with_case(name, f"_{case}" if case else "")
         assert packed.shape[0] == expected.shape[0] > 0
-    assert data["x"].shape == (12, 1024)
+    assert data["x"].shape == (SHORT.get(name, 12), 1024)
 
 
 def test_no_vector_is_left_untested() -> None:

@@ -24,8 +24,10 @@ from numba.extending import intrinsic
 __all__ = [
     "bits_to_float",
     "code_lookup",
+    "float_at",
     "float_to_bits",
     "float_to_half",
+    "half_at",
     "half_to_float",
     "kernel",
     "load64",
@@ -124,6 +126,20 @@ def half_to_float(bits):
     # The exponents' biases differ by 112; the product is exact, for half subnormals (float subnormals here), too.
     value = bits_to_float(wide) * np.float32(2.0**112)
     return bits_to_float(sign | float_to_bits(value))
+
+
+@kernel
+def half_at(data, index):
+    """Read the binary16 at byte ``index`` of a uint8 array as float32."""
+    return half_to_float(np.uint16(data[index] | (np.uint16(data[index + 1]) << np.uint16(8))))
+
+
+@kernel
+def float_at(data, index):
+    """Read the little-endian float32 at byte ``index`` of a uint8 array."""
+    low = data[index] | (np.uint32(data[index + 1]) << np.uint32(8))
+    high = data[index + 2] | (np.uint32(data[index + 3]) << np.uint32(8))
+    return bits_to_float(low | (high << np.uint32(16)))
 
 
 @kernel

@@ -1,0 +1,25 @@
+"""IQ2_KS on the CPU: an f16 scale per row, 5-bit sub-scales and a table flag per 32 elements, 2-bit codes."""
+
+from __future__ import annotations
+
+from ggufx import tables
+from ggufx.kernels._jit import half_at, kernel
+from ggufx.kernels._vector import Block, block_intrinsic
+
+_NBYTES = 70
+
+
+@block_intrinsic
+def _block(b: Block) -> None:
+    # Low byte of the first two: table flags; high byte: fifth bits of the scales, worth 16 above the -16.
+    scales = b.fields(2, 4, range(0, 32, 4)) - 16 + (b.flags(1, 8).widen(32) << 4)
+    b.store_twins(tables.IQ2, b.d.take(range(8)) * scales.floats(), b.flags(0, 8), lambda i: b.codes(i, (6, 2, 32)))
+
+
+@kernel
+def decode(rows, out, block_len):
+    for r in range(rows.shape[0]):
+        row, y = rows[r], out[r]
+        d = half_at(row, 0)
+        for b in range(y.shape[0] // block_len):
+            _block(row, 2 + b * _NBYTES, d, y, b * block_len)

@@ -1,0 +1,32 @@
+"""IQ2_K: 2-bit codes into a table of four, 4-bit scales per 16 elements."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx import tables
+from ggufx.types._codes import planes, scaled, twin
+from ggufx.types.codec import U8, Codec, Layout
+
+
+class IQ2_K(Codec):  # noqa: N801 (upstream's spelling)
+    """``y[i] = (d * s) * IQ2[n]``, or the table's shifted twin where the sub-block's bit of ``extra`` says so.
+
+    256 elements in 76 bytes. Source: ggml-common.h and iqk_quantize.cpp of ik_llama.cpp.
+    """
+
+    layout: ClassVar = Layout(
+        256,
+        np.dtype([("d", "<f2"), ("extra", "<u2"), ("scales", "u1", (8,)), ("qs", "u1", (64,))]),
+    )
+    ids: ClassVar = {"ik_llama.cpp": 137}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Scales -8..7; exact."""
+        _, blocks = self.layout.split(rows)
+        scales = planes(blocks["scales"], 4).astype(np.float32) - np.float32(8)
+        values = twin(tables.IQ2, planes(blocks["qs"], 2, 32), planes(blocks["extra"][..., None], 1))
+        scaled(blocks["d"], scales, values, out)

@@ -1,0 +1,36 @@
+"""IQ2_KL: 5-bit codes for pairs of elements, 6-bit scales per 32 elements, one f16 scale per row."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx import tables
+from ggufx.types._codes import planes, scaled
+from ggufx.types.codec import U8, Codec, Layout
+
+
+class IQ2_KL(Codec):  # noqa: N801 (upstream's spelling)
+    """``y[2p], y[2p+1] = (D * s) * KL_PAIRS[n]``, one code n per pair.
+
+    256 elements in 86 bytes after 2 bytes per row. Source: ggml-common.h and iqk_quantize.cpp of ik_llama.cpp.
+    """
+
+    layout: ClassVar = Layout(
+        256,
+        np.dtype([("scales_h", "<u2"), ("scales_l", "u1", (4,)), ("qs", "u1", (64,)), ("qh", "u1", (16,))]),
+        np.dtype([("d", "<f2")]),
+    )
+    ids: ClassVar = {"ik_llama.cpp": 157}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Scales -32..31; exact."""
+        headers, blocks = self.layout.split(rows)
+        assert headers is not None
+        high = planes(blocks["scales_h"][..., None], 2).astype(np.uint8)
+        scales = (planes(blocks["scales_l"], 4, 4) | high << 4).astype(np.float32) - np.float32(32)
+        codes = planes(blocks["qs"], 4, 16) | planes(blocks["qh"], 1, 16) << 4
+        values = np.array(tables.KL_PAIRS, np.float32)[codes].reshape(*blocks.shape, 256)
+        scaled(headers["d"], scales, values, out)

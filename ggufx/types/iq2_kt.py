@@ -1,0 +1,35 @@
+"""IQ2_KT: a 16-bit trellis index per 8 elements, 4-bit scales per 32 elements, one float32 scale per row."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx import tables
+from ggufx.types._codes import planes, scaled, trellis
+from ggufx.types.codec import U8, Codec, Layout
+
+
+class IQ2_KT(Codec):  # noqa: N801 (upstream's spelling)
+    """``y[i] = (D * IQ4[s]) * v`` with v the integers of the trellis generator, -126..126.
+
+    256 elements in 68 bytes after 4 bytes per row; two roundings. Source: ggml-common.h and iqk_quantize.cpp of
+    ik_llama.cpp.
+    """
+
+    layout: ClassVar = Layout(
+        256,
+        np.dtype([("scales", "u1", (4,)), ("ql", "<u2", (32,))]),
+        np.dtype([("d", "<f4")]),
+    )
+    ids: ClassVar = {"ik_llama.cpp": 153}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Run the generator from each index."""
+        headers, blocks = self.layout.split(rows)
+        assert headers is not None
+        values = trellis(blocks["ql"] + np.uint32(tables.TRELLIS_OFFSET), 8)
+        scales = np.array(tables.IQ4, np.float32)[planes(blocks["scales"], 4, 4)]
+        scaled(headers["d"], scales, values, out)

@@ -1,0 +1,43 @@
+"""IQ3_K: 3-bit codes into a table of eight, 4-bit odd scales with a sign per 16 elements."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx import tables
+from ggufx.types._codes import planes, scaled, twin
+from ggufx.types.codec import U8, Codec, Layout
+
+
+class IQ3_K(Codec):  # noqa: N801 (upstream's spelling)
+    """``y[i] = (d * s) * IQ3[n]``, or the table's shifted twin where the sub-block's bit of ``extra`` says so.
+
+    256 elements in 110 bytes. Bits of ``scales_h`` are the signs of the scales. Source: ggml-common.h and
+    iqk_quantize.cpp of ik_llama.cpp.
+    """
+
+    layout: ClassVar = Layout(
+        256,
+        np.dtype(
+            [
+                ("d", "<f2"),
+                ("extra", "<u2"),
+                ("scales_h", "<u2"),
+                ("scales_l", "u1", (8,)),
+                ("qs", "u1", (64,)),
+                ("qh", "u1", (32,)),
+            ]
+        ),
+    )
+    ids: ClassVar = {"ik_llama.cpp": 138}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Scales are odd, -31..31, never 0; exact."""
+        _, blocks = self.layout.split(rows)
+        magnitudes = 2 * planes(blocks["scales_l"], 4).astype(np.float32) + np.float32(1)
+        scales = np.where(planes(blocks["scales_h"][..., None], 1), -magnitudes, magnitudes)
+        codes = planes(blocks["qs"], 2, 32) | planes(blocks["qh"], 1, 32) << 2
+        scaled(blocks["d"], scales, twin(tables.IQ3, codes, planes(blocks["extra"][..., None], 1)), out)

@@ -1,0 +1,36 @@
+"""IQ3_KT: a 16-bit trellis index per 8 magnitudes, signs, 4-bit scales per 32 elements, one float32 scale per row."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx import tables
+from ggufx.types._codes import planes, scaled, trellis
+from ggufx.types.codec import U8, Codec, Layout
+
+
+class IQ3_KT(Codec):  # noqa: N801 (upstream's spelling)
+    """``y[i] = +-((D * s) * |v|)`` with v the integers of the trellis generator, -126..126.
+
+    256 elements in 100 bytes after 4 bytes per row; two roundings. Bit k of byte j of ``qh`` is the sign of element 32k
+    + j. Source: ggml-common.h and iqk_quantize.cpp of ik_llama.cpp.
+    """
+
+    layout: ClassVar = Layout(
+        256,
+        np.dtype([("scales", "u1", (4,)), ("ql", "<u2", (32,)), ("qh", "u1", (32,))]),
+        np.dtype([("d", "<f4")]),
+    )
+    ids: ClassVar = {"ik_llama.cpp": 154}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Run the generator from each index; signs come last, so that they show on zeros."""
+        headers, blocks = self.layout.split(rows)
+        assert headers is not None
+        magnitudes = np.abs(trellis(blocks["ql"] + np.uint32(tables.TRELLIS_OFFSET), 8))
+        scaled(headers["d"], planes(blocks["scales"], 4, 4), magnitudes, out)
+        values = out.reshape(magnitudes.shape)
+        np.negative(values, out=values, where=planes(blocks["qh"], 1, 32).astype(bool))

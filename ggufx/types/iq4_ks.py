@@ -1,0 +1,35 @@
+"""IQ4_KS: 4-bit codes into a table of 16, 7-bit odd scales per 32 elements, one float32 scale per row."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx import tables
+from ggufx.types._codes import planes, scaled, twin
+from ggufx.types.codec import U8, Codec, Layout
+
+
+class IQ4_KS(Codec):  # noqa: N801 (upstream's spelling)
+    """``y[i] = (D * s) * IQ4[n]``, or the table's shifted twin: bit 0 of the sub-block's scale byte c; ``s = (c & 254) - 127``.
+
+    256 elements in 136 bytes after 4 bytes per row; two roundings. Source: ggml-common.h and iqk_quantize.cpp of
+    ik_llama.cpp.
+    """
+
+    layout: ClassVar = Layout(
+        256,
+        np.dtype([("scales", "u1", (8,)), ("qs", "u1", (128,))]),
+        np.dtype([("d", "<f4")]),
+    )
+    ids: ClassVar = {"ik_llama.cpp": 144}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Scales are odd, -127..127, never 0."""
+        headers, blocks = self.layout.split(rows)
+        assert headers is not None
+        c = blocks["scales"]
+        values = twin(tables.IQ4, planes(blocks["qs"], 4, 16), c & 1)
+        scaled(headers["d"], (c & 254).astype(np.float32) - np.float32(127), values, out)

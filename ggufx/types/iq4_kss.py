@@ -1,0 +1,39 @@
+"""IQ4_KSS: 4-bit codes into a table of 16 at 4.0 bits: the scales hide in the low bits of the code words."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx import tables
+from ggufx.types._codes import planes, scaled, twin
+from ggufx.types.codec import U8, Codec, Layout
+
+
+class IQ4_KSS(Codec):  # noqa: N801 (upstream's spelling)
+    """``y[i] = (D * s) * IQ4[n]``, or the table's shifted twin: bit 0 of the sub-block's scale byte c; ``s = (c & 254) - 127``.
+
+    256 elements in 128 bytes after 4 bytes per row; two roundings. Eight 16-bit words per 32 elements (upstream
+    declares 32-bit ones): bit 0 of word p is bit p of c, and the other bits, xor themselves shifted right by one, are
+    nibbles 16 apart, of even parity per word. Source: ggml-common.h and iqk_quantize.cpp of ik_llama.cpp.
+    """
+
+    layout: ClassVar = Layout(
+        256,
+        np.dtype([("qs", "<u2", (8, 8))]),
+        np.dtype([("d", "<f4")]),
+    )
+    ids: ClassVar = {"ik_llama.cpp": 146}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Gather the scales' bits, unscramble the words."""
+        headers, blocks = self.layout.split(rows)
+        assert headers is not None
+        words = blocks["qs"]
+        c = ((words & 1) << np.arange(8, dtype=np.uint16)).sum(axis=-1, dtype=np.uint8)
+        words = words & 0xFFFE
+        nibbles = np.ascontiguousarray((words ^ words >> 1).astype("<u2")).view(np.uint8)
+        values = twin(tables.IQ4, planes(nibbles.reshape(*blocks.shape, 128), 4, 16), c & 1)
+        scaled(headers["d"], (c & 254).astype(np.float32) - np.float32(127), values, out)

@@ -1,0 +1,39 @@
+"""IQ4_KT: a 15-bit trellis index per 4 elements, 7-bit scales per 32 elements, one float32 scale per row."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx import tables
+from ggufx.types._codes import planes, scaled, trellis
+from ggufx.types.codec import U8, Codec, Layout
+
+
+class IQ4_KT(Codec):  # noqa: N801 (upstream's spelling)
+    """``y[i] = (D * s) * v`` with v the integers of the trellis generator, -126..126.
+
+    256 elements in 128 bytes after 4 bytes per row; two roundings. A word of ``qs`` has bit 0: the offset grows by
+    32768; bits 1..7: scale; three bits for each of eight indices. Then low and middle bits of the 64 indices (upstream
+    declares all of it as ``qs``). Source: ggml-common.h and iqk_quantize.cpp of ik_llama.cpp.
+    """
+
+    layout: ClassVar = Layout(
+        256,
+        np.dtype([("qs", "<u4", (8,)), ("ql", "u1", (64,)), ("qh", "u1", (32,))]),
+        np.dtype([("d", "<f4")]),
+    )
+    ids: ClassVar = {"ik_llama.cpp": 155}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Scales -64..63; run the generator from each index."""
+        headers, blocks = self.layout.split(rows)
+        assert headers is not None
+        words = blocks["qs"]
+        high = planes(words[..., None] >> 8, 3)[..., :8].reshape(*blocks.shape, 64)
+        seeds = blocks["ql"] | planes(blocks["qh"], 4, 32).astype(np.uint32) << 8 | high << 12
+        seeds += np.repeat(tables.TRELLIS_OFFSET + (words & 1) * np.uint32(32768), 8, axis=-1)
+        scales = (words >> 1 & 127).astype(np.float32) - np.float32(64)
+        scaled(headers["d"], scales, trellis(seeds, 4), out)

@@ -1,0 +1,44 @@
+"""IQ5_K: 5-bit codes into a table of 32, 6-bit scales per 16 elements."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx import tables
+from ggufx.types._codes import planes, scaled, twin
+from ggufx.types.codec import U8, Codec, Layout
+
+
+class IQ5_K(Codec):  # noqa: N801 (upstream's spelling)
+    """``y[i] = (d * s) * IQ5[n]``, or the table's shifted twin where the sub-block's bit of ``extra`` says so.
+
+    256 elements in 176 bytes. Nibbles are 32 apart, not 16 as in IQ4_K. Source: ggml-common.h and iqk_quantize.cpp of
+    ik_llama.cpp.
+    """
+
+    layout: ClassVar = Layout(
+        256,
+        np.dtype(
+            [
+                ("d", "<f2"),
+                ("extra", "<u2"),
+                ("scales_h", "u1", (4,)),
+                ("scales_l", "u1", (8,)),
+                ("qs", "u1", (128,)),
+                ("qh", "u1", (32,)),
+            ]
+        ),
+    )
+    ids: ClassVar = {"ik_llama.cpp": 140}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Scales -32..31; exact."""
+        _, blocks = self.layout.split(rows)
+        scales = (planes(blocks["scales_l"], 4) | planes(blocks["scales_h"], 2) << 4).astype(np.float32) - np.float32(
+            32
+        )
+        codes = planes(blocks["qs"], 4, 32) | planes(blocks["qh"], 1, 32) << 4
+        scaled(blocks["d"], scales, twin(tables.IQ5, codes, planes(blocks["extra"][..., None], 1)), out)

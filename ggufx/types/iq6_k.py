@@ -1,0 +1,34 @@
+"""IQ6_K: 6-bit codes into a cubic, signed 8-bit scales per 16 elements."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx import tables
+from ggufx.types._codes import planes, scaled
+from ggufx.types.codec import U8, Codec, Layout
+
+
+class IQ6_K(Codec):  # noqa: N801 (upstream's spelling)
+    """``y[i] = (d * s) * (P6[n] + flag)``: a float32 addition, then a product; the flag is the sub-block's bit of ``extra``.
+
+    256 elements in 212 bytes. P6 is the cubic as a build with fused multiply-add evaluates it: ``tables.P6_BITS``.
+    Source: ggml-common.h and iqk_quantize.cpp of ik_llama.cpp.
+    """
+
+    layout: ClassVar = Layout(
+        256,
+        np.dtype([("d", "<f2"), ("extra", "<u2"), ("scales", "i1", (16,)), ("qs", "u1", (128,)), ("qh", "u1", (64,))]),
+    )
+    ids: ClassVar = {"ik_llama.cpp": 141}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Look the cubic up; the addition rounds."""
+        _, blocks = self.layout.split(rows)
+        codes = planes(blocks["qs"], 4, 32) | planes(blocks["qh"], 2, 32) << 4
+        flags = np.repeat(planes(blocks["extra"][..., None], 1), 16, axis=-1)
+        values = np.array(tables.P6_BITS, np.uint32).view(np.float32)[codes] + flags.astype(np.float32)
+        scaled(blocks["d"], blocks["scales"], values, out)

@@ -1,0 +1,31 @@
+"""Q2_0: an f16 scale and 64 two-bit codes for -1, 0, 1, 2."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx.types._codes import planes
+from ggufx.types.codec import U8, Codec, Layout
+
+
+class Q2_0(Codec):  # noqa: N801 (upstream's spelling)
+    """``y[i] = (n - 1) * d``, 64 elements in 18 bytes, four codes a byte, lowest bits first.
+
+    Id 42 is another type in the nisparks dialect. Source: ggml-common.h and ggml-quants.c of llama.cpp.
+    """
+
+    layout: ClassVar = Layout(
+        64,
+        np.dtype([("d", "<f2"), ("qs", "u1", (16,))]),
+    )
+    ids: ClassVar = {"llama.cpp": 42}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Multiply; exact for finite scales."""
+        _, blocks = self.layout.split(rows)
+        levels = planes(blocks["qs"], 2).astype(np.float32) - np.float32(1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            out.reshape(levels.shape)[...] = levels * blocks["d"].astype(np.float32)[..., None]
