@@ -30,10 +30,17 @@ __all__ = [
     "half_at",
     "half_to_float",
     "kernel",
+    "load16",
+    "load32",
     "load64",
     "nibble_lookup",
+    "nibbles_and_bits",
     "scale_bytes16",
+    "scale_shifted16",
+    "scale_signed16",
     "store64",
+    "trits4",
+    "trits16",
 ]
 
 
@@ -326,3 +333,153 @@ def scale_bytes16(typing_context: Any, values: Any, index: Any, scale: Any, out:
         return context.get_dummy_value()
 
     return types.void(values, types.intp, types.float32, out, types.intp), codegen
+
+
+def _load(bits: int) -> Any:
+    @intrinsic
+    def load(typing_context: Any, data: Any, index: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            array = context.make_array(signature.args[0])(context, builder, args[0])
+            pointer = builder.bitcast(builder.gep(array.data, [args[1]]), ir.IntType(bits).as_pointer())
+            return builder.load(pointer, align=1)
+
+        return types.Integer.from_bitwidth(bits, signed=False)(data, types.intp), codegen
+
+    return load
+
+
+load16 = _load(16)
+"""Read the little-endian uint16 at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
+load32 = _load(32)
+"""Read the little-endian uint32 at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
+
+
+def _lanes_of_bits(builder: Any, bits: Any) -> Any:
+    """Spread a 16-bit integer over 16 booleans, lowest bit first."""
+    return builder.bitcast(bits, ir.VectorType(ir.IntType(1), _LANES))
+
+
+def _join_words(builder: Any, first: Any, second: Any) -> Any:
+    """Make 16 bytes of two uint64, the first one in the lower lanes."""
+    words = ir.Constant(ir.VectorType(ir.IntType(64), 2), ir.Undefined)
+    for lane, word in enumerate((first, second)):
+        words = builder.insert_element(words, word, ir.Constant(ir.IntType(32), lane))
+    return builder.bitcast(words, _BYTES)
+
+
+@intrinsic
+def scale_signed16(
+    typing_context: Any, first: Any, second: Any, signs: Any, scale: Any, out: Any, position: Any
+) -> Any:
+    """Write ``out[position + j] = float32(+-byte j) * scale`` for the 16 signed bytes of two words, j in 0..15.
+
+    Bit j of ``signs`` (uint16) negates byte j.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values = _join_words(builder, args[0], args[1])
+        negative = builder.sub(ir.Constant(_BYTES, [0] * _LANES), values)
+        values = builder.select(_lanes_of_bits(builder, args[2]), negative, values)
+        _store_scaled(context, builder, signature.args[4], args[4], args[5], values, args[3])
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64, types.uint16, types.float32, out, types.intp), codegen
+
+
+@intrinsic
+def scale_shifted16(
+    typing_context: Any, first: Any, second: Any, shift: Any, other: Any, scale: Any, out: Any, position: Any
+) -> Any:
+    """Write ``out[position + j] = float32(byte j) * scale`` for the 16 signed bytes of two words, j in 0..15.
+
+    The bytes of ``shift`` are added to those of the first word, the bytes of ``other`` to those of the second.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values = builder.add(_join_words(builder, args[0], args[1]), _join_words(builder, args[2], args[3]))
+        _store_scaled(context, builder, signature.args[5], args[5], args[6], values, args[4])
+        return context.get_dummy_value()
+
+    word = types.uint64
+    return types.void(word, word, word, word, types.float32, out, types.intp), codegen
+
+
+@intrinsic
+def nibbles_and_bits(
+    typing_context: Any, codes: Any, index: Any, bits: Any, scale: Any, shift: Any, floor: Any, out: Any, position: Any
+) -> Any:
+    """Decode 16 bytes of nibbles with a fifth bit each: 32 codes, low nibbles first, bit j of ``bits`` to code j.
+
+    ``out[position + j] = float32(code + shift) * scale - floor`` for j in 0..31; without the subtraction when ``floor`` is
+    ``None``.
+    """
+    subtracts = not isinstance(floor, types.NoneType)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        packed = _load_bytes(context, builder, signature.args[0], args[0], args[1])
+        target = context.make_array(signature.args[6])(context, builder, args[6])
+        half = ir.IntType(16)
+        halves = (
+            builder.and_(packed, ir.Constant(_BYTES, [15] * _LANES)),
+            builder.lshr(packed, ir.Constant(_BYTES, [4] * _LANES)),
+        )
+        for number, nibbles in enumerate(halves):
+            mask = builder.trunc(builder.lshr(args[2], ir.Constant(args[2].type, _LANES * number)), half)
+            fifth = builder.select(
+                _lanes_of_bits(builder, mask),
+                ir.Constant(_BYTES, [16] * _LANES),
+                ir.Constant(_BYTES, [0] * _LANES),
+            )
+            values = builder.add(builder.or_(nibbles, fifth), _splat(builder, args[4], _BYTES))
+            product = builder.fmul(builder.sitofp(values, _FLOATS), _splat(builder, args[3], _FLOATS))
+            if subtracts:
+                product = builder.fsub(product, _splat(builder, args[5], _FLOATS))
+            where = builder.add(args[7], ir.Constant(args[7].type, _LANES * number))
+            where = builder.bitcast(builder.gep(target.data, [where]), _FLOATS.as_pointer())
+            builder.store(product, where, align=4)
+        return context.get_dummy_value()
+
+    floor_type = types.float32 if subtracts else types.none
+    return types.void(codes, types.intp, types.uint32, types.float32, types.int8, floor_type, out, types.intp), codegen
+
+
+def _trits(builder: Any, rest: Any) -> Any:
+    """Turn 16 bytes, fractions of 256, into their first base-3 digits less one: ``(x * 3 >> 8) - 1``."""
+    values = ir.Constant(_BYTES, [-1] * _LANES)
+    for bound in (86, 171):  # the least x of digits 1 and 2
+        reached = builder.icmp_unsigned(">=", rest, ir.Constant(_BYTES, [bound] * _LANES))
+        values = builder.add(values, builder.zext(reached, _BYTES))
+    return values
+
+
+@intrinsic
+def trits16(typing_context: Any, codes: Any, index: Any, scale: Any, out: Any, position: Any, stride: Any) -> Any:
+    """Decode 16 bytes of five base-3 digits each, the most significant first, to -1, 0 or 1 times ``scale``.
+
+    Digit n of byte j goes to ``out[position + stride * n + j]``. A byte is a fraction of 256; tripled modulo 256 it is the
+    fraction that follows its first digit.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rest = _load_bytes(context, builder, signature.args[0], args[0], args[1])
+        where = args[4]
+        for _ in range(5):
+            _store_scaled(context, builder, signature.args[3], args[3], where, _trits(builder, rest), args[2])
+            rest = builder.mul(rest, ir.Constant(_BYTES, [3] * _LANES))
+            where = builder.add(where, args[5])
+        return context.get_dummy_value()
+
+    return types.void(codes, types.intp, types.float32, out, types.intp, types.intp), codegen
+
+
+@intrinsic
+def trits4(typing_context: Any, codes: Any, scale: Any, out: Any, position: Any) -> Any:
+    """Decode the four bytes of a uint32, four base-3 digits each: digit n of byte j to ``out[position + 4 * n + j]``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bytes16 = builder.bitcast(_splat(builder, args[0], ir.VectorType(ir.IntType(32), 4)), _BYTES)
+        rest = builder.mul(bytes16, ir.Constant(_BYTES, [3 ** (lane // 4) for lane in range(_LANES)]))
+        _store_scaled(context, builder, signature.args[2], args[2], args[3], _trits(builder, rest), args[1])
+        return context.get_dummy_value()
+
+    return types.void(types.uint32, types.float32, out, types.intp), codegen

@@ -1,0 +1,36 @@
+"""IQ3_S on the CPU: points of four elements of a grid of 512 with signs, 4-bit scales per 32 elements under an f16."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ggufx import tables
+from ggufx.kernels._jit import half_to_float, kernel, load16, load32, scale_signed16
+
+_GRID = tables.GRID_IQ3_S.view(np.uint32).ravel().astype(np.uint64)
+_NBYTES = 110
+_LOW8 = np.uint64(0xFF)
+_NINTH = np.uint64(0x100)
+_WORD = np.uint64(32)
+
+
+@kernel
+def decode(rows, out, block_len):
+    for r in range(rows.shape[0]):
+        row, y = rows[r], out[r]
+        for b in range(row.shape[0] // _NBYTES):
+            start, position = b * _NBYTES, b * block_len
+            d = half_to_float(load16(row, start))
+            scales = load32(row, start + 106)
+            for s in range(16):
+                a = (scales >> np.uint32(4 * (s // 2))) & np.uint32(15)
+                scale = d * np.float32(np.uint32(1) + np.uint32(2) * a)
+                # Four points of four elements: a byte of index and a ninth bit each, and sixteen signs.
+                low = np.uint64(load32(row, start + 2 + 4 * s))
+                ninth = np.uint64(row[start + 66 + s // 2]) >> np.uint64(4 * (s % 2))
+                p0 = _GRID[(low & _LOW8) | ((ninth << np.uint64(8)) & _NINTH)]
+                p1 = _GRID[((low >> np.uint64(8)) & _LOW8) | ((ninth << np.uint64(7)) & _NINTH)]
+                p2 = _GRID[((low >> np.uint64(16)) & _LOW8) | ((ninth << np.uint64(6)) & _NINTH)]
+                p3 = _GRID[(low >> np.uint64(24)) | ((ninth << np.uint64(5)) & _NINTH)]
+                first, second = p0 | (p1 << _WORD), p2 | (p3 << _WORD)
+                scale_signed16(first, second, load16(row, start + 74 + 2 * s), scale, y, position + 16 * s)

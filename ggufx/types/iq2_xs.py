@@ -1,0 +1,40 @@
+"""IQ2_XS: points of a grid of 512, with signs; 4-bit scales of 16 elements under an f16."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx import tables
+from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.packing import EVEN_SIGNS, fields, negated, widen
+
+BLOCK_LEN = 256
+
+
+class IQ2_XS(Codec):  # noqa: N801 (upstream's spelling)
+    """``y[i] = ((d * (0.5 + a)) * 0.25) * +-grid[g][i % 8]``, 256 elements in 74 bytes.
+
+    Every 8 elements have a uint16 of ``qs``: nine bits of grid index, seven sign bits (the eighth is their parity). Nibble b of
+    ``scales`` is the scale a of elements 16 b and on.
+
+    Source: ``dequantize_row_iq2_xs`` of llama.cpp.
+    """
+
+    layout: ClassVar = Layout(
+        BLOCK_LEN,
+        np.dtype([("d", "<f2"), ("qs", "<u2", (32,)), ("scales", "u1", (8,))]),
+    )
+    ids: ClassVar = {"llama.cpp": 17}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Look up points, apply signs and scale."""
+        _, blocks = self.layout.split(rows)
+        qs = blocks["qs"]
+        signs = fields(EVEN_SIGNS[qs >> 9][..., None], 1, 1)
+        values = negated(tables.GRID_IQ2_XS[qs & 511], signs).reshape(*blocks.shape, 16, 16)
+        with np.errstate(invalid="ignore"):
+            scales = widen(blocks["d"]) * (np.float32(0.5) + fields(blocks["scales"], 4, 1)) * np.float32(0.25)
+            out.reshape(values.shape)[...] = scales[..., None] * values

@@ -1,0 +1,36 @@
+"""IQ4_NL: an f16 scale and 32 nibbles into a table of 16 values."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx import tables
+from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.packing import fields, widen
+
+BLOCK_LEN = 32
+
+IQ4 = np.array(tables.IQ4, np.int8)
+
+
+class IQ4_NL(Codec):  # noqa: N801 (upstream's spelling)
+    """``y[i] = d * IQ4[n]``, 32 elements in 18 bytes; byte j of ``qs`` holds elements j (low) and j + 16 (high).
+
+    Source: ``dequantize_row_iq4_nl`` of llama.cpp.
+    """
+
+    layout: ClassVar = Layout(
+        BLOCK_LEN,
+        np.dtype([("d", "<f2"), ("qs", "u1", (16,))]),
+    )
+    ids: ClassVar = {"llama.cpp": 20}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Look up and scale."""
+        _, blocks = self.layout.split(rows)
+        values = IQ4[fields(blocks["qs"], 4, 16)]
+        with np.errstate(invalid="ignore"):
+            out.reshape(values.shape)[...] = widen(blocks["d"]) * values

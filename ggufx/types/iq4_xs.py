@@ -1,0 +1,42 @@
+"""IQ4_XS: nibbles into the table of IQ4_NL; signed 6-bit scales of 32 elements under an f16."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx import tables
+from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.packing import fields, widen
+
+BLOCK_LEN = 256
+
+IQ4 = np.array(tables.IQ4, np.int8)
+
+
+class IQ4_XS(Codec):  # noqa: N801 (upstream's spelling)
+    """``y[i] = (d * (s - 32)) * IQ4[n]``, 256 elements in 136 bytes.
+
+    Nibble k of ``scales_l`` is the low, bits 2 k and on of ``scales_h`` the high part of scale k; every 32 elements have 16
+    bytes of ``qs``, low nibbles first.
+
+    Source: ``dequantize_row_iq4_xs`` of llama.cpp.
+    """
+
+    layout: ClassVar = Layout(
+        BLOCK_LEN,
+        np.dtype([("d", "<f2"), ("scales_h", "<u2"), ("scales_l", "u1", (4,)), ("qs", "u1", (128,))]),
+    )
+    ids: ClassVar = {"llama.cpp": 23}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Look up and scale."""
+        _, blocks = self.layout.split(rows)
+        values = IQ4[fields(blocks["qs"], 4, 16)].reshape(*blocks.shape, 8, 32)
+        high = blocks["scales_h"][..., None] >> np.arange(0, 16, 2, dtype=np.uint16) & np.uint16(3)
+        scales = (fields(blocks["scales_l"], 4, 1) | high << 4).astype(np.int8) - np.int8(32)
+        with np.errstate(invalid="ignore"):
+            scaled = widen(blocks["d"]) * scales
+            out.reshape(values.shape)[...] = scaled[..., None] * values

@@ -1,0 +1,35 @@
+"""Q4_1: an f16 scale, an f16 minimum and 32 unsigned nibbles."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.packing import fields, widen
+
+BLOCK_LEN = 32
+
+
+class Q4_1(Codec):  # noqa: N801 (upstream's spelling)
+    """``y[i] = n * d + m`` in two roundings, 32 elements in 20 bytes.
+
+    Byte j of ``qs`` holds elements j (low) and j + 16 (high).
+
+    Source: ``dequantize_row_q4_1`` of llama.cpp.
+    """
+
+    layout: ClassVar = Layout(
+        BLOCK_LEN,
+        np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", (16,))]),
+    )
+    ids: ClassVar = {"llama.cpp": 3}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Scale the codes, add the minimum."""
+        _, blocks = self.layout.split(rows)
+        codes = fields(blocks["qs"], 4, 16)
+        with np.errstate(invalid="ignore"):
+            out.reshape(codes.shape)[...] = widen(blocks["d"]) * codes + widen(blocks["m"])

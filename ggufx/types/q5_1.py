@@ -1,0 +1,33 @@
+"""Q5_1: an f16 scale, an f16 minimum and 32 unsigned 5-bit codes."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.packing import fields, widen
+
+BLOCK_LEN = 32
+
+
+class Q5_1(Codec):  # noqa: N801 (upstream's spelling)
+    """``y[i] = n * d + m`` in two roundings, 32 elements in 24 bytes; codes as in Q5_0, without its offset.
+
+    Source: ``dequantize_row_q5_1`` of llama.cpp.
+    """
+
+    layout: ClassVar = Layout(
+        BLOCK_LEN,
+        np.dtype([("d", "<f2"), ("m", "<f2"), ("qh", "u1", (4,)), ("qs", "u1", (16,))]),
+    )
+    ids: ClassVar = {"llama.cpp": 7}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Scale the codes, add the minimum."""
+        _, blocks = self.layout.split(rows)
+        codes = fields(blocks["qs"], 4, 16) | fields(blocks["qh"], 1, 1) << 4
+        with np.errstate(invalid="ignore"):
+            out.reshape(codes.shape)[...] = widen(blocks["d"]) * codes + widen(blocks["m"])

@@ -1,0 +1,41 @@
+"""TQ1_0: ternary codes, five to a byte, under an f16."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.packing import widen
+
+BLOCK_LEN = 256
+
+POWERS = np.array([1, 3, 9, 27, 81], np.uint8)
+
+
+class TQ1_0(Codec):  # noqa: N801 (upstream's spelling)
+    """``y[i] = (n - 1) * d``, 256 elements in 54 bytes.
+
+    A byte is a fraction of 256, its base-3 digits are the codes. 32 and then 16 bytes of ``qs`` hold five digits each, those of
+    ``qh`` four: all first digits of a run of bytes, then all second ones, and so on.
+
+    Source: ``dequantize_row_tq1_0`` of llama.cpp.
+    """
+
+    layout: ClassVar = Layout(
+        BLOCK_LEN,
+        np.dtype([("qs", "u1", (48,)), ("qh", "u1", (4,)), ("d", "<f2")]),
+    )
+    ids: ClassVar = {"llama.cpp": 34}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Multiply digit n to the top of its byte (modulo 256) and take it off."""
+        _, blocks = self.layout.split(rows)
+        runs = (blocks["qs"][..., :32], 5), (blocks["qs"][..., 32:], 5), (blocks["qh"], 4)
+        parts = [run[..., None, :] * POWERS[:digits, None] for run, digits in runs]
+        fractions = np.concatenate([part.reshape(*blocks.shape, -1) for part in parts], axis=-1)
+        codes = fractions.astype(np.uint16) * 3 >> 8
+        with np.errstate(invalid="ignore"):
+            out.reshape(codes.shape)[...] = widen(blocks["d"]) * (codes.astype(np.int8) - np.int8(1))

@@ -1,0 +1,33 @@
+"""TQ2_0: ternary codes, two bits each, under an f16."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.packing import fields, widen
+
+BLOCK_LEN = 256
+
+
+class TQ2_0(Codec):  # noqa: N801 (upstream's spelling)
+    """``y[i] = (n - 1) * d``, 256 elements in 66 bytes; 128 elements share 32 bytes of ``qs``, two bits for every 32.
+
+    Source: ``dequantize_row_tq2_0`` of llama.cpp.
+    """
+
+    layout: ClassVar = Layout(
+        BLOCK_LEN,
+        np.dtype([("qs", "u1", (64,)), ("d", "<f2")]),
+    )
+    ids: ClassVar = {"llama.cpp": 35}
+
+    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+        """Scale the codes. Code 3 is no ternary digit, and decodes to 2."""
+        _, blocks = self.layout.split(rows)
+        codes = fields(blocks["qs"], 2, 32)
+        with np.errstate(invalid="ignore"):
+            out.reshape(codes.shape)[...] = widen(blocks["d"]) * (codes.astype(np.int8) - np.int8(1))
