@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 
 from ggufx.kernels._jit import bits_to_float, float_to_bits, float_to_half, half_to_float, kernel
 
-__all__ = ["codebook_search"]
+__all__ = ["codebook_search", "inline", "store_planes"]
 
 _LANES = 64
 _MAGIC = float(3 << 22)
@@ -214,11 +214,11 @@ def nearest_codes(table: tuple[int, ...]) -> Any:
     return nearest16
 
 
-def _inline(function: Any) -> Any:
+def inline(function: Any) -> Any:
     return numba.njit(nogil=True, forceinline=True)(function)
 
 
-@_inline
+@inline
 def _total(terms, count):
     """Sum ``terms[:count]`` (a power of two) by halving, in place: in lanes, and the same on every CPU."""
     while count > 1:
@@ -228,11 +228,26 @@ def _total(terms, count):
     return terms[0]
 
 
-@_inline
+@inline
 def _exponent_scale(bits):
     """Return the power of two that brings a float of these bits near 1, and its inverse."""
     field = min(max(bits >> np.uint32(23), np.uint32(1)), np.uint32(253))
     return bits_to_float((np.uint32(254) - field) << np.uint32(23)), bits_to_float(field << np.uint32(23))
+
+
+@inline
+def store_planes(codes, at, count, n_bits, shift, run, out, start):
+    """Pack ``n_bits`` bits at ``shift`` of codes: runs of ``run`` bytes, first the lowest bits of each byte of a run."""
+    per_byte = 8 // n_bits
+    mask = (1 << n_bits) - 1
+    for first in range(0, count, run * per_byte):
+        to = start + first // per_byte
+        for j in range(run):
+            out[to + j] = (codes[at + first + j] >> shift) & mask
+        for p in range(1, per_byte):
+            source = at + first + p * run
+            for j in range(run):
+                out[to + j] |= ((codes[source + j] >> shift) & mask) << (p * n_bits)
 
 
 def codebook_search(
@@ -288,7 +303,7 @@ def codebook_search(
     floor = np.float32(2.0**-24) if half else np.float32(2.0**-126)
     zero_index = -low // step if step == 1 else count // 2
 
-    @_inline
+    @inline
     def stored(d, up, down):
         """Round D as the file stores it, never to zero or infinity; D is in normalised units."""
         value = d * up
@@ -297,7 +312,7 @@ def codebook_search(
             size = half_to_float(float_to_half(size))
         return (-size if value < zero else size) * down
 
-    @_inline
+    @inline
     def weigh(values, offset, length, unit, importance, at, mse, x, w, wx, terms):
         """Normalise a group, and fill its weights: those of the reference, or the importance."""
         for i in range(length):
@@ -324,7 +339,7 @@ def codebook_search(
         for i in range(length):
             wx[i] = w[i] * x[i]
 
-    @_inline
+    @inline
     def model(n_sub, per, scale, s2, energy, d, inverse_d, least, cost):
         """Cost of every D in ``d``: per sub-block the least over its parabolas, each at its own best legal scale."""
         n = d.shape[0]
@@ -351,6 +366,7 @@ def codebook_search(
         length = row_len if whole_row else 256
         n_sub = length // sub_len
         lanes = 4 * n_starts
+        width = np.float32(span)
         x, w, wx = np.empty(length, np.float32), np.empty(length, np.float32), np.empty(length, np.float32)
         terms = np.empty(256, np.float32)
         inverse, shifts, legal = np.empty(64, np.float32), np.empty(64, np.float32), np.empty(64, np.float32)
@@ -425,9 +441,9 @@ def codebook_search(
                 base = max(widest / extreme, np.float32(1e-30))
                 for j in range(n_values):
                     if low == -(low + step * (count - 1)):  # symmetric: the sign of D is no choice
-                        m = one - span + two * span * np.float32(j) / np.float32(n_values - 1)
+                        m = one - width + two * width * np.float32(j) / np.float32(n_values - 1)
                     else:
-                        m = one - span + two * span * np.float32(j // 2) / np.float32(n_values // 2 - 1)
+                        m = one - width + two * width * np.float32(j // 2) / np.float32(n_values // 2 - 1)
                         m = -m if j & 1 else m
                     d_try[j] = stored(base * m, up, down)
                     d_inverse[j] = one / d_try[j]
