@@ -18,200 +18,13 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from ggufx.kernels._jit import bits_to_float, float_to_bits, float_to_half, half_to_float, kernel
+from ggufx.kernels._lanes import best_of_kinds, lane_sums, model_cost, nearest_codes, pick_lane, survey, windows
 
 __all__ = ["codebook_search", "inline", "store_planes"]
 
-_LANES = 64
-_MAGIC = float(3 << 22)
-
-
-def midpoints(table):
-    return tuple((a + b) / 2 for a, b in zip(table[:-1], table[1:], strict=True))
-
-
-def _splat(builder: Any, value: Any, count: int) -> Any:
-    kind, i32 = ir.VectorType(value.type, count), ir.IntType(32)
-    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(i32, 0))
-    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(i32, count), [0] * count))
-
-
-def lane_sums(table: tuple[int, ...], lanes: int, *, staged: bool) -> Any:
-    """Return an intrinsic: nearest table entries of ``n`` elements under ``lanes`` inverse scales at a time.
-
-    ``sums(x, wx, w, start, n, inverse, shift, at, s1, s2, to)`` sets, for lane ``l``,
-    ``s1[to + l] = sum wx v`` and ``s2[to + l] = sum w v v`` over elements ``start .. start + n``, where ``v`` is the entry of
-    ``table + shift[at + l]`` nearest to ``x * inverse[at + l]``. Sums run in order of elements, lane by lane: the bits do not
-    depend on the CPU's vector width. ``n`` is a multiple of ``64 // lanes``.
-
-    ``staged``: products are rounded to signed bytes first and compared as bytes; up to half a unit of the table is lost
-    in the comparison, never in the sums.
-    """
-    unroll = _LANES // lanes
-    f32, i8, i32 = ir.FloatType(), ir.IntType(8), ir.IntType(32)
-    floats = ir.VectorType(f32, lanes)
-    mids = midpoints(table)
-    steps = [b - a for a, b in zip(table[:-1], table[1:], strict=True)]
-
-    def constant(kind: Any, count: int, value: float) -> Any:
-        return ir.Constant(ir.VectorType(kind, count), [value] * count)
-
-    @intrinsic
-    def sums(typing_context, x, wx, w, start, n, inverse, shift, at, s1, s2, to):
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            def data(i: int) -> Any:
-                return context.make_array(signature.args[i])(context, builder, args[i]).data
-
-            def vector(i: int, index: Any) -> Any:
-                return builder.bitcast(builder.gep(data(i), [index]), floats.as_pointer())
-
-            def join(parts: list[Any]) -> Any:
-                while len(parts) > 1:
-                    count = parts[0].type.count
-                    mask = ir.Constant(ir.VectorType(i32, 2 * count), list(range(2 * count)))
-                    parts = [builder.shuffle_vector(a, b, mask) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-                return parts[0]
-
-            inv = builder.load(vector(5, args[7]), align=4)
-            off = builder.load(vector(6, args[7]), align=4)
-            zero = constant(f32, lanes, 0.0)
-            acc1 = cgutils.alloca_once_value(builder, zero)
-            acc2 = cgutils.alloca_once_value(builder, zero)
-            builder.store(zero, acc1)
-            builder.store(zero, acc2)
-            if staged:
-                bias = builder.fsub(constant(f32, lanes, _MAGIC), off)
-                low, high = constant(f32, lanes, _MAGIC - 128), constant(f32, lanes, _MAGIC + 127)
-                off8 = builder.fptosi(off, ir.VectorType(i8, lanes))
-                off8 = join([off8] * unroll)
-            xs, wxs, ws = data(0), data(1), data(2)
-            step = ir.Constant(args[4].type, unroll)
-            with cgutils.for_range(builder, builder.sdiv(args[4], step), intp=args[4].type) as loop:
-                first = builder.add(args[3], builder.mul(loop.index, step))
-                at_u = [builder.add(first, ir.Constant(first.type, u)) for u in range(unroll)]
-                scaled = [builder.fmul(_splat(builder, builder.load(builder.gep(xs, [i])), lanes), inv) for i in at_u]
-                if staged:
-                    parts = []
-                    for z in scaled:
-                        z = builder.fadd(z, bias)
-                        z = builder.select(builder.fcmp_ordered(">", z, low), z, low)
-                        z = builder.select(builder.fcmp_ordered("<", z, high), z, high)
-                        parts.append(
-                            builder.trunc(
-                                builder.bitcast(z, ir.VectorType(i32, lanes)),
-                                ir.VectorType(i8, lanes),
-                            )
-                        )
-                    codes = join(parts)
-                    value = builder.add(off8, constant(i8, _LANES, table[0]))
-                    for mid, jump in zip(mids, steps, strict=True):
-                        above = builder.icmp_signed(">", codes, constant(i8, _LANES, int(np.floor(mid))))
-                        value = builder.select(above, builder.add(value, constant(i8, _LANES, jump)), value)
-                    values = []
-                    for u in range(unroll):
-                        mask = ir.Constant(ir.VectorType(i32, lanes), list(range(u * lanes, (u + 1) * lanes)))
-                        part = value if unroll == 1 else builder.shuffle_vector(value, value, mask)
-                        values.append(builder.sitofp(builder.sext(part, ir.VectorType(i32, lanes)), floats))
-                else:
-                    values = []
-                    for z in scaled:
-                        z = builder.fsub(z, off)
-                        v = builder.fadd(off, constant(f32, lanes, float(table[0])))
-                        for mid, jump in zip(mids, steps, strict=True):
-                            above = builder.fcmp_ordered(">", z, constant(f32, lanes, mid))
-                            v = builder.select(above, builder.fadd(v, constant(f32, lanes, float(jump))), v)
-                        values.append(v)
-                sum1, sum2 = builder.load(acc1), builder.load(acc2)
-                for i, v in zip(at_u, values, strict=True):
-                    wx_i = _splat(builder, builder.load(builder.gep(wxs, [i])), lanes)
-                    w_i = _splat(builder, builder.load(builder.gep(ws, [i])), lanes)
-                    sum1 = builder.fadd(sum1, builder.fmul(wx_i, v))
-                    sum2 = builder.fadd(sum2, builder.fmul(builder.fmul(w_i, v), v))
-                builder.store(sum1, acc1)
-                builder.store(sum2, acc2)
-            builder.store(builder.load(acc1), vector(8, args[10]), align=4)
-            builder.store(builder.load(acc2), vector(9, args[10]), align=4)
-            return context.get_dummy_value()
-
-        return types.void(
-            x, wx, w, types.intp, types.intp, inverse, shift, types.intp, s1, s2, types.intp
-        ), codegen
-
-    return sums
-
-
-def pick_lane(lanes: int) -> Any:
-    """Return an intrinsic: the lane whose legal scale has the least error.
-
-    ``pick(s, s1, s2, at, d, energy)`` minimises ``d s (d s S2 - 2 S1) + energy`` over ``s[at + l]``, ``s1[at + l]``,
-    ``s2[at + l]``. The error is not negative, so its bits sort as integers: the lane's number replaces the low ones.
-    """
-    f32, i32 = ir.FloatType(), ir.IntType(32)
-    floats, ints = ir.VectorType(f32, lanes), ir.VectorType(i32, lanes)
-
-    @intrinsic
-    def pick(typing_context, s, s1, s2, at, d, energy):
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            def load(i: int) -> Any:
-                array = context.make_array(signature.args[i])(context, builder, args[i])
-                pointer = builder.bitcast(builder.gep(array.data, [args[3]]), floats.as_pointer())
-                return builder.load(pointer, align=4)
-
-            scale = builder.fmul(load(0), _splat(builder, args[4], lanes))
-            s1_, s2_ = load(1), load(2)
-            error = builder.fsub(builder.fmul(scale, s2_), builder.fadd(s1_, s1_))
-            error = builder.fadd(builder.fmul(scale, error), _splat(builder, args[5], lanes))
-            zero = ir.Constant(floats, [0.0] * lanes)
-            error = builder.select(builder.fcmp_ordered(">", error, zero), error, zero)
-            key = builder.and_(builder.bitcast(error, ints), ir.Constant(ints, [-lanes] * lanes))
-            key = builder.or_(key, ir.Constant(ints, list(range(lanes))))
-            count = lanes
-            while count > 1:
-                count //= 2
-                lower, upper = (
-                    builder.shuffle_vector(
-                        key, key, ir.Constant(ir.VectorType(i32, count), list(range(base, base + count)))
-                    )
-                    for base in (0, count)
-                )
-                key = builder.select(builder.icmp_signed("<", lower, upper), lower, upper)
-            least = builder.extract_element(key, ir.Constant(i32, 0))
-            return builder.sext(builder.and_(least, ir.Constant(i32, lanes - 1)), ir.IntType(64))
-
-        return types.intp(s, s1, s2, types.intp, types.float32, types.float32), codegen
-
-    return pick
-
-
-def nearest_codes(table: tuple[int, ...]) -> Any:
-    """Return an intrinsic: ``nearest16(x, at, inverse, shift, codes, to)``, 16 exact codes of ``x * inverse - shift``."""
-    floats, ints = ir.VectorType(ir.FloatType(), 16), ir.VectorType(ir.IntType(32), 16)
-    octets = ir.VectorType(ir.IntType(8), 16)
-
-    @intrinsic
-    def nearest16(typing_context, x, at, inverse, shift, codes, to):
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            source = context.make_array(signature.args[0])(context, builder, args[0]).data
-            target = context.make_array(signature.args[4])(context, builder, args[4]).data
-            value = builder.load(builder.bitcast(builder.gep(source, [args[1]]), floats.as_pointer()), align=4)
-            value = builder.fmul(value, _splat(builder, args[2], 16))
-            value = builder.fsub(value, _splat(builder, args[3], 16))
-            code = ir.Constant(ints, [0] * 16)
-            for mid in midpoints(table):
-                above = builder.fcmp_ordered(">", value, ir.Constant(floats, [mid] * 16))
-                code = builder.add(code, builder.zext(above, ints))
-            where = builder.bitcast(builder.gep(target, [args[5]]), octets.as_pointer())
-            builder.store(builder.trunc(code, octets), where, align=1)
-            return context.get_dummy_value()
-
-        return types.void(x, types.intp, types.float32, types.float32, codes, types.intp), codegen
-
-    return nearest16
+_MAX_STARTS, _MAX_LANES = 16, 128
 
 
 def inline(function: Any) -> Any:
@@ -288,13 +101,14 @@ def codebook_search(
     """
     sums16 = lane_sums(table, 16, staged=staged)
     sums64 = lane_sums(table, 64, staged=staged)
-    pick = pick_lane(64)
+    best16, best32, best64 = best_of_kinds(16), best_of_kinds(32), best_of_kinds(64)
+    total_of = survey(sub_len)
+    window_of, pick, model = windows(low, step, count), pick_lane(), model_cost(low, step, count)
     nearest16 = nearest_codes(table)
-    first, last = np.float32(low), np.float32(low + step * (count - 1))
     extreme = np.float32(max(abs(low), abs(low + step * (count - 1))))
-    f_low, f_step, f_top = np.float32(low), np.float32(step), np.float32(count - 1)
+    f_low, f_step = np.float32(low), np.float32(step)
+    symmetric = low == -(low + step * (count - 1))
     f_shift = np.float32(shift)
-    magic = np.float32(_MAGIC)
     sigma32, plain32 = np.float32(sigma), np.float32(plain * sigma)
     start_low, start_high = np.float32(starts[0]), np.float32(starts[1])
     zero, one, two = np.float32(0), np.float32(1), np.float32(2)
@@ -340,56 +154,41 @@ def codebook_search(
             wx[i] = w[i] * x[i]
 
     @inline
-    def model(n_sub, per, scale, s2, energy, d, inverse_d, least, cost):
-        """Cost of every D in ``d``: per sub-block the least over its parabolas, each at its own best legal scale."""
-        n = d.shape[0]
-        for j in range(n):
-            cost[j] = zero
-        for k in range(n_sub):
-            for j in range(n):
-                least[j] = huge
-            for p in range(k * per, (k + 1) * per):
-                centre, curve, explained = scale[p], s2[p], energy[p]
-                for j in range(n):
-                    index = (centre * inverse_d[j] - f_low) / f_step
-                    index = min(max(index, zero), f_top)
-                    index = (index + magic) - magic
-                    off = d[j] * (f_low + f_step * index) - centre
-                    value = curve * off * off - explained
-                    least[j] = value if value < least[j] else least[j]
-            for j in range(n):
-                cost[j] += least[j]
+    def sums(x, wx, w, start, lanes, inverse, shifts, s1, s2, to):
+        if lanes < 64:
+            for at in range(0, lanes, 16):
+                sums16(x, wx, w, start, sub_len, inverse, shifts, at, s1, s2, to + at)
+        else:
+            for at in range(0, lanes, 64):
+                sums64(x, wx, w, start, sub_len, inverse, shifts, at, s1, s2, to + at)
 
     @kernel
-    def search(values, out, importance, mse, n_starts, n_values, span, window, refits):
+    def search(values, out, importance, mse, n_starts, n_values, span_low, span_high, window, turns, tries):
         row_len = values.shape[1]
         length = row_len if whole_row else 256
         n_sub = length // sub_len
-        lanes = 4 * n_starts
-        width = np.float32(span)
+        lanes = 4 * window
         x, w, wx = np.empty(length, np.float32), np.empty(length, np.float32), np.empty(length, np.float32)
         terms = np.empty(256, np.float32)
-        inverse, shifts, legal = np.empty(64, np.float32), np.empty(64, np.float32), np.empty(64, np.float32)
-        sum1, sum2 = np.empty(64 * n_sub, np.float32), np.empty(64 * n_sub, np.float32)
-        legals = np.empty(64 * n_sub, np.float32)
-        units, unit_shifts = np.empty(64, np.float32), np.empty(64, np.float32)
-        scale, curve, energy = (
-            np.empty(4 * n_sub, np.float32),
-            np.empty(4 * n_sub, np.float32),
-            np.empty(4 * n_sub, np.float32),
+        inverse, units, shifts = (
+            np.empty(_MAX_LANES, np.float32),
+            np.empty(4 * n_starts, np.float32),
+            np.empty(_MAX_LANES, np.float32),
         )
-        total = np.empty(n_sub, np.float32)
+        sum1, sum2 = np.empty(_MAX_LANES * n_sub, np.float32), np.empty(_MAX_LANES * n_sub, np.float32)
+        legals = np.empty(_MAX_LANES * n_sub, np.float32)
+        scale, curve = np.empty(4 * n_sub, np.float32), np.empty(4 * n_sub, np.float32)
+        energy, total = np.empty(4 * n_sub, np.float32), np.empty(n_sub, np.float32)
         d_try, d_inverse = np.empty(n_values, np.float32), np.empty(n_values, np.float32)
-        least, cost = np.empty(n_values, np.float32), np.empty(n_values, np.float32)
-        scales, flags = np.empty(n_sub, np.int32), np.empty(n_sub, np.uint8)
-        chosen = np.empty(n_sub, np.int64)
-        codes = np.empty(length, np.uint8)
-        for lane in range(lanes):
-            # Lanes: table, table with -inverse, twin, twin with -inverse; n_starts each.
-            kind = lane // n_starts
-            t = start_low + (start_high - start_low) * np.float32(lane % n_starts) / np.float32(max(1, n_starts - 1))
-            units[lane] = -t if kind & 1 else t
-            unit_shifts[lane] = f_shift if kind & 2 else zero
+        cost = np.empty(n_values, np.float32)
+        scales, flags, codes = np.empty(n_sub, np.int32), np.empty(n_sub, np.uint8), np.empty(length, np.uint8)
+        chosen, kept = np.empty(n_sub, np.float32), np.empty(n_sub, np.uint8)
+        # Lanes are 4 candidates x kinds: table, table under a negative scale, twin, twin under a negative scale.
+        for lane in range(_MAX_LANES):
+            shifts[lane] = f_shift if lane & 2 else zero
+        for lane in range(4 * n_starts):
+            t = start_low + (start_high - start_low) * np.float32(lane // 4) / np.float32(n_starts - 1)
+            units[lane] = -t if lane & 1 else t
         for r in range(values.shape[0]):
             row = values[r]
             for g in range(row_len // length):
@@ -406,98 +205,80 @@ def codebook_search(
                     continue
                 down, up = _exponent_scale(top)
                 weigh(row, offset, length, down, importance, offset, mse, x, w, wx, terms)
-                # 1: parabolas of real scales.
+                # 1: the best real scale of each kind.
                 widest = zero
                 for k in range(n_sub):
-                    begin = k * sub_len
-                    biggest = np.uint32(0)
-                    for i in range(begin, begin + sub_len):
-                        magnitude = float_to_bits(x[i]) & np.uint32(0x7FFFFFFF)
-                        biggest = magnitude if magnitude > biggest else biggest
-                    for i in range(sub_len):
-                        terms[i] = wx[begin + i] * x[begin + i]
-                    total[k] = _total(terms, sub_len)
-                    amax = bits_to_float(biggest)
+                    total[k], amax = total_of(x, wx, k * sub_len)
                     back = one / amax if amax > np.float32(1e-30) else zero
-                    for lane in range(lanes):
+                    for lane in range(units.shape[0]):
                         inverse[lane] = units[lane] * back
-                    if lanes == 64:
-                        sums64(x, wx, w, begin, sub_len, inverse, unit_shifts, 0, sum1, sum2, 0)
+                    sums(x, wx, w, k * sub_len, 4 * n_starts, inverse, shifts, sum1, sum2, 0)
+                    if n_starts == 4:
+                        best16(sum1, sum2, scale, curve, energy, 4 * k)
+                    elif n_starts == 8:
+                        best32(sum1, sum2, scale, curve, energy, 4 * k)
                     else:
-                        for at in range(0, lanes, 16):
-                            sums16(x, wx, w, begin, sub_len, inverse, unit_shifts, at, sum1, sum2, at)
-                    for kind in range(4):
-                        p = 4 * k + kind
-                        scale[p], curve[p], energy[p] = zero, zero, zero
-                        for lane in range(kind * n_starts, (kind + 1) * n_starts):
-                            s1, s2 = sum1[lane], sum2[lane]
-                            # Comparing explained energies without dividing by each S2.
-                            if s2 > zero and s1 * s1 > energy[p] * s2:
-                                scale[p] = s1 / s2
-                                curve[p] = s2
-                                energy[p] = scale[p] * s1
+                        best64(sum1, sum2, scale, curve, energy, 4 * k)
+                    for p in range(4 * k, 4 * k + 4):
                         widest = max(widest, abs(scale[p]))
                 # 2: D by the model.
                 base = max(widest / extreme, np.float32(1e-30))
+                spread = np.float32(span_high - span_low)
                 for j in range(n_values):
-                    if low == -(low + step * (count - 1)):  # symmetric: the sign of D is no choice
-                        m = one - width + two * width * np.float32(j) / np.float32(n_values - 1)
+                    if symmetric:
+                        m = np.float32(span_low) + spread * np.float32(j) / np.float32(n_values - 1)
                     else:
-                        m = one - width + two * width * np.float32(j // 2) / np.float32(n_values // 2 - 1)
+                        m = np.float32(span_low) + spread * np.float32(j // 2) / np.float32(n_values // 2 - 1)
                         m = -m if j & 1 else m
                     d_try[j] = stored(base * m, up, down)
+                for j in range(n_values):
                     d_inverse[j] = one / d_try[j]
-                model(n_sub, 4, scale, curve, energy, d_try, d_inverse, least, cost)
-                d = d_try[0]
-                lowest = cost[0]
-                for j in range(1, n_values):
-                    if cost[j] < lowest:
-                        lowest = cost[j]
-                        d = d_try[j]
+                for j in range(0, n_values, 16):
+                    model(scale, curve, energy, n_sub, d_try, d_inverse, cost, j)
                 # 3: exact sums of legal scales near the optima, and D again.
-                for turn in range(refits + 1):
-                    for k in range(n_sub):
-                        for kind in range(4):
-                            centre = (scale[4 * k + kind] / d - f_low) / f_step
-                            centre = np.rint(min(max(centre, zero), f_top)) - np.float32(window // 2)
-                            centre = min(max(centre, zero), max(f_top - np.float32(window - 1), zero))
-                            for c in range(window):
-                                lane = kind * window + c
-                                s = f_low + f_step * min(centre + np.float32(c), f_top)
-                                legal[lane] = s
-                                shifts[lane] = f_shift if kind & 2 else zero
-                                inverse[lane] = zero if s == zero else one / (d * s)
-                        at = 64 * k
-                        for lane in range(64):
-                            legals[at + lane] = legal[lane] if lane < 4 * window else zero
-                        if window == 16:
-                            sums64(x, wx, w, k * sub_len, sub_len, inverse, shifts, 0, sum1, sum2, at)
-                        else:
-                            for lane in range(64):
-                                sum1[at + lane] = zero
-                                sum2[at + lane] = zero
-                            for lane in range(0, 4 * window, 16):
-                                sums16(x, wx, w, k * sub_len, sub_len, inverse, shifts, lane, sum1, sum2, at + lane)
-                    for _ in range(3):
-                        top_sum, bottom_sum = zero, zero
+                least, final = huge, one
+                for _ in range(tries):
+                    at = 0
+                    for j in range(1, n_values):
+                        if cost[j] < cost[at]:
+                            at = j
+                    d = d_try[at]
+                    cost[at] = huge
+                    for _ in range(turns):
                         for k in range(n_sub):
-                            lane = pick(legals, sum1, sum2, 64 * k, d, total[k])
-                            chosen[k] = lane
-                            s = legals[64 * k + lane]
-                            top_sum += s * sum1[64 * k + lane]
-                            bottom_sum += s * s * sum2[64 * k + lane]
-                        if bottom_sum > zero:
-                            d = stored(top_sum / bottom_sum, up, down)
+                            to = lanes * k
+                            for c in range(0, window, 4):
+                                window_of(scale, 4 * k, d, c, window, legals, inverse, to + 4 * c, 4 * c)
+                            sums(x, wx, w, k * sub_len, lanes, inverse, shifts, sum1, sum2, to)
+                        for _ in range(3):
+                            top_sum, bottom_sum = zero, zero
+                            for k in range(n_sub):
+                                lane = lanes * k + pick(legals, sum1, sum2, lanes * k, lanes, d, total[k])
+                                s = legals[lane]
+                                top_sum += s * sum1[lane]
+                                bottom_sum += s * s * sum2[lane]
+                            if bottom_sum > zero:
+                                d = stored(top_sum / bottom_sum, up, down)
+                    error = zero
+                    for k in range(n_sub):
+                        lane = pick(legals, sum1, sum2, lanes * k, lanes, d, total[k])
+                        flags[k] = 1 if lane & 2 else 0
+                        lane += lanes * k
+                        chosen[k] = legals[lane]
+                        step_ = d * chosen[k]
+                        error += step_ * (step_ * sum2[lane] - two * sum1[lane])
+                    if error < least:
+                        least, final = error, d
+                        for k in range(n_sub):
+                            scales[k] = np.int32((chosen[k] - f_low) / f_step)
+                            kept[k] = flags[k]
                 for k in range(n_sub):
-                    lane = pick(legals, sum1, sum2, 64 * k, d, total[k])
-                    s = legals[64 * k + lane]
-                    scales[k] = np.int32((s - f_low) / f_step)
-                    flags[k] = 1 if lane >= 2 * window else 0
-                    back = zero if s == zero else one / (d * s)
+                    s = f_low + f_step * np.float32(scales[k])
+                    back = zero if s == zero else one / (final * s)
                     for i in range(k * sub_len, (k + 1) * sub_len, 16):
-                        nearest16(x, i, back, f_shift if flags[k] else zero, codes, i)
-                d_stored = d * up
-                bits = np.uint32(float_to_half(d_stored)) if half else float_to_bits(d_stored)
-                store(out[r], g, bits, scales, flags, codes)
+                        nearest16(x, i, back, f_shift if kept[k] else zero, codes, i)
+                value = final * up
+                bits = np.uint32(float_to_half(value)) if half else float_to_bits(value)
+                store(out[r], g, bits, scales, kept, codes)
 
     return search
