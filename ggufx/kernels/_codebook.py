@@ -22,9 +22,11 @@ import numpy as np
 from ggufx.kernels._jit import bits_to_float, float_to_bits, float_to_half, half_to_float, kernel
 from ggufx.kernels._lanes import best_of_kinds, lane_sums, model_cost, nearest_codes, pick_lane, survey, windows
 
-__all__ = ["codebook_search", "inline", "store_planes"]
+__all__ = ["block_search", "codebook_search", "inline", "store_planes"]
 
-_MAX_STARTS, _MAX_LANES = 16, 128
+_MAX_LANES = 128
+DEAD = 1e-9
+"""Importance of columns whose sub-block has none."""
 
 
 def inline(function: Any) -> Any:
@@ -61,6 +63,21 @@ def store_planes(codes, at, count, n_bits, shift, run, out, start):
             source = at + first + p * run
             for j in range(run):
                 out[to + j] |= ((codes[source + j] >> shift) & mask) << (p * n_bits)
+
+
+def _keeper(half: bool, ceiling: float, floor: float) -> Any:
+    """Return ``stored(d, up, down)``: round D (in normalised units) as the file stores it, never to zero or infinity."""
+    least, most, zero = np.float32(floor), np.float32(ceiling), np.float32(0)
+
+    @inline
+    def stored(d, up, down):
+        value = d * up
+        size = min(max(abs(value), least), most)
+        if half:
+            size = half_to_float(float_to_half(size))
+        return (-size if value < zero else size) * down
+
+    return stored
 
 
 def codebook_search(
@@ -111,45 +128,46 @@ def codebook_search(
     f_shift = np.float32(shift)
     sigma32, plain32 = np.float32(sigma), np.float32(plain * sigma)
     start_low, start_high = np.float32(starts[0]), np.float32(starts[1])
+    nothing, dead = np.float32(sub_len * 1e-18), np.float32(DEAD)
     zero, one, two = np.float32(0), np.float32(1), np.float32(2)
     huge = np.float32(3e38)
-    ceiling = np.float32(65504) if half else np.float32(3.4e38 / 127 / 127)
-    floor = np.float32(2.0**-24) if half else np.float32(2.0**-126)
+    stored = _keeper(half, 65504 if half else 3.4e38 / 127 / 127, 2.0**-24 if half else 2.0**-149)
     zero_index = -low // step if step == 1 else count // 2
 
     @inline
-    def stored(d, up, down):
-        """Round D as the file stores it, never to zero or infinity; D is in normalised units."""
-        value = d * up
-        size = min(max(abs(value), floor), ceiling)
-        if half:
-            size = half_to_float(float_to_half(size))
-        return (-size if value < zero else size) * down
-
-    @inline
-    def weigh(values, offset, length, unit, importance, at, mse, x, w, wx, terms):
+    def weigh(values, offset, length, down, up, importance, mse, x, m, w, wx, terms):
         """Normalise a group, and fill its weights: those of the reference, or the importance."""
         for i in range(length):
-            x[i] = values[offset + i] * unit
+            x[i] = values[offset + i] * down
         weighted = importance.shape[0] > 0
-        for b in range(length // 256):
-            begin = b * 256
+        if weighted:
+            # As the reference: sub-blocks without importance or values count next to nothing, but evenly.
+            for i in range(length):
+                m[i] = importance[offset + i]
+            for begin in range(0, length, sub_len):
+                squares, _ = total_of(x, x, begin)
+                if squares * up * up <= nothing:
+                    for i in range(begin, begin + sub_len):
+                        m[i] = dead
+        for begin in range(0, length, 256):
             for i in range(256):
                 terms[i] = x[begin + i] * x[begin + i]
             mean = _total(terms, 256) * np.float32(1 / 256)
             if weighted:
                 if mse:
                     for i in range(begin, begin + 256):
-                        w[i] = importance[at + i]
+                        w[i] = m[i]
                 else:
+                    level = sigma32 * mean + np.float32(1e-18)
                     for i in range(begin, begin + 256):
-                        w[i] = importance[at + i] * np.sqrt(sigma32 * mean + x[i] * x[i])
+                        w[i] = m[i] * np.sqrt(level + x[i] * x[i])
             elif mse:
                 for i in range(begin, begin + 256):
                     w[i] = one
             else:
+                level = plain32 * mean + np.float32(1e-12)
                 for i in range(begin, begin + 256):
-                    w[i] = plain32 * mean + x[i] * x[i]
+                    w[i] = level + x[i] * x[i]
         for i in range(length):
             wx[i] = w[i] * x[i]
 
@@ -169,7 +187,7 @@ def codebook_search(
         n_sub = length // sub_len
         lanes = 4 * window
         x, w, wx = np.empty(length, np.float32), np.empty(length, np.float32), np.empty(length, np.float32)
-        terms = np.empty(256, np.float32)
+        m, terms = np.empty(length, np.float32), np.empty(256, np.float32)
         inverse, units, shifts = (
             np.empty(_MAX_LANES, np.float32),
             np.empty(4 * n_starts, np.float32),
@@ -204,7 +222,7 @@ def codebook_search(
                     store(out[r], g, np.uint32(0), scales, flags, codes)
                     continue
                 down, up = _exponent_scale(top)
-                weigh(row, offset, length, down, importance, offset, mse, x, w, wx, terms)
+                weigh(row, offset, length, down, up, importance, mse, x, m, w, wx, terms)
                 # 1: the best real scale of each kind.
                 widest = zero
                 for k in range(n_sub):
@@ -226,11 +244,11 @@ def codebook_search(
                 spread = np.float32(span_high - span_low)
                 for j in range(n_values):
                     if symmetric:
-                        m = np.float32(span_low) + spread * np.float32(j) / np.float32(n_values - 1)
+                        multiple = np.float32(span_low) + spread * np.float32(j) / np.float32(n_values - 1)
                     else:
-                        m = np.float32(span_low) + spread * np.float32(j // 2) / np.float32(n_values // 2 - 1)
-                        m = -m if j & 1 else m
-                    d_try[j] = stored(base * m, up, down)
+                        multiple = np.float32(span_low) + spread * np.float32(j // 2) / np.float32(n_values // 2 - 1)
+                        multiple = -multiple if j & 1 else multiple
+                    d_try[j] = stored(base * multiple, up, down)
                 for j in range(n_values):
                     d_inverse[j] = one / d_try[j]
                 for j in range(0, n_values, 16):
@@ -280,5 +298,101 @@ def codebook_search(
                 value = final * up
                 bits = np.uint32(float_to_half(value)) if half else float_to_bits(value)
                 store(out[r], g, bits, scales, kept, codes)
+
+    return search
+
+
+def block_search(table: tuple[int, ...], *, length: int, sigma: float, starts: tuple[float, float], store: Any) -> Any:
+    """Return the search kernel of a type whose blocks are a binary16 scale and codes into one table.
+
+    ``length``, ``sigma``, ``starts`` and ``store`` are those of :func:`codebook_search`, for a block; plain weights are
+    ``x^2``.
+    """
+    sums64, sums16 = lane_sums(table, 64, staged=True), lane_sums(table, 16, staged=True)
+    best64, pick, total_of, nearest16 = best_of_kinds(64), pick_lane(), survey(length), nearest_codes(table)
+    stored = _keeper(True, 65504, 2.0**-24)
+    nothing, dead = np.float32(length * 1e-18), np.float32(DEAD)
+    start_low, start_high = np.float32(starts[0]), np.float32(starts[1])
+    sigma32 = np.float32(sigma / length)
+    zero, one = np.float32(0), np.float32(1)
+
+    @kernel
+    def search(values, out, importance, mse, n_starts, turns):
+        n_lanes = 4 * n_starts
+        x, w, wx = np.empty(length, np.float32), np.empty(length, np.float32), np.empty(length, np.float32)
+        m = np.empty(length, np.float32)
+        units, inverse, shifts = (
+            np.empty(n_lanes, np.float32),
+            np.empty(n_lanes, np.float32),
+            np.zeros(n_lanes, np.float32),
+        )
+        sum1, sum2 = np.empty(n_lanes, np.float32), np.empty(n_lanes, np.float32)
+        n_groups = n_lanes // 64
+        scale, curve = np.empty(4 * n_groups, np.float32), np.empty(4 * n_groups, np.float32)
+        energy, tried = np.empty(4 * n_groups, np.float32), np.empty(16, np.float32)
+        codes = np.empty(length, np.uint8)
+        # Four kinds: two halves of the starts, both signs.
+        for lane in range(n_lanes):
+            position = 2 * (lane // 4) + (lane >> 1 & 1)
+            t = start_low + (start_high - start_low) * np.float32(position) / np.float32(2 * n_starts - 1)
+            units[lane] = -t if lane & 1 else t
+        for r in range(values.shape[0]):
+            row = values[r]
+            for b in range(row.shape[0] // length):
+                offset = b * length
+                top = np.uint32(0)
+                for i in range(offset, offset + length):
+                    magnitude = float_to_bits(row[i]) & np.uint32(0x7FFFFFFF)
+                    top = magnitude if magnitude > top else top
+                if top == np.uint32(0):
+                    codes[:] = 0
+                    store(out[r], b, np.uint32(0), codes)
+                    continue
+                down, up = _exponent_scale(top)
+                for i in range(length):
+                    x[i] = row[offset + i] * down
+                squares, amax = total_of(x, x, 0)
+                if importance.shape[0] > 0:
+                    empty = squares * up * up <= nothing
+                    level = sigma32 * squares
+                    for i in range(length):
+                        m[i] = dead if empty else importance[offset + i]
+                    for i in range(length):
+                        w[i] = m[i] if mse else m[i] * np.sqrt(level + x[i] * x[i])
+                else:
+                    for i in range(length):
+                        w[i] = one if mse else x[i] * x[i] + np.float32(1e-12)
+                for i in range(length):
+                    wx[i] = w[i] * x[i]
+                total, _ = total_of(x, wx, 0)
+                for lane in range(n_lanes):
+                    inverse[lane] = units[lane] / amax
+                at = 0
+                for group in range(n_groups):
+                    sums64(x, wx, w, 0, length, inverse, shifts, 64 * group, sum1, sum2, 0)
+                    best64(sum1, sum2, scale, curve, energy, 4 * group)
+                # The best of each kind, and neighbours, as they would be stored.
+                d = one
+                for turn in range(turns):
+                    for p in range(4):
+                        best = p
+                        for q in range(p, 4 * n_groups, 4):
+                            if energy[q] > energy[best]:
+                                best = q
+                        for j in range(4):
+                            centre = scale[best] if turn == 0 else d
+                            spread = (np.float32(j) - np.float32(1.5)) * np.float32(0.004)
+                            if turn > 0:
+                                spread = (np.float32(4 * p + j) - np.float32(7.5)) * np.float32(0.0025)
+                            tried[4 * p + j] = stored(centre * (one + spread), up, down)
+                    for lane in range(16):
+                        inverse[lane] = one / tried[lane]
+                    sums16(x, wx, w, 0, length, inverse, shifts, 0, sum1, sum2, 0)
+                    at = pick(tried, sum1, sum2, 0, 16, one, total)
+                    d = stored(sum1[at] / sum2[at], up, down) if sum2[at] > zero else tried[at]
+                back = one / d
+                for i in range(0, length, 16):
+                    nearest16(x, i, back, zero, codes, i)
+                store(out[r], b, np.uint32(float_to_half(d * up)), codes)
 
     return search
