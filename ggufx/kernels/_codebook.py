@@ -132,6 +132,7 @@ def codebook_search(
     zero, one, two = np.float32(0), np.float32(1), np.float32(2)
     huge = np.float32(3e38)
     stored = _keeper(half, 65504 if half else 3.4e38 / 127 / 127, 2.0**-24 if half else 2.0**-149)
+    positive = sum(v < 0 for v in table)  # so that zeros come out without a sign
     zero_index = -low // step if step == 1 else count // 2
 
     @inline
@@ -218,7 +219,7 @@ def codebook_search(
                 if top == np.uint32(0):
                     for k in range(n_sub):
                         scales[k], flags[k] = zero_index, 0
-                    codes[:] = 0
+                    codes[:] = positive
                     store(out[r], g, np.uint32(0), scales, flags, codes)
                     continue
                 down, up = _exponent_scale(top)
@@ -312,6 +313,7 @@ def block_search(table: tuple[int, ...], *, length: int, sigma: float, starts: t
     best64, pick, total_of, nearest16 = best_of_kinds(64), pick_lane(), survey(length), nearest_codes(table)
     stored = _keeper(True, 65504, 2.0**-24)
     nothing, dead = np.float32(length * 1e-18), np.float32(DEAD)
+    positive = sum(v < 0 for v in table)  # so that zeros come out without a sign
     start_low, start_high = np.float32(starts[0]), np.float32(starts[1])
     sigma32 = np.float32(sigma / length)
     zero, one = np.float32(0), np.float32(1)
@@ -345,7 +347,7 @@ def block_search(table: tuple[int, ...], *, length: int, sigma: float, starts: t
                     magnitude = float_to_bits(row[i]) & np.uint32(0x7FFFFFFF)
                     top = magnitude if magnitude > top else top
                 if top == np.uint32(0):
-                    codes[:] = 0
+                    codes[:] = positive
                     store(out[r], b, np.uint32(0), codes)
                     continue
                 down, up = _exponent_scale(top)
@@ -390,9 +392,13 @@ def block_search(table: tuple[int, ...], *, length: int, sigma: float, starts: t
                     sums16(x, wx, w, 0, length, inverse, shifts, 0, sum1, sum2, 0)
                     at = pick(tried, sum1, sum2, 0, 16, one, total)
                     d = stored(sum1[at] / sum2[at], up, down) if sum2[at] > zero else tried[at]
-                back = one / d
-                for i in range(0, length, 16):
-                    nearest16(x, i, back, zero, codes, i)
+                if d * (d * sum2[at] - (sum1[at] + sum1[at])) < zero:
+                    back = one / d
+                    for i in range(0, length, 16):
+                        nearest16(x, i, back, zero, codes, i)
+                else:  # the least binary16 is too much
+                    d = zero
+                    codes[:] = positive
                 store(out[r], b, np.uint32(float_to_half(d * up)), codes)
 
     return search

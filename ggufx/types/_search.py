@@ -14,9 +14,9 @@ __all__ = ["search_blocks", "search_codebook"]
 # Real scales per table and sign to start from (4, 8 or 16), values of D that the model judges, their range around the widest
 # sub-block's, legal scales per table and sign tried exactly (at most 32), how often, under how many of the best D.
 _CODEBOOK: Final[dict[Effort, tuple[Any, ...]]] = {
-    "fast": (4, 64, 0.5, 1.2, 8, 1, 1),
-    "normal": (8, 128, 0.5, 1.2, 16, 1, 1),
-    "high": (16, 256, 0.5, 1.2, 32, 1, 4),
+    "fast": (4, 128, 0.5, 1.2, 8, 1, 1),
+    "normal": (8, 256, 0.5, 1.3, 16, 1, 1),
+    "high": (16, 256, 0.5, 1.4, 32, 1, 4),
 }
 # Real scales per half of a sign, rounds of trying stored scales.
 _BLOCKS: Final[dict[Effort, tuple[int, ...]]] = {"fast": (16, 1), "normal": (16, 2), "high": (64, 3)}
