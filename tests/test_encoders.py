@@ -87,9 +87,7 @@ def test_error_without_importance_is_below_the_references(name: str, effort: str
 def test_more_effort_means_less_error_on_data_that_tuned_nothing(name: str) -> None:
     x, importance = sample(1000)
     codec = types.get(name)
-    found = {
-        e: errors(name, x, codec.decode(codec.encode(x, importance, effort=e)), importance).sum() for e in EFFORTS
-    }
+    found = {e: errors(name, x, codec.decode(codec.encode(x, importance, effort=e)), importance).sum() for e in EFFORTS}
     reference = errors(name, x, reference_values(name, x, importance), importance).sum()
     assert found["fast"] < reference
     assert found["normal"] < 0.99 * reference
@@ -177,7 +175,11 @@ for name in sys.argv[1:]:
 def test_every_cpu_model_gives_the_same_bytes(cpu: str, features: str, tmp_path: Path) -> None:
     def run(**extra: str) -> str:
         return subprocess.run(
-            [sys.executable, "-c", _HASHES, *NAMES], env={**os.environ, **extra}, check=True, capture_output=True, text=True
+            [sys.executable, "-c", _HASHES, *NAMES],
+            env={**os.environ, **extra},
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout
 
     # A cache of its own: Numba's index does not tell an explicit CPU name from the host's in every version.

@@ -7,6 +7,7 @@ C-contiguous; floats are float32.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 from llvmlite import ir
@@ -30,7 +31,7 @@ _FLOAT, _BYTE, _INT = ir.FloatType(), ir.IntType(8), ir.IntType(32)
 
 def midpoints(table: tuple[int, ...]) -> tuple[float, ...]:
     """Return where the nearest entry changes."""
-    return tuple((a + b) / 2 for a, b in zip(table[:-1], table[1:], strict=True))
+    return tuple((a + b) / 2 for a, b in pairwise(table))
 
 
 class _Frame:
@@ -111,7 +112,7 @@ def lane_sums(table: tuple[int, ...], lanes: int, *, staged: bool) -> Any:
     in the comparison, never in the sums. Pays from 16 entries up.
     """
     unroll = BYTES // lanes if staged else 1
-    steps = list(zip(midpoints(table), [b - a for a, b in zip(table[:-1], table[1:], strict=True)], strict=True))
+    steps = list(zip(midpoints(table), [b - a for a, b in pairwise(table)], strict=True))
 
     def staged_values(f: _Frame, scaled: list[Vector], off: Vector) -> list[Vector]:
         parts = []
@@ -222,8 +223,8 @@ def survey(length: int) -> Any:
 def windows(low: int, step: int, count: int) -> Any:
     """Return an intrinsic that fills 16 lanes, ``4 c + kind``, with legal scales near four optima.
 
-    ``window(scale, at, d, c, width, legal, inverse, to, inverse_to)``: lane ``4 j + kind`` gets the legal scale number ``c + j`` of the
-    ``width`` ones round ``scale[at + kind] / d``, and the inverse of its product with ``d`` (0 for a scale of 0).
+    ``window(scale, at, d, c, width, legal, inverse, to, inverse_to)``: lane ``4 j + kind`` gets the legal scale number
+    ``c + j`` of the ``width`` ones round ``scale[at + kind] / d``, and the inverse of its product with ``d`` (0 for a scale of 0).
     """
 
     @intrinsic

@@ -35,9 +35,7 @@ def _store(row, group, d_bits, scales, flags, codes):
     for k in range(0, 16, 2):
         block[8 + k // 2] = (scales[k] & 15) | (scales[k + 1] & 15) << 4
     for k in range(0, 16, 4):
-        block[4 + k // 4] = (
-            scales[k] >> 4 | scales[k + 1] >> 4 << 2 | scales[k + 2] >> 4 << 4 | scales[k + 3] >> 4 << 6
-        )
+        block[4 + k // 4] = scales[k] >> 4 | scales[k + 1] >> 4 << 2 | scales[k + 2] >> 4 << 4 | scales[k + 3] >> 4 << 6
     store_planes(codes, 0, 256, 4, 0, 32, block, 16)
     store_planes(codes, 0, 256, 1, 4, 32, block, 144)
 
@@ -53,7 +51,7 @@ search = codebook_search(
     half=True,
     sigma=2.0,
     plain=0.25,
-    starts=(100.0, 146.0),
+    starts=(105.0, 140.0),
     staged=True,
     store=_store,
 )

@@ -33,7 +33,8 @@ def _weights(importance: F32 | None, sub_len: int) -> F32:
     with np.errstate(over="ignore"):
         blocks[(blocks.astype(np.float64) ** 2).sum(axis=1) <= sub_len * 1e-18] = _DEAD
     # A power of two, so that products with it stay finite and exact.
-    return np.ldexp(weights, -np.frexp(weights.max())[1]).astype(np.float32)
+    scaled: F32 = np.ldexp(weights, -np.frexp(weights.max())[1]).astype(np.float32)
+    return scaled
 
 
 def search_codebook(name: str, sub_len: int, values: F32, out: U8, importance: F32 | None, search: Search) -> None:

@@ -39,7 +39,7 @@ class IQ4_K(Codec):  # noqa: N801 (upstream's spelling)
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales, tables and codes for the least ``sum w (x - y)^2``.
 
-        Reference weights: ``w = m * sqrt(sigma2 + x^2)`` with importance m, ``x^2`` without; sigma2 is 2 times the
-        mean of x^2 over 256 elements.
+        Reference weights: ``w = m * sqrt(sigma2 + x^2)`` with importance m, ``x^2`` without; sigma2 is
+        2 times the mean of x^2 over 256 elements.
         """
         search_codebook(self.name, 16, values, out, importance, search)
