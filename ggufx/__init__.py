@@ -3,7 +3,8 @@
 from ggufx import types
 from ggufx.errors import GGUFError
 from ggufx.file import File, Tensor, open
+from ggufx.quality import Quality, quality
 
 __version__ = "0.1.0"
 
-__all__ = ["File", "GGUFError", "Tensor", "__version__", "open", "types"]
+__all__ = ["File", "GGUFError", "Quality", "Tensor", "__version__", "open", "quality", "types"]

@@ -27,6 +27,8 @@ __all__ = ["Checkpoint", "SourceTensor"]
 INDEX_NAME: Final = "model.safetensors.index.json"
 MAX_HEADER_NBYTES: Final = 100_000_000
 """The safetensors library's own limit."""
+MAX_AXES: Final = 64
+"""No tensor has more; the product of a hostile header's million axes would be a number of a million digits."""
 
 DTYPE_BITS: Final[Mapping[str, int]] = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
@@ -102,7 +104,7 @@ class Checkpoint(Mapping[str, SourceTensor]):
             if required:
                 raise CheckpointError(f"{file}: missing; a checkpoint directory has one") from None
             return {}
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise CheckpointError(f"{file}: cannot be read as JSON ({error})") from None
         if not isinstance(data, dict):
             raise CheckpointError(f"{file}: holds a JSON {type(data).__name__}, expected an object")
@@ -124,6 +126,11 @@ class Checkpoint(Mapping[str, SourceTensor]):
             weight_map = index.get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(f"{self.path / INDEX_NAME}: has no weight_map")
+            odd = next(((n, file) for n, file in weight_map.items() if not isinstance(file, str)), None)
+            if odd is not None:
+                raise CheckpointError(
+                    f"{self.path / INDEX_NAME}: weight_map gives {str(odd[1])[:80]} for {odd[0]!r}, expected a file name"
+                )
             names = sorted(set(weight_map.values()))
             escaping = [name for name in names if Path(name).name != name]
             if escaping:
@@ -220,7 +227,9 @@ def _entry(path: Path, shard: int, start: int, name: str, line: Any) -> SourceTe
         shape = tuple(line["shape"])
         begin, end = line["data_offsets"]
         numbers = [*shape, begin, end]
-        sound = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers) and begin <= end
+        # safetensors' numbers are 64 bits; longer ones could not even be printed.
+        sound = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in numbers) and begin <= end
+        sound = sound and isinstance(dtype, str) and len(shape) <= MAX_AXES
     except (TypeError, KeyError, ValueError):
         sound = False
     if not sound:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -10,23 +11,36 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 import ggufx
+from ggufx import catalog, dialects, execute, testing, types
 from ggufx import convert as convert_module
-from ggufx import dialects, execute, types
 from ggufx import diff as diff_module
+from ggufx import imatrix as imatrix_module
 from ggufx import inspect as inspect_module
+from ggufx import measure as measure_module
 from ggufx import rewrite as rewrite_module
 from ggufx import verify as verify_module
+from ggufx import warmup as warmup_module
 from ggufx.errors import GGUFError, PlanError
 from ggufx.plan import Plan
 
@@ -44,6 +58,9 @@ app = typer.Typer(
 Target = StrEnum("Target", {name: name for name in dialects.DIALECTS})  # type: ignore[misc]
 Dense = StrEnum("Dense", {name: name for name in convert_module.DENSE_TYPES})  # type: ignore[misc]
 
+EffortChoice = StrEnum("EffortChoice", {name: name for name in get_args(types.Effort)})  # type: ignore[misc]
+
+_NORMAL = EffortChoice("normal")
 _NISPARKS = Target("nisparks")
 _Q8_0 = Dense("q8_0")
 
@@ -80,12 +97,12 @@ def _nbytes(count: float) -> str:
 
 
 @contextmanager
-def _progress(verb: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar of bytes with rate and time left, on the terminal only."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )  # fmt: skip
+def _progress(verb: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
+    """Show a bar of bytes (or another unit) with rate and time left, on the terminal only."""
+    rate: tuple[ProgressColumn, ...] = (DownloadColumn(binary_units=True), TransferSpeedColumn())
+    if unit != "bytes":
+        rate = (MofNCompleteColumn(), TextColumn(unit))
+    columns = (TextColumn("{task.description}"), BarColumn(), *rate, TimeRemainingColumn())
     with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
         task = progress.add_task(verb, total=None)
 
@@ -113,8 +130,9 @@ def _root(
 @app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="Directory with config.json, safetensors shards and tokenizer.")],
+    # Not a Path: that drops the slash at the end, which says that a directory is meant.
     outfile: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Output; may hold {ftype}. A directory gets a name by the GGUF convention. Default: CHECKPOINT."
         ),
@@ -221,7 +239,19 @@ def _print_plan(plan: Plan, threads: int | None, *, verbose: bool) -> None:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        numeric = column in ("tensors", "bytes", "bpw", "count", "weights", "max error", "relative rms", "differing")
+        numeric = column in (
+            "tensors",
+            "bytes",
+            "bpw",
+            "count",
+            "weights",
+            "max error",
+            "relative rms",
+            "differing",
+            "left out",
+            "SQNR dB",
+            "seconds",
+        )
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True, overflow="ignore")
     return table
 
@@ -309,6 +339,9 @@ def inspect(
 def verify(
     file: Annotated[Path, typer.Argument(help="The GGUF.")],
     against: Annotated[Path, typer.Option(help="The checkpoint directory it was made from.")],
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Tensors of this shell pattern were left out. Repeatable.")
+    ] = None,
     dialect: DialectOption = None,
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -317,7 +350,12 @@ def verify(
     """Prove a conversion: compare every tensor's codes, scales or values with the checkpoint's. Exit 0 if all is right."""
     with _progress("verify") as progress:
         report = verify_module.verify(
-            file, against, dialect=None if dialect is None else dialect.value, threads=threads, progress=progress
+            file,
+            against,
+            dialect=None if dialect is None else dialect.value,
+            skip=skip or (),
+            threads=threads,
+            progress=progress,
         )
     if as_json:
         sys.stdout.write(json.dumps(report.to_json(), indent=1) + "\n")
@@ -396,58 +434,141 @@ def rewrite(
         _execute(plan, "rewrite", overwrite=overwrite, resume=resume, threads=threads)
 
 
+@app.command()
+def measure(
+    file: Annotated[Path, typer.Argument(help="A GGUF to take tensors from.")],
+    type_names: Annotated[str, typer.Option("--types", help="Types to compare, comma-separated: iq2_ks,q4_k,...")],
+    tensors: Annotated[str | None, typer.Option(help="Shell pattern of the tensors. Default: every matrix.")] = None,
+    imatrix: Annotated[Path | None, typer.Option(help="Importance matrix, .gguf or legacy .dat.")] = None,
+    effort: Annotated[EffortChoice, typer.Option(help="How long the encoders search.")] = _NORMAL,
+    max_rows: Annotated[int, typer.Option(min=1, help="Rows per tensor, evenly spread.")] = 4096,
+    plot: Annotated[Path | None, typer.Option(help="Draw error against bits per weight (png, svg, pdf).")] = None,
+    dialect: DialectOption = None,
+    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON record per tensor and type.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print them as CSV.")] = False,
+) -> None:
+    """Compare quant types on real tensors: encode, decode, and show the errors."""
+    importance = None if imatrix is None else imatrix_module.load(imatrix)
+    names = [name.strip() for name in type_names.split(",") if name.strip()]
+    with _progress("measure") as progress:
+        found = measure_module.measure(
+            file,
+            names,
+            pattern=tensors,
+            imatrix=importance,
+            effort=effort.value,  # type: ignore[arg-type]
+            max_rows=max_rows,
+            dialect=None if dialect is None else dialect.value,
+            threads=threads,
+            progress=progress,
+        )
+    if plot is not None:
+        measure_module.plot(found, plot)
+    records = [item.to_json() for item in found]
+    if as_json:
+        sys.stdout.write(json.dumps({"summary": measure_module.summary(found), "tensors": records}, indent=1) + "\n")
+    elif as_csv:
+        columns = list(dict.fromkeys(key for record in records for key in record))
+        writer = csv.DictWriter(sys.stdout, columns, restval="")
+        writer.writeheader()
+        writer.writerows(records)
+    else:
+        table = _table("type", "tensors", "left out", "bpw", "relative rms", "max error", "SQNR dB")
+        for line in measure_module.summary(found):
+            if not line["tensors"]:
+                table.add_row(line["type"], "0", str(line["left_out"]), "", "", "", "")
+                continue
+            numbers = (f"{line[key]:.{digits}f}" for key, digits in (("bits_per_weight", 4), ("relative_rmse", 5)))
+            table.add_row(
+                line["type"], str(line["tensors"]), str(line["left_out"]), *numbers, f"{line['max_error']:.4g}",
+                f"{line['mean_sqnr']:.2f}",
+            )  # fmt: skip
+        _out.print(table)
+        for reason in dict.fromkeys(f"{item.type}: {item.note}" for item in found if item.note):
+            _out.print(f"left out: {reason}", markup=False)
+
+
 @app.command(name="types")
 def types_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
 ) -> None:
     """List the quant types: ids per dialect, block, header, bits per weight, and what ggufx does with them."""
-    rows = [_type_row(codec) for codec in types.all_codecs()]
+    if markdown:
+        sys.stdout.write(catalog.markdown())
+        return
+    rows = catalog.type_rows()
     if as_json:
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
         return
-    if markdown:
-        sys.stdout.write(types_markdown())
-        return
     table = _table(*rows[0])
     for row in rows:
-        table.add_row(*(escape(_cell(value)) for value in row.values()))
+        table.add_row(*(escape(catalog.cell(value)) for value in row.values()))
     _out.print(table)
 
 
-def _type_row(codec: types.Codec) -> dict[str, Any]:
-    layout = codec.layout
-    return {
-        "type": codec.name,
-        "ids": {d.name: i for d in dialects.DIALECTS.values() if (i := d.type_id(codec)) is not None},
-        "block": layout.block_len,
-        "bytes": layout.block.itemsize,
-        "header": layout.header_nbytes,
-        "bpw": round(layout.bits_per_weight(), 4),
-        "decode": codec.can_decode,
-        "encode": codec.can_encode,
-        "native pack": codec.can_pack,
-        "kernel": codec.has_kernel,
-    }
+Names = Annotated[list[str] | None, typer.Argument(metavar="[TYPE]...", help="Types, in any case. Default: all.")]
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "-"
-    if isinstance(value, dict):
-        distinct = set(value.values())
-        if len(distinct) == 1 and len(value) == len(dialects.DIALECTS):
-            return f"{distinct.pop()}"
-        return ", ".join(f"{number} {name}" for name, number in value.items())
-    return str(value)
+@app.command()
+def selftest(
+    names: Names = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Hold quant types, third-party ones too, to the laws of a codec (ggufx.testing). Exit 0 if none is broken."""
+    codecs = [types.get(name) for name in names] if names else list(types.all_codecs())
+    found: dict[str, list[testing.Verdict]] = {}
+    with _progress("selftest", unit="types") as progress:
+        for number, codec in enumerate(codecs):
+            progress(number, len(codecs))
+            found[codec.name] = list(testing.verdicts(codec, seed=seed))
+    broken = [verdict for verdicts in found.values() for verdict in verdicts if verdict.status == "broken"]
+    if as_json:
+        data = {name: [asdict(verdict) for verdict in verdicts] for name, verdicts in found.items()}
+        sys.stdout.write(json.dumps({"broken": len(broken), "types": data}, indent=1) + "\n")
+        raise typer.Exit(1 if broken else 0)
+    _print_verdicts(found)
+    for verdict in broken:
+        _out.print(f"{verdict.codec} breaks {verdict.law}: {verdict.detail}", markup=False)
+    seconds = sum(verdict.seconds for verdicts in found.values() for verdict in verdicts)
+    _out.print(f"{len(found)} types, {len(broken)} laws broken, {seconds:.1f} s")
+    raise typer.Exit(1 if broken else 0)
 
 
-def types_markdown() -> str:
-    """Return the table of types in Markdown, as the README has it."""
-    rows = [_type_row(codec) for codec in types.all_codecs()]
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
-    lines += ["| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+_MARKS = {"kept": "ok", "broken": "BROKEN", "inapplicable": "-", "undecided": "?"}
+
+
+def _print_verdicts(found: dict[str, list[testing.Verdict]]) -> None:
+    """Print laws in lines and few types in columns, or many types in lines and numbered laws in columns."""
+    if len(found) <= 4:
+        table = _table("law", *found, "it says")
+        for line in zip(*found.values(), strict=True):
+            cells = [_MARKS[v.status] + (f" {v.seconds * 1000:.0f} ms" if v.seconds else "") for v in line]
+            table.add_row(line[0].law, *cells, testing.LAWS[line[0].law].description)
+        _out.print(table)
+        return
+    table = _table("type", *(str(number) for number in range(1, len(testing.LAWS) + 1)), "seconds")
+    for name, verdicts in found.items():
+        table.add_row(name, *(_MARKS[v.status] for v in verdicts), f"{sum(v.seconds for v in verdicts):.2f}")
+    _out.print(table)
+    for number, law in enumerate(testing.LAWS.values(), 1):
+        _out.print(f"{number:2} {law.name}: {law.description}", markup=False)
+
+
+@app.command()
+def warmup(names: Names = None) -> None:
+    """Compile the kernels of quant types now, into the cache on disk, so that no later call waits for it."""
+    with _progress("warmup", unit="kernels") as progress:
+        warmed = list(warmup_module.warm_up(names or None, progress=progress))
+    table = _table("type", "kernel", "seconds", "")
+    for kernel in warmed:
+        table.add_row(
+            kernel.type, kernel.verb, f"{kernel.seconds:.2f}", "compiled" if kernel.compiled else "from the cache"
+        )
+    _out.print(table)
+    _out.print(f"{len(warmed)} kernels, {sum(kernel.seconds for kernel in warmed):.1f} s")
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
@@ -455,23 +576,29 @@ def _fail(message: str, code: int = 1) -> NoReturn:
     raise SystemExit(code)
 
 
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM. Not KeyboardInterrupt: typer ends the process on that one without a word to the user."""
+
+
 def main() -> None:
     """Run the command line: one clear line and exit code 1 for every error that input can cause."""
 
     def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise _Stopped
 
+    signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     try:
         app()
     except GGUFError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
+    except _Stopped:
         _fail("stopped; what is done is kept, the same command goes on", 130)
     except BrokenPipeError:
-        # The reader of our output went away (| head): not an error, and nothing more to print.
+        # The reader of our output went away (| head): nothing more to print, and not 0: the work may not be done. Typer and
+        # rich end so themselves; this is for what they do not see.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+        raise SystemExit(1) from None
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except UnicodeDecodeError as error:

@@ -16,7 +16,7 @@ from ggufx import architectures, dialects, execute, plan, types, vocabulary
 from ggufx.architectures.deepseek_v4 import DeepSeekV4, Output, Part
 from ggufx.checkpoint import Checkpoint
 from ggufx.container import Value, ValueType
-from ggufx.errors import CodecError, PlanError
+from ggufx.errors import CheckpointError, CodecError, PlanError
 from ggufx.execute import Progress
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
 
@@ -119,7 +119,7 @@ def plan_convert(
         metadata["ggufx.version"] = Value.string(ggufx.__version__)
         metadata["ggufx.dialect"] = Value.string(target)
     ftype_name = dialect.file_type_name(file_type) or ""
-    return plan.build(
+    built = plan.build(
         _output_path(outfile, source, metadata, ftype_name, mtp=mtp),
         metadata,
         tensors,
@@ -130,6 +130,15 @@ def plan_convert(
         notes=list(dict.fromkeys(notes)),
         file_type=ftype_name,
     )
+    try:
+        _ = built.files[0].header
+    except UnicodeEncodeError as error:
+        # JSON can spell half of a surrogate pair; UTF-8, and so GGUF, cannot.
+        raise CheckpointError(
+            f"{source.path}: a text of the tokenizer, the chat template or the model card is not valid Unicode "
+            f"({error.object[max(0, error.start - 20) : error.end]!r})"
+        ) from None
+    return built
 
 
 def convert(
@@ -292,7 +301,14 @@ def _general_keys(checkpoint: Checkpoint, tensors: Sequence[PlannedTensor], mode
     per_expert = sum(prod(t.shape[1:]) for t in stacked)
     shared = total - sum(prod(t.shape) for t in stacked)
     count = sum(t.shape[0] for t in stacked) // len(stacked) if stacked else 0
-    found = gguf.Metadata.load(None, checkpoint.path.absolute(), model_name, total)
+    _ = checkpoint.generation_config  # gguf passes over a damaged one without a word; this raises
+    try:
+        found = gguf.Metadata.load(None, checkpoint.path.absolute(), model_name, total)
+    except Exception as error:  # a YAML parser over text that people write by hand: it has errors of its own
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{checkpoint.path / 'README.md'}: the model card cannot be read ({reason}); mend or remove it"
+        ) from None
     if found.name is None:
         found.name = checkpoint.path.absolute().name
     if found.size_label is None and total:
@@ -327,7 +343,7 @@ def _output_path(
         path = Path(text)
         try:
             return path.with_name(gguf.fill_templated_filename(path.name, file_type))
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise PlanError(f"--outfile {text}: {error!r} is no placeholder; {{ftype}} is") from None
     label = {key: metadata[f"general.{key}"].data for key in ("basename", "finetune", "version", "size_label") if
              f"general.{key}" in metadata}  # fmt: skip

@@ -15,6 +15,7 @@ __all__ = [
     "GGUFError",
     "OutputExists",
     "PlanError",
+    "PluginError",
     "SourceCodesError",
     "UnknownDialect",
     "UnknownType",
@@ -60,6 +61,10 @@ class UnknownDialect(GGUFError):
 
 class AmbiguousDialect(GGUFError):
     """Several dialects explain the file and give its type ids different meanings."""
+
+
+class PluginError(GGUFError):
+    """A third-party type that is installed cannot be loaded; names its distribution and entry point."""
 
 
 class CodecError(GGUFError):

@@ -17,10 +17,11 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -34,10 +35,10 @@ from ggufx.transforms import Outcome, apply
 __all__ = [
     "MAX_WORKERS",
     "Progress",
-    "close_files",
     "default_workers",
     "execute",
     "memory_need",
+    "open_files",
     "read_into",
     "read_spans",
     "scratch",
@@ -78,23 +79,44 @@ class _Done(NamedTuple):
 
 @dataclass
 class _Files:
-    """Open descriptors of this process, by path and mode."""
+    """Open descriptors of this process, by path and mode, for as long as some run uses them."""
 
-    descriptors: dict[tuple[str, int], int]
+    descriptors: dict[tuple[str, int], tuple[int, tuple[int, int]]]
     lock: threading.Lock
+    users: int = 0
 
     def get(self, path: str, flags: int) -> int:
+        """Return a descriptor of the file that is at ``path`` now.
+
+        A worker process lives longer than a run: what it opened as OUT.partial is OUT after the rename, and the next run
+        must not write there.
+        """
         with self.lock:
             key = (path, flags)
-            if key not in self.descriptors:
-                self.descriptors[key] = os.open(path, flags | os.O_CLOEXEC)
-            return self.descriptors[key]
+            held = self.descriptors.get(key)
+            if held is not None:
+                status = Path(path).stat()
+                if held[1] == (status.st_dev, status.st_ino):
+                    return held[0]
+                os.close(self.descriptors.pop(key)[0])
+            descriptor = os.open(path, flags | os.O_CLOEXEC)
+            status = os.fstat(descriptor)
+            self.descriptors[key] = descriptor, (status.st_dev, status.st_ino)
+            return descriptor
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
         with self.lock:
-            for descriptor in self.descriptors.values():
-                os.close(descriptor)
-            self.descriptors.clear()
+            self.users += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Another thread's run may still be reading: the last one closes.
+        with self.lock:
+            self.users -= 1
+            if self.users == 0:
+                for descriptor, _identity in self.descriptors.values():
+                    os.close(descriptor)
+                self.descriptors.clear()
 
 
 _files = _Files({}, threading.Lock())
@@ -128,9 +150,9 @@ def read_spans(sources: Sequence[str], tile: Tile) -> list[npt.NDArray[np.uint8]
     return inputs
 
 
-def close_files() -> None:
-    """Close this process's source and output descriptors."""
-    _files.close()
+def open_files() -> AbstractContextManager[object]:
+    """Return a context in which :func:`read_into` may be used; the last one to end closes the descriptors."""
+    return _files
 
 
 def _fill_buffer(path: str, descriptor: int, offset: int, buffer: npt.NDArray[np.uint8]) -> None:
@@ -151,6 +173,15 @@ def _write(descriptor: int, offset: int, buffer: npt.NDArray[np.uint8] | bytes) 
         done += os.pwrite(descriptor, view[done:], offset + done)
 
 
+def _start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
+    """Have the disk begin with what was just written: else most of it waits for the sync at the end, and that takes as
+    long as everything before.
+    """
+    # Nobody reads these bytes again, and Linux starts to write before it forgets. It is a hint: the sync reports errors.
+    with suppress(AttributeError, OSError):
+        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
 def _run(job: _Job) -> _Done:
     """Do one tile: read its spans, transform, write. Runs on any thread or process."""
     tile = job.tile
@@ -165,6 +196,7 @@ def _run(job: _Job) -> _Done:
     if _refused(job.transform, outcome):
         return _Done(job.number, 0, 0, outcome, False)
     _write(descriptor, job.position, out)
+    _start_writeback(descriptor, job.position, tile.nbytes)
     return _Done(job.number, tile.nbytes, xxhash.xxh3_64_intdigest(out.data), outcome, False)
 
 
@@ -234,19 +266,23 @@ def execute(
     first = plan.files[0].path
     first.parent.mkdir(parents=True, exist_ok=True)
     workers = threads or default_workers()
-    with _Journal(first, plan, resume=resume) as journal:
+    with _Journal(first, plan, resume=resume) as journal, _files:
         pending = _prepare(plan, journal, overwrite=overwrite)
         try:
+            sources = plan.source_state()
             if executor is not None:
                 _fill(plan, pending, journal, executor, workers, progress)
             else:
                 with ThreadPoolExecutor(workers, thread_name_prefix="ggufx") as pool:
                     _fill(plan, pending, journal, pool, workers, progress)
+            if plan.source_state() != sources:
+                raise CheckpointError(
+                    f"{first}: the checkpoint's files changed while they were read (a download that goes on?); when they are "
+                    "complete, start over with --no-resume"
+                )
             _finish(plan, pending)
         except OSError as error:
             raise _disk_error(first, error) from error
-        finally:
-            _files.close()
         journal.remove()
     return [file.path for file in plan.files]
 
@@ -353,7 +389,8 @@ def _prepare(plan: Plan, journal: _Journal, *, overwrite: bool) -> list[PlannedF
     except OSError as error:
         if not journal.resumed:
             for file in pending:
-                partial_path(file.path).unlink(missing_ok=True)
+                with suppress(OSError):  # it may not be a file at all; the first error is the one to tell
+                    partial_path(file.path).unlink()
             journal.remove()
         raise _disk_error(pending[0].path, error) from error
     return pending

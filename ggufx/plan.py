@@ -318,13 +318,16 @@ class Plan:
         """Number of tiles."""
         return sum(len(tensor.tiles) for tensor in self.tensors)
 
+    def source_state(self) -> str:
+        """Return the sources' names, sizes and modification times as they are now: a run compares start and end."""
+        stats = [(source, Path(source).stat()) for source in self.source_files]
+        return "".join(f"{source}\0{stat.st_size}\0{stat.st_mtime_ns}\n" for source, stat in stats)
+
     @cached_property
     def digest(self) -> str:
         """Fingerprint of what will be written and of the sources' sizes and modification times (hex)."""
         digest = hashlib.sha256()
-        for source in self.source_files:
-            stat = Path(source).stat()
-            digest.update(f"{source}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        digest.update(self.source_state().encode())
         for file in self.files:
             digest.update(f"{file.path.name}\n".encode())
             digest.update(file.header)
@@ -402,6 +405,9 @@ def build(
     PlanError
         Two tensors share a name.
     """
+    if path.is_symlink():
+        # The file grows beside the one it will replace, on the same disk, and the link stays a link.
+        path = path.resolve()
     shards = [_Shard()]
     names: set[str] = set()
     for tensor in tensors:

@@ -6,7 +6,7 @@ value. This goes backwards from the file and shares no step with the packing tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from math import prod
@@ -30,8 +30,8 @@ __all__ = ["Report", "TensorReport", "verify"]
 
 Status = Literal["exact", "rounded", "different", "missing", "extra", "undecided"]
 
-REPRODUCIBLE: Final = frozenset({"Q8_0", "Q4_0"})
-"""Types whose encoder gives the reference's bytes: a rounded tensor must have exactly these."""
+FAR: Final = 0.5
+"""Relative RMS error that no quantization explains: noise of the source's own size has 1.4."""
 
 _NATIVE: Final = {("FP8", "F8_E4M3_B128"), ("FP4", "MXFP4")}
 
@@ -118,6 +118,7 @@ def verify(
     against: str | Path,
     *,
     dialect: str | None = None,
+    skip: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -131,6 +132,8 @@ def verify(
         The checkpoint's directory.
     dialect
         As in :func:`ggufx.open`.
+    skip
+        Shell patterns of checkpoint tensors that were left out.
     threads
         Tiles compared at a time.
     progress
@@ -143,7 +146,7 @@ def verify(
     """
     checkpoint = Checkpoint(against)
     with open(path, dialect=dialect) as file:
-        plan, target = _matching_plan(file, checkpoint)
+        plan, target = _matching_plan(file, checkpoint, skip)
         report = Report(str(path), str(against), target, skipped=len(plan.skipped))
         report.metadata = _differing_keys(plan.metadata, file.metadata.typed())
         planned = {tensor.name: tensor for tensor in plan.tensors}
@@ -152,18 +155,15 @@ def verify(
         workers = threads or execute.default_workers()
         if progress is not None:
             progress(0, total)
-        try:
-            with ThreadPoolExecutor(workers, thread_name_prefix="ggufx") as pool:
-                for tensor in plan.tensors:
-                    if tensor.name not in file:
-                        report.tensors.append(TensorReport(tensor.name, tensor.type, "missing", native=_native(tensor)))
-                        continue
-                    report.tensors.append(_compare(pool, plan, tensor, file[tensor.name]))
-                    done += file[tensor.name].nbytes
-                    if progress is not None:
-                        progress(done, total)
-        finally:
-            execute.close_files()
+        with execute.open_files(), ThreadPoolExecutor(workers, thread_name_prefix="ggufx") as pool:
+            for tensor in plan.tensors:
+                if tensor.name not in file:
+                    report.tensors.append(TensorReport(tensor.name, tensor.type, "missing", native=_native(tensor)))
+                    continue
+                report.tensors.append(_compare(pool, plan, tensor, file[tensor.name]))
+                done += file[tensor.name].nbytes
+                if progress is not None:
+                    progress(done, total)
         report.tensors += [TensorReport(t.name, t.type, "extra") for t in file.tensors if t.name not in planned]
     return report
 
@@ -172,14 +172,14 @@ def _native(tensor: PlannedTensor) -> bool:
     return tensor.transform.kind in ("FP8", "FP4")
 
 
-def _matching_plan(file: File, checkpoint: Checkpoint) -> tuple[Plan, str]:
+def _matching_plan(file: File, checkpoint: Checkpoint, skip: Sequence[str]) -> tuple[Plan, str]:
     """Return the plan whose tensor names the file has."""
     best: tuple[int, Plan, str] | None = None
     refusal: GGUFError | None = None
     for target in dialects.DIALECTS:
         for mtp in (False, True):
             try:
-                plan = plan_convert(checkpoint, file.path, target=target, mtp=mtp)
+                plan = plan_convert(checkpoint, file.path, target=target, mtp=mtp, skip=skip)
             except GGUFError as error:
                 # Not every target has a form for everything; the checkpoint's own faults show in every attempt.
                 refusal = refusal or error
@@ -249,6 +249,9 @@ def _compare(pool: ThreadPoolExecutor, plan: Plan, planned: PlannedTensor, tenso
             result.detail = (
                 f"{result.differing} codes, scales or values differ from the source, the first at {result.first}"
             )
+        elif result.relative_rms > FAR:
+            result.status = "different"
+            result.detail = f"the values are far from the source (relative RMS {result.relative_rms:.3g})"
         elif unlike:
             result.status = "different"
             result.detail = f"{unlike} bytes are not what encoding the source to {tensor.type} gives"
@@ -287,8 +290,8 @@ def _compare_tile(plan: Plan, planned: PlannedTensor, tensor: Tensor, tile: Tile
         result.max_error = float(np.nan_to_num(error, nan=np.inf).max())
         result.squares = float(np.square(error).sum())
         result.energy = float(np.square(source.astype(np.float64)).sum())
-        if tensor.type in REPRODUCIBLE:
-            wanted = types.get(tensor.type).encode(source, effort="reference", threads=1)
+        if codec.reproduces:
+            wanted = codec.encode(source, effort="reference", threads=1)
             result.unlike_encoder = int(np.count_nonzero(wanted != rows))
     else:
         result.energy = float(np.square(source.astype(np.float64)).sum())

@@ -70,10 +70,14 @@ def _special(checkpoint: Checkpoint, vocab_len: int | None) -> Any:
     from gguf import SpecialVocab
 
     logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
+    # gguf passes over damaged files without a word; these raise.
+    _ = checkpoint.tokenizer_config, checkpoint.generation_config
     try:
         return SpecialVocab(checkpoint.path, load_merges=vocab_len is not None, n_vocab=vocab_len)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{checkpoint.path}: the tokenizer's files cannot be read ({error})") from None
+        raise CheckpointError(
+            f"{checkpoint.path}: tokenizer.json and the files beside it cannot be read ({error!r})"
+        ) from None
 
 
 def _tokens(checkpoint: Checkpoint, vocab_len: int) -> tuple[list[str], list[int]]:

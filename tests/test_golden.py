@@ -6,6 +6,7 @@ import hashlib
 import json
 import zlib
 
+import gguf
 import ml_dtypes
 import numpy as np
 import pytest
@@ -169,6 +170,16 @@ def test_f8_e4m3_b128_every_scale_and_code(use_kernel: bool) -> None:
     assert_same_bits(actual, expected)
 
 
+@pytest.mark.parametrize("use_kernel", [False, True], ids=["specification", "kernel"])
+def test_nvfp4_every_scale_and_code(use_kernel: bool) -> None:
+    # One block a scale, the same in all four places, over all sixteen codes in both nibbles.
+    blocks = np.empty((256, 36), np.uint8)
+    blocks[:, :4] = np.arange(256)[:, None]
+    blocks[:, 4:] = np.tile(np.arange(16) * 16 + np.arange(16)[::-1], 2)
+    expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.NVFP4)
+    assert_same_bits(types.get("NVFP4").decode(blocks, use_kernel=use_kernel), expected)
+
+
 def half_patterns(dtype: type) -> np.ndarray:
     return np.arange(65536, dtype=np.uint16).view(dtype)
 
@@ -241,3 +252,25 @@ def test_q8_0_scales_round_as_numpys_float16(use_kernel: bool) -> None:
         expected = (tops / np.float32(127)).astype(np.float16)
     packed = types.get("Q8_0").encode(rows, effort="reference", use_kernel=use_kernel)
     assert np.array_equal(packed[:, :2].copy().view("<u2")[:, 0], expected.view(np.uint16))
+
+
+# The gguf package's NumPy decoders, on bytes that no quantizer writes ----------------------------------------------------
+
+
+@pytest.mark.parametrize("use_kernel", [False, True], ids=["specification", "kernel"])
+@pytest.mark.parametrize("name", [name for name in GOLDEN if hasattr(gguf.quants, name)])
+def test_random_bytes_decode_as_in_the_gguf_package(name: str, use_kernel: bool) -> None:
+    codec = types.get(name)
+    rng = np.random.default_rng(3)
+    # Enough that every grid point is met; scales of every kind, infinities, NaN and subnormals included.
+    rows = rng.integers(0, 256, (128, codec.layout.row_nbytes(2048)), dtype=np.uint8)
+    _, blocks = codec.layout.split(rows)
+    for field in [
+        name for name in ("d", "dmin", "m") if name in blocks.dtype.names and blocks.dtype[name] == np.float16
+    ]:
+        scales = rng.choice(half_patterns(np.float16), blocks.shape)
+        special = rng.choice(np.array([0x7C00, 0xFC00, 0x7E00, 0x8000, 0, 1], np.uint16).view(np.float16), blocks.shape)
+        blocks[field] = np.where(rng.random(blocks.shape) < 0.1, special, scales)
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[name])
+    assert_same_bits(codec.decode(rows, use_kernel=use_kernel), expected)

@@ -14,7 +14,7 @@ _BY_MODEL_TYPE = {"deepseek_v4": DeepSeekV4}
 def find(checkpoint: Checkpoint) -> DeepSeekV4:
     """Return the architecture of a checkpoint by ``model_type`` of its config.json; raises CheckpointError."""
     model_type = checkpoint.config.get("model_type")
-    if model_type not in _BY_MODEL_TYPE:
+    if not isinstance(model_type, str) or model_type not in _BY_MODEL_TYPE:
         raise CheckpointError(
             f"{checkpoint.path / 'config.json'}: model_type {model_type!r} is not supported; supported: "
             f"{', '.join(_BY_MODEL_TYPE)}"

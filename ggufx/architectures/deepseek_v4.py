@@ -136,6 +136,7 @@ CHAT_TEMPLATE: Final = (
 )
 """One line, for checkpoints without a template of their own (the official one ships Python code instead)."""
 
+FLOAT32_MAX: Final = float(2**128 - 2**104)
 FP8_TILE: Final = 128
 FP4_BLOCK: Final = 32
 
@@ -196,25 +197,38 @@ class DeepSeekV4:
         self.config = checkpoint.config
         self.n_layers = self.integer("num_hidden_layers")
         self.ratios = self._ratios()
-        self.n_mtp = int(self.config.get("num_nextn_predict_layers") or 0)
+        self.n_mtp = self.count("num_nextn_predict_layers")
+        self.n_hash = self.count("num_hash_layers")
 
     # The config -------------------------------------------------------------------------------------------------
 
     def integer(self, key: str) -> int:
-        """Return a positive integer of config.json; raises CheckpointError."""
-        value = self.config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        """Return a positive integer of config.json that metadata can hold; raises CheckpointError."""
+        return self._integer(self.config.get(key), key, 1)
+
+    def count(self, key: str) -> int:
+        """Return an integer of config.json that may be 0, or missing, which is 0; raises CheckpointError."""
+        return self._integer(self.config.get(key) or 0, key, 0)
+
+    def _integer(self, value: object, key: str, least: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**32:
+            expected = "a positive integer" if least else "an integer of at least 0"
             raise CheckpointError(
-                f"{self.checkpoint.path / 'config.json'}: {key} is {value!r}, expected a positive integer"
+                f"{self.checkpoint.path / 'config.json'}: {key} is {value!r}, expected {expected} of 32 bits"
             )
         return value
 
     def number(self, key: str) -> float:
-        """Return a number of config.json; raises CheckpointError."""
-        value = self.config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"{self.checkpoint.path / 'config.json'}: {key} is {value!r}, expected a number")
-        return float(value)
+        """Return a number of config.json that float32 can hold; raises CheckpointError."""
+        return self._number(self.config.get(key), key)
+
+    def _number(self, value: object, key: str) -> float:
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+        if not real or not abs(value) <= FLOAT32_MAX:  # type: ignore[arg-type] # and NaN is not less
+            raise CheckpointError(
+                f"{self.checkpoint.path / 'config.json'}: {key} is {value!r}, expected a number that float32 can hold"
+            )
+        return float(value)  # type: ignore[arg-type]
 
     def _ratios(self) -> list[int]:
         ratios = self.config.get("compress_ratios")
@@ -285,17 +299,14 @@ class DeepSeekV4:
         places: dict[tuple[str, str], int] = {}
         projections: dict[str, dict[str, Part]] = {}
         unknown: list[str] = []
-        seen: set[str] = set()
         for tensor in self._in_order():
             name = tensor.name
             if name.endswith(".scale") and f"{name.removesuffix('.scale')}.weight" in self.checkpoint:
-                seen.add(name)  # goes with its weight
-                continue
+                continue  # goes with its weight
             reason = "left out by --skip" if skip(name) else self._side_reason(name, mtp=mtp)
             if reason is not None:
                 skipped.append((name, reason))
-                scale = f"{name.removesuffix('.weight')}.scale"
-                if scale != name and scale in self.checkpoint:
+                if (scale := _scale_name(name)) in self.checkpoint:
                     skipped.append((scale, reason))
                 continue
             located = self._locate(name)
@@ -304,6 +315,8 @@ class DeepSeekV4:
                 continue
             family, block, ratio, expert = located
             part = self._part(tensor, family, ratio)
+            if part.scale is None and (scale := _scale_name(name)) in self.checkpoint:
+                skipped.append((scale, f"{name} is {tensor.dtype}, which takes no scales"))
             gguf_name = block + (family.nisparks if dialect == "nisparks" else family.upstream)
             if expert is not None:
                 key = (block, family.source.split(".")[3])
@@ -391,7 +404,7 @@ class DeepSeekV4:
         expected = tuple(_evaluate(expression, dims) for expression in family.shape.split())
         where = f"{self.checkpoint.shards[tensor.shard]}: tensor {tensor.name!r}"
         shape = tensor.shape
-        if tensor.dtype in ("I8", "U8", "F4") and family.role == "expert":
+        if tensor.dtype in ("I8", "U8", "F4") and family.role == "expert" and shape:
             if tensor.dtype != "F4":
                 shape = (*shape[:-1], shape[-1] * 2)
             kind, rows, width = "FP4", 1, FP4_BLOCK
@@ -412,7 +425,7 @@ class DeepSeekV4:
             return Part(tensor, kind, shape)
         if kind == "FP4" and shape[-1] % FP4_BLOCK:
             raise CheckpointError(f"{where} has rows of {shape[-1]} FP4 codes, not a multiple of {FP4_BLOCK}")
-        scale_name = f"{tensor.name.removesuffix('.weight')}.scale"
+        scale_name = _scale_name(tensor.name)
         scale = self.checkpoint.get(scale_name)
         if scale is None:
             raise CheckpointError(f"{where} is {kind} but its scales {scale_name!r} are missing")
@@ -454,13 +467,17 @@ class DeepSeekV4:
         expected = [family.source for family in GLOBAL if not (mtp and family in MTP_GLOBAL)]
         blocks = [("layers", number, self.ratios[number]) for number in range(0 if mtp else self.n_layers)]
         blocks += [("mtp", number, 0) for number in range(self.n_mtp if mtp else 0)]
+        if mtp and self.n_mtp > 1:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: config.json counts {self.n_mtp} MTP blocks (num_nextn_predict_layers); the target's "
+                "form for the MTP block holds one"
+            )
         if mtp and not blocks:
             raise CheckpointError(f"{self.checkpoint.path}: config.json counts no MTP block (num_nextn_predict_layers)")
         count = self.integer("n_routed_experts")
-        n_hash = int(self.config.get("num_hash_layers") or 0)
         for block, number, ratio in blocks:
             families = [*LAYER, *(MTP + MTP_GLOBAL if block == "mtp" else ())]
-            hashed = block == "layers" and number < n_hash
+            hashed = block == "layers" and number < self.n_hash
             for family in families:
                 absent = (
                     (".compressor." in family.source and ratio == 0)
@@ -493,6 +510,10 @@ class DeepSeekV4:
 
     def _rope_scaling(self) -> dict[str, Value]:
         scaling = self.config.get("rope_scaling") or {}
+        if not isinstance(scaling, dict):
+            raise CheckpointError(
+                f"{self.checkpoint.path / 'config.json'}: rope_scaling is {scaling!r}, expected an object"
+            )
         kind = scaling.get("rope_type", scaling.get("type"))
         if kind is None:
             return {}
@@ -500,16 +521,16 @@ class DeepSeekV4:
             raise CheckpointError(
                 f"{self.checkpoint.path / 'config.json'}: rope_scaling of type {kind!r}; expected yarn"
             )
-        try:
-            return {
-                "rope.scaling.type": Value.string(kind),
-                "rope.scaling.factor": Value.f32(scaling["factor"]),
-                "rope.scaling.original_context_length": Value.u32(scaling["original_max_position_embeddings"]),
-                "rope.scaling.yarn_beta_fast": Value.f32(scaling["beta_fast"]),
-                "rope.scaling.yarn_beta_slow": Value.f32(scaling["beta_slow"]),
-            }
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{self.checkpoint.path / 'config.json'}: rope_scaling lacks {error}") from None
+        context = "original_max_position_embeddings"
+        return {
+            "rope.scaling.type": Value.string(kind),
+            "rope.scaling.factor": Value.f32(self._number(scaling.get("factor"), "rope_scaling.factor")),
+            "rope.scaling.original_context_length": Value.u32(
+                self._integer(scaling.get(context), f"rope_scaling.{context}", 1)
+            ),
+            "rope.scaling.yarn_beta_fast": Value.f32(self._number(scaling.get("beta_fast"), "rope_scaling.beta_fast")),
+            "rope.scaling.yarn_beta_slow": Value.f32(self._number(scaling.get("beta_slow"), "rope_scaling.beta_slow")),
+        }
 
     def _head(self) -> dict[str, Value]:
         return {
@@ -594,7 +615,7 @@ class DeepSeekV4:
             "hyper_connection.count": Value.u32(self.integer("hc_mult")),
             "hyper_connection.sinkhorn_iterations": Value.u32(self.integer("hc_sinkhorn_iters")),
             "hyper_connection.epsilon": Value.f32(self.number("hc_eps")),
-            "hash_layer_count": Value.u32(int(self.config.get("num_hash_layers") or 0)),
+            "hash_layer_count": Value.u32(self.n_hash),
             "embedding_length_out": Value.u32(self.integer("hidden_size") * self.integer("hc_mult")),
         }
         if mtp:
@@ -622,6 +643,12 @@ _ACCEPTED: Final[Mapping[Role, tuple[str, ...]]] = {
     "dense": ("F8_E4M3", *_FLOATS),
     "expert": ("I8", "F8_E4M3", *_FLOATS),
 }
+
+
+def _scale_name(name: str) -> str:
+    """Return the name of a weight's scales; empty for a name that does not end in ``.weight``: it has none."""
+    stem = name.removesuffix(".weight")
+    return "" if stem == name else f"{stem}.scale"
 
 
 def _evaluate(expression: str, dims: Mapping[str, int]) -> int:

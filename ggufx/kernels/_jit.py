@@ -19,6 +19,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import caching
 from numba.core.errors import TypingError
+from numba.core.runtime import rtsys
 from numba.extending import intrinsic
 
 __all__ = [
@@ -29,16 +30,16 @@ __all__ = [
     "float_to_half",
     "half_at",
     "half_to_float",
+    "halves_to_pairs",
     "kernel",
     "load16",
     "load32",
     "load64",
     "nibble_lookup",
     "nibbles_and_bits",
+    "pairs_to_halves",
     "scale_bytes16",
-    "scale_shifted16",
     "scale_signed16",
-    "store64",
     "trits4",
     "trits16",
 ]
@@ -83,6 +84,13 @@ class _Impl(caching.CompileResultCacheImpl):  # type: ignore[misc]
 
 class _Cache(caching.FunctionCache):  # type: ignore[misc]
     _impl_class = _Impl
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        # Numba registers its whole library of overloads first (0.1 s), which only compiling needs, and compiling does so
+        # itself. Machine code from the cache needs the runtime alone (without it, it crashes).
+        rtsys.initialize(target_context)
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -167,31 +175,6 @@ def float_to_half(value):
     return np.uint16(half | sign)
 
 
-@intrinsic
-def load64(typing_context: Any, data: Any, index: Any) -> Any:
-    """Read the little-endian uint64 at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        pointer = builder.bitcast(builder.gep(array.data, [args[1]]), ir.IntType(64).as_pointer())
-        return builder.load(pointer, align=1)
-
-    return types.uint64(data, types.intp), codegen
-
-
-@intrinsic
-def store64(typing_context: Any, data: Any, index: Any, value: Any) -> Any:
-    """Write a uint64, little-endian, at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        pointer = builder.bitcast(builder.gep(array.data, [args[1]]), ir.IntType(64).as_pointer())
-        builder.store(args[2], pointer, align=1)
-        return context.get_dummy_value()
-
-    return types.void(data, types.intp, types.uint64), codegen
-
-
 def _vector_lookup(builder: Any, indices: Any, table: tuple[int, ...], lanes: int) -> Any:
     """Emit ``table[indices]`` for a vector of byte indices, as extract/insert IR that becomes a byte shuffle.
 
@@ -243,6 +226,37 @@ def _store_scaled(context: Any, builder: Any, out_type: Any, out: Any, index: An
     product = builder.fmul(builder.sitofp(values, _FLOATS), _splat(builder, scale, _FLOATS))
     where = builder.bitcast(builder.gep(target.data, [index]), _FLOATS.as_pointer())
     builder.store(product, where, align=4)
+
+
+def _reorder_nibbles(order: list[int]) -> Any:
+    """Return an intrinsic ``reorder(source, index, out, position)`` that permutes the 32 nibbles of 16 bytes.
+
+    Nibbles are numbered with the low ones of the bytes first, 0..15, then the high ones.
+    """
+    vector = ir.VectorType(ir.IntType(32), _LANES)
+    lanes = (ir.Constant(vector, order[:_LANES]), ir.Constant(vector, order[_LANES:]))
+
+    @intrinsic
+    def reorder(typing_context: Any, source: Any, index: Any, out: Any, position: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            four = ir.Constant(_BYTES, [4] * _LANES)
+            packed = _load_bytes(context, builder, signature.args[0], args[0], args[1])
+            nibbles = (builder.and_(packed, ir.Constant(_BYTES, [15] * _LANES)), builder.lshr(packed, four))
+            low, high = (builder.shuffle_vector(*nibbles, mask) for mask in lanes)
+            target = context.make_array(signature.args[2])(context, builder, args[2])
+            where = builder.bitcast(builder.gep(target.data, [args[3]]), _BYTES.as_pointer())
+            builder.store(builder.or_(low, builder.shl(high, four)), where, align=1)
+            return context.get_dummy_value()
+
+        return types.void(source, types.intp, out, types.intp), codegen
+
+    return reorder
+
+
+pairs_to_halves = _reorder_nibbles([nibble for k in range(_LANES) for nibble in (k, _LANES + k)])
+"""Reorder 32 codes: byte k held 2k (low) and 2k + 1 (high), afterwards byte j holds j (low) and j + 16 (high)."""
+halves_to_pairs = _reorder_nibbles([*range(0, 2 * _LANES, 2), *range(1, 2 * _LANES, 2)])
+"""The inverse of :data:`pairs_to_halves`."""
 
 
 def nibble_lookup(table: tuple[int, ...]) -> Any:
@@ -352,6 +366,8 @@ load16 = _load(16)
 """Read the little-endian uint16 at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
 load32 = _load(32)
 """Read the little-endian uint32 at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
+load64 = _load(64)
+"""Read the little-endian uint64 at byte ``index`` of a contiguous 1-D uint8 array; no alignment needed."""
 
 
 def _lanes_of_bits(builder: Any, bits: Any) -> Any:
@@ -384,24 +400,6 @@ def scale_signed16(
         return context.get_dummy_value()
 
     return types.void(types.uint64, types.uint64, types.uint16, types.float32, out, types.intp), codegen
-
-
-@intrinsic
-def scale_shifted16(
-    typing_context: Any, first: Any, second: Any, shift: Any, other: Any, scale: Any, out: Any, position: Any
-) -> Any:
-    """Write ``out[position + j] = float32(byte j) * scale`` for the 16 signed bytes of two words, j in 0..15.
-
-    The bytes of ``shift`` are added to those of the first word, the bytes of ``other`` to those of the second.
-    """
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        values = builder.add(_join_words(builder, args[0], args[1]), _join_words(builder, args[2], args[3]))
-        _store_scaled(context, builder, signature.args[5], args[5], args[6], values, args[4])
-        return context.get_dummy_value()
-
-    word = types.uint64
-    return types.void(word, word, word, word, types.float32, out, types.intp), codegen
 
 
 @intrinsic

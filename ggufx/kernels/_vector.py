@@ -13,17 +13,20 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ggufx import tables
 from ggufx.kernels._jit import _vector_lookup
 
-__all__ = ["LANES", "Block", "Vector", "block_intrinsic"]
+__all__ = ["BYTE", "LANES", "WORD", "Block", "Vector", "block_intrinsic", "trellis"]
 
 LANES = 16
 """Elements per step: one byte shuffle, one 512-bit or two 256-bit float vectors."""
 
 _FLOAT = ir.FloatType()
+BYTE = ir.IntType(8)
+WORD = ir.IntType(32)
 
 
 class Vector:
@@ -127,9 +130,28 @@ class Vector:
         """Reinterpret 32-bit integers as float32."""
         return self.cast(_FLOAT, self.lanes)
 
+    def fused(self, factor: Vector | float, addend: Vector | float) -> Vector:
+        """Return ``self * factor + addend`` of floats, rounded once."""
+        # The builder's own fma() refuses vectors.
+        vector = self.value.type
+        fma = cgutils.get_or_insert_function(
+            self.builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{self.lanes}f32"
+        )
+        return Vector(self.builder, self.builder.call(fma, [self.value, self._operand(factor), self._operand(addend)]))
+
     def lookup(self, table: Sequence[int]) -> Vector:
         """Look :data:`LANES` byte codes up in a table of signed bytes."""
         return Vector(self.builder, _vector_lookup(self.builder, self.value, tuple(table), LANES))
+
+
+def trellis(seeds: Vector, group_len: int) -> Vector:
+    """Return the generator's integers, -126..126, for groups of ``group_len`` lanes; each lane has its group's seed.
+
+    Output i of a group has the state ``seed * factor^(i+1)``, so no lane waits for another.
+    """
+    factors = [pow(tables.TRELLIS_FACTOR, lane % group_len + 1, 1 << 32) for lane in range(seeds.lanes)]
+    # The product's top byte is the sum of the four bytes: they are below 64, nothing carries into it.
+    return (((seeds * factors & tables.TRELLIS_MASK) * 0x01010101) >> 24) - 126
 
 
 class Block:
@@ -178,25 +200,17 @@ class Block:
     def codes(self, first: int, *planes: tuple[int, int, int]) -> Vector:
         """Collect the codes of elements ``first .. first + LANES - 1`` as bytes.
 
-        A plane ``(byte, n_bits, run)`` starts at ``byte`` and holds ``n_bits`` bits per element in runs of ``run`` bytes: the
-        lowest bits of a run's bytes are its first ``run`` elements, the next bits the next ones. The first plane is the
-        lowest bits of the codes.
+        A plane ``(byte, n_bits, run)`` starts at ``byte`` and holds ``n_bits`` bits per element in runs of ``run`` bytes (a
+        multiple of LANES): the lowest bits of a run's bytes are its first ``run`` elements, the next bits the next ones. The
+        first plane is the lowest bits of the codes.
         """
         result, place = None, 0
         for byte, n_bits, run in planes:
-            per_byte = 8 // n_bits
-            wanted = [(i // (run * per_byte) * run + i % run, i // run % per_byte) for i in range(first, first + LANES)]
-            low = min(at for at, _ in wanted)
-            loaded = self.load(byte + low, min(run, LANES))
-            parts = []
-            for part in sorted({part for _, part in wanted}):
-                move = part * n_bits - place
-                moved = loaded >> move if move > 0 else loaded << -move if move < 0 else loaded
-                parts.append(moved & ((1 << n_bits) - 1 << place))
-            if run < LANES:  # two halves of a byte are two halves of the vector
-                plane = parts[0].take(range(LANES), parts[1])
-            else:
-                plane = parts[0]
+            group = first // (run * 8 // n_bits) * run
+            loaded = self.load(byte + group + first % run, LANES)
+            move = first // run % (8 // n_bits) * n_bits - place
+            moved = loaded >> move if move > 0 else loaded << -move if move < 0 else loaded
+            plane = moved & ((1 << n_bits) - 1 << place)
             result = plane if result is None else result | plane
             place += n_bits
         assert result is not None

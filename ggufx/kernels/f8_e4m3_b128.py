@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ggufx.kernels._jit import bits_to_float, kernel
+from ggufx.kernels._jit import bits_to_float, float_to_bits, kernel
 
-_U0 = np.uint32(0)
-_STEP = np.float32(2.0**-9)  # the smallest E4M3 subnormal
+_SMALLEST_NORMAL = np.float32(2.0**-6)
 
 
 @kernel
@@ -21,20 +20,26 @@ def decode(rows, out, block_len):
             bits = e << np.uint32(23)
             if e == np.uint32(0):
                 bits = np.uint32(0x00400000)  # 2^-127 is a float32 subnormal
-            elif e == np.uint32(255):
-                bits = np.uint32(0x7FC00000)
             scale = bits_to_float(bits)
             codes = row[start + 1 : start + block_nbytes]
             z = y[b * block_len : (b + 1) * block_len]
             # The trip count is a run-time value on purpose: LLVM unrolls literal ones before it vectorises.
+            if e == np.uint32(255):
+                # All NaN, negative only where the code is -NaN: a product of two NaNs would leave that to LLVM.
+                for i in range(codes.shape[0]):
+                    nan = np.uint32(0xFFC00000) if codes[i] == np.uint8(0xFF) else np.uint32(0x7FC00000)
+                    z[i] = bits_to_float(nan)
+                continue
             for i in range(codes.shape[0]):
                 c = np.uint32(codes[i])
                 m = c & np.uint32(0x7F)
                 # E4M3 exponent x means 2^(x-7), float32's means 2^(x-127): move the field and add 120.
                 normal = (m << np.uint32(20)) + np.uint32(120 << 23)
-                normal = np.uint32(0x7FC00000) if m == np.uint32(0x7F) else normal
-                magnitude = bits_to_float(normal) if m >= np.uint32(8) else np.float32(np.int32(m)) * _STEP
-                z[i] = (-magnitude if c >= np.uint32(128) else magnitude) * scale
+                # Exponent 0 means 2^-6 without the leading one: write 2^-6 with it and subtract it, exactly.
+                low = bits_to_float(normal + np.uint32(1 << 23)) - _SMALLEST_NORMAL
+                magnitude = np.uint32(float_to_bits(low)) if m < np.uint32(8) else np.uint32(normal)
+                magnitude = np.uint32(0x7FC00000) if m == np.uint32(0x7F) else magnitude
+                z[i] = bits_to_float(magnitude | ((c & np.uint32(0x80)) << np.uint32(24))) * scale
 
 
 @kernel

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from ggufx import tables
-from ggufx.kernels._jit import half_to_float, kernel, load16, load64, scale_shifted16
+from ggufx.kernels._iq1 import POINTS
+from ggufx.kernels._jit import half_to_float, kernel, load16, load64, scale_signed16
 
-# In eighths, so that a shifted point fits signed bytes; an eighth of the scale is exact.
-_GRID = (tables.GRID_IQ1 * np.int8(8)).view(np.uint64).ravel()
-_UP = np.uint64(0x0101010101010101)
-_DOWN = np.uint64(0xFFFFFFFFFFFFFFFF)
 _NBYTES = 56
 _LOW8 = np.uint64(0xFF)
-_HIGH3 = np.uint64(0x700)
+_HIGH4 = np.uint64(0xF00)
 
 
 @kernel
@@ -34,8 +30,6 @@ def decode(rows, out, block_len):
                 scale = d * np.float32(np.uint64(2) * a + np.uint64(1))
                 # Two runs of eight: a byte of index, three bits more, and the sign of the shift each.
                 low, high = np.uint64(load16(row, start + 2 * s)), np.uint64(row[start + 32 + s])
-                first = _GRID[(low & _LOW8) | ((high << np.uint64(8)) & _HIGH3)]
-                second = _GRID[(low >> np.uint64(8)) | ((high << np.uint64(4)) & _HIGH3)]
-                shift = _DOWN if high & np.uint64(0x08) else _UP
-                other = _DOWN if high & np.uint64(0x80) else _UP
-                scale_shifted16(first, second, shift, other, scale, y, position + 16 * s)
+                first = POINTS[(low & _LOW8) | ((high << np.uint64(8)) & _HIGH4)]
+                second = POINTS[(low >> np.uint64(8)) | ((high << np.uint64(4)) & _HIGH4)]
+                scale_signed16(first, second, np.uint16(0), scale, y, position + 16 * s)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from ggufx import tables
-from ggufx.kernels._jit import half_to_float, kernel, load16, load32, scale_shifted16
+from ggufx.kernels._iq1 import POINTS
+from ggufx.kernels._jit import half_to_float, kernel, load16, load32, scale_signed16
 
-# In eighths, so that a shifted point fits signed bytes; an eighth of the scale is exact.
-_GRID = (tables.GRID_IQ1 * np.int8(8)).view(np.uint64).ravel()
-_UP = np.uint64(0x0101010101010101)
-_DOWN = np.uint64(0xFFFFFFFFFFFFFFFF)
 _NBYTES = 50
 _LOW8 = np.uint64(0xFF)
 _HIGH3 = np.uint64(0x700)
+_SHIFT = np.uint64(0x800)
 
 
 @kernel
@@ -28,9 +25,9 @@ def decode(rows, out, block_len):
                 qh, low = np.uint64(load16(row, start + 34 + 2 * s)), np.uint64(load32(row, start + 2 + 4 * s))
                 a = (qh >> np.uint64(12)) & np.uint64(7)
                 scale = d * np.float32(np.uint64(2) * a + np.uint64(1))
-                shift = _DOWN if qh >> np.uint64(15) else _UP
+                shift = (qh >> np.uint64(4)) & _SHIFT
                 for half in range(2):
                     index, high = low >> np.uint64(16 * half), qh >> np.uint64(6 * half)
-                    first = _GRID[(index & _LOW8) | ((high << np.uint64(8)) & _HIGH3)]
-                    second = _GRID[((index >> np.uint64(8)) & _LOW8) | ((high << np.uint64(5)) & _HIGH3)]
-                    scale_shifted16(first, second, shift, shift, scale, y, position + 32 * s + 16 * half)
+                    first = POINTS[(index & _LOW8) | ((high << np.uint64(8)) & _HIGH3) | shift]
+                    second = POINTS[((index >> np.uint64(8)) & _LOW8) | ((high << np.uint64(5)) & _HIGH3) | shift]
+                    scale_signed16(first, second, np.uint16(0), scale, y, position + 32 * s + 16 * half)

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ggufx.kernels._jit import bits_to_float, kernel, load64, nibble_lookup, store64
+from ggufx.kernels._jit import bits_to_float, halves_to_pairs, kernel, nibble_lookup, pairs_to_halves
 
 # Twice the E2M1 values. The sign is on the integer, so that code 8 ("minus zero") gives +0 as in the reference.
 _decode16 = nibble_lookup((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12))
-_LOW = np.uint64(0x0F0F0F0F0F0F0F0F)
-_HIGH = np.uint64(0xF0F0F0F0F0F0F0F0)
-_FOUR = np.uint64(4)
-_EIGHT = np.uint64(8)
-_SIXTEEN = np.uint64(16)
-_SPREAD16 = np.uint64(0x0000FFFF0000FFFF)
-_SPREAD8 = np.uint64(0x00FF00FF00FF00FF)
-_LOW32 = np.uint64(0xFFFFFFFF)
-_THIRTYTWO = np.uint64(32)
 
 
 @kernel
@@ -48,22 +39,7 @@ def pack(codes, scales, out, block_len, rows_per_scale):
                 bad_scales += 1
             start = b * (half + 1)
             target[start] = e
-            # Source byte k holds elements 2k (low) and 2k + 1 (high): gather the even and odd elements of both halves
-            # of the block into eight bytes each, then interleave them.
-            lower = load64(source, b * half)
-            upper = load64(source, b * half + 8)
-            even = (lower & _LOW) | ((upper & _LOW) << _FOUR)
-            odd = ((lower >> _FOUR) & _LOW) | (upper & _HIGH)
-            for quarter in range(2):
-                x = even & _LOW32
-                y = odd & _LOW32
-                x = (x | (x << _SIXTEEN)) & _SPREAD16
-                x = (x | (x << _EIGHT)) & _SPREAD8
-                y = (y | (y << _SIXTEEN)) & _SPREAD16
-                y = (y | (y << _EIGHT)) & _SPREAD8
-                store64(target, start + 1 + 8 * quarter, x | (y << _EIGHT))
-                even = even >> _THIRTYTWO
-                odd = odd >> _THIRTYTWO
+            pairs_to_halves(source, b * half, target, start + 1)
     return 0, bad_scales
 
 
@@ -75,19 +51,4 @@ def unpack(rows, codes, scales, block_len):
         for b in range(scales.shape[1]):
             start = b * (half + 1)
             scales[r, b] = source[start]
-            # The packing backwards: separate the interleaved even and odd elements, then part the halves of the block.
-            even = np.uint64(0)
-            odd = np.uint64(0)
-            for quarter in range(2):
-                word = load64(source, start + 1 + 8 * quarter)
-                x = word & _SPREAD8
-                y = (word >> _EIGHT) & _SPREAD8
-                x = (x | (x >> _EIGHT)) & _SPREAD16
-                x = (x | (x >> _SIXTEEN)) & _LOW32
-                y = (y | (y >> _EIGHT)) & _SPREAD16
-                y = (y | (y >> _SIXTEEN)) & _LOW32
-                shift = _THIRTYTWO * np.uint64(quarter)
-                even |= x << shift
-                odd |= y << shift
-            store64(target, b * half, (even & _LOW) | ((odd & _LOW) << _FOUR))
-            store64(target, b * half + 8, ((even >> _FOUR) & _LOW) | (odd & _HIGH))
+            halves_to_pairs(source, start + 1, target, b * half)

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import threading
 from collections.abc import Iterator
-from functools import cache
+from typing import TYPE_CHECKING
 
-from ggufx.errors import UnknownType
+from ggufx.errors import PluginError, UnknownType
 from ggufx.types.codec import Codec, Effort, ImportanceWarning, Layout, Objective, Search
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 __all__ = [
     "Codec",
@@ -54,12 +58,53 @@ def register(codec_class: type[Codec]) -> Codec:
     return codec
 
 
-@cache
-def _load_plugins() -> None:
-    from importlib import metadata  # 20 ms that `import ggufx` need not pay
+_plugins_lock = threading.RLock()
+_plugins_state = "unread"
 
-    for entry_point in metadata.entry_points(group=ENTRY_POINT_GROUP):
-        register(entry_point.load())
+
+def _load_plugins() -> None:
+    """Register the installed third-party types, once, on the first look into the registry.
+
+    A plug-in that cannot be loaded raises at every look, and ``import ggufx`` does not look: a type that goes missing in
+    silence would change what the ids of a file mean.
+    """
+    global _plugins_state  # noqa: PLW0603 (the registry is the module's state)
+    if _plugins_state == "read":
+        return
+    with _plugins_lock:
+        if _plugins_state != "unread":
+            return  # another thread was faster, or a plug-in looks a type up while it is imported: it sees ours
+        from importlib import metadata  # 20 ms that `import ggufx` need not pay
+
+        names, ids = dict(_by_name), dict(_by_id)
+        _plugins_state = "reading"
+        try:
+            for entry_point in metadata.entry_points(group=ENTRY_POINT_GROUP):
+                _load_plugin(entry_point)
+        except BaseException:
+            # The others go too, so that the next look tries, and says, the same again.
+            _plugins_state = "unread"
+            _by_name.clear()
+            _by_name.update(names)
+            _by_id.clear()
+            _by_id.update(ids)
+            raise
+        _plugins_state = "read"
+
+
+def _load_plugin(entry_point: EntryPoint) -> None:
+    distribution = "an unnamed distribution" if entry_point.dist is None else entry_point.dist.name
+    try:
+        codec_class = entry_point.load()
+        if not (isinstance(codec_class, type) and issubclass(codec_class, Codec)):
+            raise TypeError(f"it is {codec_class!r}, not a subclass of ggufx.types.Codec")
+        register(codec_class)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise PluginError(
+            f"type plug-in {entry_point.name!r} ({entry_point.value}, group {ENTRY_POINT_GROUP}) of {distribution} does not "
+            f"load: {type(error).__name__}: {reason}; fix or uninstall {distribution}"
+        ) from error
 
 
 def get(name: str) -> Codec:

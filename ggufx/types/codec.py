@@ -143,6 +143,9 @@ class Codec(ABC):
         Whether encoding loses bits of float32 values in general.
     reproduces : bool
         Whether ``effort="reference"`` gives the bytes of the C library's encoder.
+    rms_bound : float or None
+        Promise of the encoder: on rows of standard normal values the root mean square of the error is at most this part of
+        the values'. ``None`` promises nothing; the test kit holds what is promised.
     """
 
     layout: ClassVar[Layout]
@@ -151,6 +154,7 @@ class Codec(ABC):
     needs_importance: ClassVar[bool] = False
     lossy: ClassVar[bool] = True
     reproduces: ClassVar[bool] = False
+    rms_bound: ClassVar[float | None] = None
 
     # What a type writes -----------------------------------------------------------------------------------------
 
@@ -159,7 +163,7 @@ class Codec(ABC):
         raise UnsupportedType(f"{self.name} is known by its layout only; decoding it is not implemented")
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
-        """Fill ``out`` uint8 [R, row_nbytes] from finite ``values`` float32 [R, row_len].
+        """Fill ``out`` uint8 [R, row_nbytes] from finite, read-only ``values`` float32 [R, row_len].
 
         ``importance`` is float32 [row_len], not all zero over any block. A row's bytes must depend on that row alone.
         """
@@ -204,7 +208,12 @@ class Codec(ABC):
     @property
     def has_kernel(self) -> bool:
         """Whether a Numba kernel decodes the type; asking loads no compiler."""
-        return kernels.exists(self.name) if self._own else False
+        return self._own and self.can_decode and kernels.exists(self.name)
+
+    @property
+    def has_cuda(self) -> bool:
+        """Whether a CUDA kernel decodes the type; asking loads no compiler."""
+        return self._own and self.can_decode and kernels.exists(self.name, cuda=True)
 
     @property
     def _own(self) -> bool:
@@ -429,7 +438,7 @@ class Codec(ABC):
         arguments = (_readonly(codes), _readonly(scales), out)
         function = self._kernels.get("pack") if use_kernel else None
         if function is not None:
-            bad_codes, bad_scales = function(*arguments, self.layout.block_len, rows_per_scale)
+            bad_codes, bad_scales = function(*arguments, self.layout.block_len, int(rows_per_scale))
         else:
             bad_codes, bad_scales = self.pack_rows(*arguments, rows_per_scale)
         return out, int(bad_codes), int(bad_scales)
@@ -500,7 +509,9 @@ class Codec(ABC):
         with np.errstate(over="ignore"):
             # A float32 on the way would round large integers and float64 in silence.
             exact = self.value_dtype != np.float32
-            values = np.ascontiguousarray(part, None if exact else np.float32)
+            # Aligned and read-only for the same reason as packed rows: one overload per kernel.
+            values = np.require(part, None if exact else np.float32, ("C_CONTIGUOUS", "ALIGNED")).view()
+            values.flags.writeable = False
         if not np.isfinite(values).all():
             row, column = (int(n) for n in np.argwhere(~np.isfinite(values))[0])
             raise CodecError(

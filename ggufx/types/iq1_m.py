@@ -25,10 +25,7 @@ class IQ1_M(Codec):  # noqa: N801 (upstream's spelling)
     Source: ``dequantize_row_iq1_m`` of llama.cpp.
     """
 
-    layout: ClassVar = Layout(
-        BLOCK_LEN,
-        np.dtype([("qs", "u1", (32,)), ("qh", "u1", (16,)), ("scales", "u1", (8,))]),
-    )
+    layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("qs", "u1", (32,)), ("qh", "u1", (16,)), ("scales", "u1", (8,))]))
     ids: ClassVar = {"llama.cpp": 29}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:

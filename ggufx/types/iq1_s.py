@@ -25,10 +25,7 @@ class IQ1_S(Codec):  # noqa: N801 (upstream's spelling)
     Source: ``dequantize_row_iq1_s`` of llama.cpp.
     """
 
-    layout: ClassVar = Layout(
-        BLOCK_LEN,
-        np.dtype([("d", "<f2"), ("qs", "u1", (32,)), ("qh", "<u2", (8,))]),
-    )
+    layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "u1", (32,)), ("qh", "<u2", (8,))]))
     ids: ClassVar = {"llama.cpp": 19}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:

@@ -24,8 +24,7 @@ class IQ2_S(Codec):  # noqa: N801 (upstream's spelling)
     """
 
     layout: ClassVar = Layout(
-        BLOCK_LEN,
-        np.dtype([("d", "<f2"), ("qs", "u1", (64,)), ("qh", "u1", (8,)), ("scales", "u1", (8,))]),
+        BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "u1", (64,)), ("qh", "u1", (8,)), ("scales", "u1", (8,))])
     )
     ids: ClassVar = {"llama.cpp": 22}
 

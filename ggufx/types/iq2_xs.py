@@ -23,10 +23,7 @@ class IQ2_XS(Codec):  # noqa: N801 (upstream's spelling)
     Source: ``dequantize_row_iq2_xs`` of llama.cpp.
     """
 
-    layout: ClassVar = Layout(
-        BLOCK_LEN,
-        np.dtype([("d", "<f2"), ("qs", "<u2", (32,)), ("scales", "u1", (8,))]),
-    )
+    layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "<u2", (32,)), ("scales", "u1", (8,))]))
     ids: ClassVar = {"llama.cpp": 17}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:

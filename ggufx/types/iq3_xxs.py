@@ -22,10 +22,7 @@ class IQ3_XXS(Codec):  # noqa: N801 (upstream's spelling)
     Source: ``dequantize_row_iq3_xxs`` of llama.cpp.
     """
 
-    layout: ClassVar = Layout(
-        BLOCK_LEN,
-        np.dtype([("d", "<f2"), ("qs", "u1", (96,))]),
-    )
+    layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "u1", (96,))]))
     ids: ClassVar = {"llama.cpp": 18}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:

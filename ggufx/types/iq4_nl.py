@@ -23,10 +23,7 @@ class IQ4_NL(Codec):  # noqa: N801 (upstream's spelling)
     Source: ``dequantize_row_iq4_nl`` of llama.cpp.
     """
 
-    layout: ClassVar = Layout(
-        BLOCK_LEN,
-        np.dtype([("d", "<f2"), ("qs", "u1", (16,))]),
-    )
+    layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "u1", (16,))]))
     ids: ClassVar = {"llama.cpp": 20}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:

@@ -26,8 +26,7 @@ class IQ4_XS(Codec):  # noqa: N801 (upstream's spelling)
     """
 
     layout: ClassVar = Layout(
-        BLOCK_LEN,
-        np.dtype([("d", "<f2"), ("scales_h", "<u2"), ("scales_l", "u1", (4,)), ("qs", "u1", (128,))]),
+        BLOCK_LEN, np.dtype([("d", "<f2"), ("scales_h", "<u2"), ("scales_l", "u1", (4,)), ("qs", "u1", (128,))])
     )
     ids: ClassVar = {"llama.cpp": 23}
 

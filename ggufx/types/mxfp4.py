@@ -33,6 +33,7 @@ class MXFP4(Codec):
 
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("e", "u1"), ("qs", "u1", (BLOCK_LEN // 2,))]))
     reproduces: ClassVar = True
+    rms_bound: ClassVar = 0.118
     ids: ClassVar = {"llama.cpp": 39}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:

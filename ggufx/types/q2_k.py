@@ -23,8 +23,7 @@ class Q2_K(Codec):  # noqa: N801 (upstream's spelling)
     """
 
     layout: ClassVar = Layout(
-        BLOCK_LEN,
-        np.dtype([("scales", "u1", (16,)), ("qs", "u1", (64,)), ("d", "<f2"), ("dmin", "<f2")]),
+        BLOCK_LEN, np.dtype([("scales", "u1", (16,)), ("qs", "u1", (64,)), ("d", "<f2"), ("dmin", "<f2")])
     )
     ids: ClassVar = {"llama.cpp": 10}
 

@@ -17,6 +17,7 @@ class Q4_0(Codec):  # noqa: N801 (upstream's spelling)
 
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "u1", (BLOCK_LEN // 2,))]))
     reproduces: ClassVar = True
+    rms_bound: ClassVar = 0.089
     ids: ClassVar = {"llama.cpp": 2}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:

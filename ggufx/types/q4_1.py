@@ -21,10 +21,7 @@ class Q4_1(Codec):  # noqa: N801 (upstream's spelling)
     Source: ``dequantize_row_q4_1`` of llama.cpp.
     """
 
-    layout: ClassVar = Layout(
-        BLOCK_LEN,
-        np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", (16,))]),
-    )
+    layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", (16,))]))
     ids: ClassVar = {"llama.cpp": 3}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:

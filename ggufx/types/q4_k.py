@@ -22,8 +22,7 @@ class Q4_K(Codec):  # noqa: N801 (upstream's spelling)
     """
 
     layout: ClassVar = Layout(
-        BLOCK_LEN,
-        np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", (12,)), ("qs", "u1", (128,))]),
+        BLOCK_LEN, np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", (12,)), ("qs", "u1", (128,))])
     )
     ids: ClassVar = {"llama.cpp": 12}
 

@@ -19,10 +19,7 @@ class Q5_0(Codec):  # noqa: N801 (upstream's spelling)
     Source: ``dequantize_row_q5_0`` of llama.cpp.
     """
 
-    layout: ClassVar = Layout(
-        BLOCK_LEN,
-        np.dtype([("d", "<f2"), ("qh", "u1", (4,)), ("qs", "u1", (16,))]),
-    )
+    layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qh", "u1", (4,)), ("qs", "u1", (16,))]))
     ids: ClassVar = {"llama.cpp": 6}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:

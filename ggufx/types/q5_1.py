@@ -20,8 +20,7 @@ class Q5_1(Codec):  # noqa: N801 (upstream's spelling)
     """
 
     layout: ClassVar = Layout(
-        BLOCK_LEN,
-        np.dtype([("d", "<f2"), ("m", "<f2"), ("qh", "u1", (4,)), ("qs", "u1", (16,))]),
+        BLOCK_LEN, np.dtype([("d", "<f2"), ("m", "<f2"), ("qh", "u1", (4,)), ("qs", "u1", (16,))])
     )
     ids: ClassVar = {"llama.cpp": 7}
 

@@ -17,6 +17,7 @@ class Q8_0(Codec):  # noqa: N801 (upstream's spelling)
 
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "i1", (BLOCK_LEN,))]))
     reproduces: ClassVar = True
+    rms_bound: ClassVar = 0.0055
     ids: ClassVar = {"llama.cpp": 8}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:

@@ -17,6 +17,7 @@ class _Scalar(Codec):
     """A type whose element is one number of ``stored``; integers and float64 decode to themselves, not to float32."""
 
     stored: ClassVar[np.dtype[Any]]
+    reproduces: ClassVar = True
 
     def decode_rows(self, rows: U8, out: npt.NDArray[Any]) -> None:
         """Reinterpret, then widen if the value dtype is wider; exact."""

@@ -24,10 +24,7 @@ class TQ1_0(Codec):  # noqa: N801 (upstream's spelling)
     Source: ``dequantize_row_tq1_0`` of llama.cpp.
     """
 
-    layout: ClassVar = Layout(
-        BLOCK_LEN,
-        np.dtype([("qs", "u1", (48,)), ("qh", "u1", (4,)), ("d", "<f2")]),
-    )
+    layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("qs", "u1", (48,)), ("qh", "u1", (4,)), ("d", "<f2")]))
     ids: ClassVar = {"llama.cpp": 34}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:

@@ -19,10 +19,7 @@ class TQ2_0(Codec):  # noqa: N801 (upstream's spelling)
     Source: ``dequantize_row_tq2_0`` of llama.cpp.
     """
 
-    layout: ClassVar = Layout(
-        BLOCK_LEN,
-        np.dtype([("qs", "u1", (64,)), ("d", "<f2")]),
-    )
+    layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("qs", "u1", (64,)), ("d", "<f2")]))
     ids: ClassVar = {"llama.cpp": 35}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:

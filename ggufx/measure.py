@@ -1,0 +1,210 @@
+"""Compare quant types on real tensors: error against bits per weight, as data and as a picture."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx import types
+from ggufx.errors import GGUFError, UnsupportedType
+from ggufx.file import File, Tensor, open
+from ggufx.imatrix import ImportanceMatrix
+from ggufx.quality import Quality, quality
+from ggufx.types import Codec, Effort, Objective
+
+__all__ = ["Measurement", "measure", "plot", "summary"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One type on one tensor; ``quality`` is ``None`` where the type cannot hold it, and ``note`` says why."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    source_type: str
+    type: str
+    effort: str
+    quality: Quality | None
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return one flat record of JSON data."""
+        record: dict[str, Any] = {
+            "tensor": self.tensor,
+            "shape": list(self.shape),
+            "source_type": self.source_type,
+            "type": self.type,
+            "effort": self.effort,
+            "note": self.note,
+        }
+        return record | ({} if self.quality is None else self.quality.to_json())
+
+
+def measure(
+    path: str | Path,
+    type_names: Sequence[str],
+    *,
+    pattern: str | None = None,
+    imatrix: ImportanceMatrix | None = None,
+    effort: Effort = "normal",
+    objective: Objective = "reference",
+    max_rows: int | None = 4096,
+    dialect: str | None = None,
+    threads: int | None = None,
+    progress: Any = None,
+) -> list[Measurement]:
+    """Encode a GGUF's matrices with each type and measure the error against the decoded original.
+
+    Parameters
+    ----------
+    path
+        The GGUF.
+    type_names
+        Types to compare.
+    pattern
+        Shell pattern of tensor names; default: every tensor of two or more axes.
+    imatrix
+        Importance; types that demand one are noted and left out where it has none for the tensor.
+    effort, objective
+        As in :meth:`ggufx.types.Codec.encode`.
+    max_rows
+        At most so many rows of each tensor, evenly spread; ``None`` for all.
+    dialect
+        As in :func:`ggufx.open`.
+    progress
+        Called with (weights encoded, weights in all).
+
+    Raises
+    ------
+    GGUFError
+        An unknown type, a file that cannot be read, or no tensor matches.
+    """
+    codecs = [types.get(name) for name in type_names]
+    for codec in codecs:
+        if not codec.can_encode or not codec.can_decode:
+            raise UnsupportedType(f"{codec.name} cannot be measured: ggufx does not encode it")
+    results: list[Measurement] = []
+    with open(path, dialect=dialect) as file:
+        chosen = _chosen(file, pattern)
+        total = sum(_n_rows(t, max_rows) * t.shape[-1] for t in chosen) * len(codecs)
+        done = 0
+        for tensor in chosen:
+            rows = _rows(tensor, max_rows)
+            weights = None if imatrix is None else imatrix.columns(tensor.name, tensor.shape)
+            for codec in codecs:
+                found, note = _measure(rows, tensor, codec, weights, effort, objective, threads)
+                results.append(Measurement(tensor.name, tensor.shape, tensor.type, codec.name, effort, found, note))
+                done += rows.size
+                if progress is not None:
+                    progress(done, total)
+    return results
+
+
+def _chosen(file: File, pattern: str | None) -> list[Tensor]:
+    chosen = [
+        t
+        for t in file.tensors
+        if t.ndim >= 2 and t.size and t.codec is not None and t.codec.can_decode and t.dtype == np.float32
+        if pattern is None or fnmatch.fnmatchcase(t.name, pattern)
+    ]
+    if not chosen:
+        raise GGUFError(f"{file.path}: no float matrix matches {pattern or '*'!r}")
+    return chosen
+
+
+def _n_rows(tensor: Tensor, max_rows: int | None) -> int:
+    n_rows = tensor.size // tensor.shape[-1]
+    return n_rows if max_rows is None else min(n_rows, max_rows)
+
+
+def _rows(tensor: Tensor, max_rows: int | None) -> npt.NDArray[np.float32]:
+    assert tensor.codec is not None
+    packed = tensor.packed.reshape(-1, tensor.packed.shape[-1])
+    if max_rows is not None and packed.shape[0] > max_rows:
+        packed = packed[np.linspace(0, packed.shape[0] - 1, max_rows).astype(np.int64)]
+    return tensor.codec.decode(packed)
+
+
+def _measure(
+    rows: npt.NDArray[np.float32],
+    tensor: Tensor,
+    codec: Codec,
+    weights: npt.NDArray[np.float32] | None,
+    effort: Effort,
+    objective: Objective,
+    threads: int | None,
+) -> tuple[Quality | None, str]:
+    row_len = rows.shape[1]
+    if row_len % codec.layout.block_len:
+        return None, f"rows of {row_len} are not divisible by {codec.layout.block_len}"
+    # Stacked experts have a row of weights each; their mean stands for all, as the rows are sampled across experts.
+    importance = None if weights is None else weights.mean(axis=0)
+    if importance is None and codec.needs_importance:
+        return None, "needs importance weights (--imatrix)"
+    chosen: Effort = effort if effort != "reference" or codec.reproduces else "normal"
+    return quality(rows, codec, importance, effort=chosen, objective=objective, threads=threads), ""
+
+
+def summary(measurements: Iterable[Measurement]) -> list[dict[str, Any]]:
+    """Add up by type: bits per weight and relative errors over all tensors, each weighted by its energy."""
+    groups: dict[str, list[Measurement]] = {}
+    for item in measurements:
+        groups.setdefault(item.type, []).append(item)
+    lines = []
+    for name, items in groups.items():
+        found = [item.quality for item in items if item.quality is not None]
+        count = sum(q.n_weights for q in found)
+        if not count:
+            lines.append({"type": name, "tensors": 0, "left_out": len(items)})
+            continue
+        error2 = sum(q.rmse**2 * q.n_weights for q in found)
+        energy = sum((q.rmse / q.relative_rmse) ** 2 * q.n_weights if q.relative_rmse else 0.0 for q in found)
+        lines.append(
+            {
+                "type": name,
+                "tensors": len(found),
+                "left_out": len(items) - len(found),
+                "bits_per_weight": sum(q.bits_per_weight * q.n_weights for q in found) / count,
+                "relative_rmse": float(np.sqrt(error2 / energy)) if energy else 0.0,
+                "max_error": max(q.max_error for q in found),
+                "mean_sqnr": float(np.mean([q.sqnr for q in found])),
+            }
+        )
+    return lines
+
+
+def plot(measurements: Iterable[Measurement], path: str | Path) -> None:
+    """Draw relative error against bits per weight, a point a type, to an image file; needs matplotlib.
+
+    Raises
+    ------
+    GGUFError
+        matplotlib is not installed, or the file cannot be written in that format.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise GGUFError("drawing needs matplotlib; install it with: pip install matplotlib") from None
+    lines = [line for line in summary(measurements) if line["tensors"]]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_yscale("log")
+    axes.margins(x=0.12, y=0.1)
+    axes.grid(visible=True, which="both", alpha=0.3)
+    for line in sorted(lines, key=lambda line: line["bits_per_weight"]):
+        axes.plot(line["bits_per_weight"], line["relative_rmse"], "o")
+        axes.annotate(
+            line["type"], (line["bits_per_weight"], line["relative_rmse"]), textcoords="offset points", xytext=(5, 4)
+        )
+    axes.set_xlabel("bits per weight")
+    axes.set_ylabel("relative RMS error")
+    try:
+        figure.savefig(path)
+    except ValueError as error:
+        raise GGUFError(f"{path}: {error}") from None

@@ -1,0 +1,123 @@
+"""Compile kernels ahead of their first use.
+
+Numba compiles a kernel when it is first called and keeps the machine code on disk (``__pycache__`` beside the kernels, or
+``NUMBA_CACHE_DIR``). Warming up calls every verb of a type through the base class, so that the kernels see exactly the
+argument types that they will see later: no call after that compiles.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import ml_dtypes
+import numpy as np
+
+from ggufx import types
+from ggufx.types import Codec
+from ggufx.types.codec import EFFORTS, OBJECTIVES
+
+__all__ = ["Warmed", "kernels_of", "warm_up"]
+
+
+@dataclass(frozen=True)
+class Warmed:
+    """A kernel that is ready.
+
+    Attributes
+    ----------
+    type, verb
+        ``verb`` is ``decode``, ``encode``, ``pack`` or ``unpack``.
+    seconds
+        Compiling and storing it, or loading it from the cache.
+    compiled
+        Whether machine code was made; else the cache had it all.
+    """
+
+    type: str
+    verb: str
+    seconds: float
+    compiled: bool
+
+
+def kernels_of(names: Iterable[str] | None = None) -> list[tuple[Codec, str]]:
+    """Return (codec, verb) of every kernel of the types ``names`` (default all); raises UnknownType.
+
+    Imports Numba when one of them has a kernel.
+    """
+    codecs = types.all_codecs() if names is None else map(types.get, names)
+    verbs = {"decode": "can_decode", "encode": "can_encode", "pack": "can_pack", "unpack": "can_pack"}
+    return [
+        (codec, verb)
+        for codec in codecs
+        for verb, able in verbs.items()
+        if getattr(codec, able) and verb in codec._kernels
+    ]
+
+
+def warm_up(
+    names: Iterable[str] | None = None, *, progress: Callable[[int, int], None] | None = None
+) -> Iterator[Warmed]:
+    """Make the kernels of the types ``names`` (default all) ready, in this process and on disk.
+
+    Parameters
+    ----------
+    names
+        Types, in any case.
+    progress
+        Told the number of kernels done and of all.
+
+    Yields
+    ------
+    Warmed
+        One per kernel, when it is ready.
+
+    Raises
+    ------
+    UnknownType
+        A name is not known.
+    """
+    pairs = kernels_of(names)
+    for number, (codec, verb) in enumerate(pairs):
+        if progress is not None:
+            progress(number, len(pairs))
+        misses = _misses(codec)
+        start = time.perf_counter()
+        _CALLS[verb](codec)
+        yield Warmed(codec.name, verb, time.perf_counter() - start, _misses(codec) > misses)
+    if progress is not None:
+        progress(len(pairs), len(pairs))
+
+
+def _misses(codec: Codec) -> int:
+    """Count what was compiled so far; NUMBA_DISABLE_JIT leaves plain functions, which never are."""
+    dispatchers = [kernel for kernel in codec._kernels.values() if hasattr(kernel, "stats")]
+    return sum(sum(kernel.stats.cache_misses.values()) for kernel in dispatchers)
+
+
+def _decode(codec: Codec) -> None:
+    row = np.zeros((1, codec.layout.row_nbytes(codec.layout.block_len)), np.uint8)
+    for dtype in (None, np.float32, np.float16, ml_dtypes.bfloat16, np.float64):
+        codec.decode(row, dtype=dtype)
+
+
+def _encode(codec: Codec) -> None:
+    # A type may have one kernel per wish: go through them all.
+    row = np.zeros((1, codec.layout.block_len), np.float32)
+    weights = np.ones(codec.layout.block_len, np.float32)
+    for effort, objective, importance in product(EFFORTS, OBJECTIVES, (None, weights)):
+        if (effort != "reference" or codec.reproduces) and (importance is not None or not codec.needs_importance):
+            codec.encode(row, importance, effort=effort, objective=objective)
+
+
+def _pack(codec: Codec) -> None:
+    codec.pack(np.zeros((1, codec.layout.block.itemsize - 1), np.uint8), np.zeros((1, 1), np.uint8))
+
+
+def _unpack(codec: Codec) -> None:
+    codec.unpack(np.zeros((1, codec.layout.row_nbytes(codec.layout.block_len)), np.uint8))
+
+
+_CALLS: dict[str, Callable[[Codec], None]] = {"decode": _decode, "encode": _encode, "pack": _pack, "unpack": _unpack}

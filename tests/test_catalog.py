@@ -1,0 +1,89 @@
+"""The table of types: what it says, and that the README's is it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ggufx import catalog, kernels, types
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_readmes_table_is_that_of_the_command() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("<!-- types -->\n")[2].partition("<!-- /types -->")[0]
+    assert table == run("-m", "ggufx", "types", "--markdown").stdout, "run python tools/readme.py"
+
+
+def test_the_table_has_every_type_and_says_what_it_can() -> None:
+    rows = {row["type"]: row for row in json.loads(run("-m", "ggufx", "types", "--json").stdout)}
+    assert set(rows) == {codec.name for codec in types.all_codecs()}
+    q8_0 = {
+        "type": "Q8_0", "ids": {"llama.cpp": 8, "ik_llama.cpp": 8, "nisparks": 8}, "block": 32, "bytes": 34, "header": 0,
+        "bpw": 8.5, "decode": True, "encode": True, "native pack": False, "kernel": True, "byte-compatible": True,
+    }  # fmt: skip
+    assert rows["Q8_0"].items() >= q8_0.items()
+    assert rows["F8_E4M3_B128"]["ids"] == {"nisparks": 42}
+    assert not rows["F8_E4M3_B128"]["byte-compatible"]
+    assert rows["IQ1_KT"]["header"] == 4
+    assert not rows["IQ1_KT"]["decode"]
+    table = run("-m", "ggufx", "types").stdout
+    assert "42 nisparks" in table
+    assert all(column in table.splitlines()[0] for column in rows["Q8_0"])
+
+
+def test_a_kernel_counts_only_for_a_type_that_decodes() -> None:
+    for codec in types.all_codecs():
+        assert codec.has_kernel == (codec.can_decode and kernels.exists(codec.name))
+        assert codec.has_cuda == (codec.can_decode and kernels.exists(codec.name, cuda=True))
+
+
+def test_markdown_of_nothing_is_nothing() -> None:
+    assert catalog.markdown_table([]) == ""
+
+
+def test_the_readme_tool_rewrites_its_parts_and_nothing_else(tmp_path: Path) -> None:
+    readme, measured = tmp_path / "README.md", tmp_path / "bench.json"
+    readme.write_text("# A\n<!-- types -->\nold\n<!-- /types -->\nB\n<!-- bench -->\nkept\n<!-- /bench -->\nC\n")
+    assert run("tools/readme.py", "--check", readme).returncode == 1
+    assert "old" in readme.read_text()
+    assert run("tools/readme.py", readme).returncode == 0
+    expected = f"# A\n<!-- types -->\n{catalog.markdown()}<!-- /types -->\nB\n<!-- bench -->\n"
+    assert readme.read_text() == expected + "kept\n<!-- /bench -->\nC\n"
+    assert run("tools/readme.py", "--check", readme).returncode == 0
+    measured.write_text(json.dumps([{"type": "Q8_0", "GB/s": 9.5}]))
+    assert run("tools/readme.py", readme).returncode == 0
+    table = "| type | GB/s |\n| --- | --- |\n| Q8_0 | 9.5 |\n"
+    assert readme.read_text() == f"{expected}{table}<!-- /bench -->\nC\n"
+    measured.write_text(json.dumps({"machine": r"Two \1 cores.", "Decoding": [{"type": "Q8_0", "GB/s": 9.5}]}))
+    assert run("tools/readme.py", readme, "--bench", measured).returncode == 0
+    assert readme.read_text() == f"{expected}Two \\1 cores.\n\nDecoding\n\n{table}<!-- /bench -->\nC\n"
+    readme.write_text("no part")
+    assert "expected one part <!-- types -->" in run("tools/readme.py", readme).stderr
+
+
+@pytest.mark.parametrize("option", ["--json", "--markdown"])
+def test_the_table_needs_no_compiler(option: str) -> None:
+    code = (
+        f"import sys; sys.argv = ['ggufx', 'types', {option!r}]\n"
+        "from ggufx import cli\ntry:\n cli.main()\nexcept SystemExit: pass\nassert 'numba' not in sys.modules"
+    )
+    assert run("-c", code).returncode == 0

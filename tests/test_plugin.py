@@ -1,0 +1,180 @@
+"""A type from a package of its own, found through its entry point: everything works on it, and nothing of ggufx knows it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PLUGIN = ROOT / "tests" / "plugin"
+
+
+def install(folder: Path, *, name: str | None = None, entry: str | None = None, code: str | None = None) -> Path:
+    """Do what pip does with the package, which may lack setuptools and the network here: copy it, write its metadata."""
+    project = tomllib.loads((PLUGIN / "pyproject.toml").read_text())["project"]
+    name = name or project["name"]
+    module = name.replace("-", "_")
+    if code is None:
+        shutil.copytree(PLUGIN / module, folder / module, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        (folder / f"{module}.py").write_text(code)
+    entries = project["entry-points"]["ggufx.types"] if entry is None else {entry: f"{module}:{entry}"}
+    info = folder / f"{module}-{project['version']}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {project['version']}\n")
+    lines = "".join(f"{key} = {value}\n" for key, value in entries.items())
+    (info / "entry_points.txt").write_text(f"[ggufx.types]\n{lines}")
+    return folder
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def ggufx(folder: Path, *arguments: object) -> str:
+    done = run(folder, "-m", "ggufx", *map(str, arguments))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Path:
+    path = folder / "model.gguf"
+    code = f"""
+import numpy as np
+from ggufx import types
+from ggufx.container import Value, encode_header
+codec = types.get("ternary")
+values = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+packed = codec.encode(values)
+decoded = codec.decode(packed)
+assert packed.shape == (4, 24) and decoded.shape == (4, 64)
+assert np.array_equal(codec.encode(decoded), packed)
+assert ((decoded - values) ** 2).sum() < 0.25 * (values**2).sum()
+header = encode_header({{"general.name": Value.string("tiny")}}, [("a.weight", (4, 64), 250, 0), ("b", (8,), 0, 96)], 32)
+open({str(path)!r}, "wb").write(header + packed.tobytes() + bytes(32))
+"""
+    done = run(folder, "-c", code)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_it_is_listed(folder: Path) -> None:
+    rows = {row["type"]: row for row in json.loads(ggufx(folder, "types", "--json"))}
+    row = rows["TERNARY"]
+    assert (row["ids"]["llama.cpp"], row["block"], row["bytes"], row["bpw"]) == (250, 16, 6, 3.0)
+    assert row["decode"]
+    assert row["encode"]
+    assert not row["kernel"]
+    assert "TERNARY" in ggufx(folder, "types")
+
+
+def test_it_passes_the_selftest(folder: Path) -> None:
+    out = ggufx(folder, "selftest", "TERNARY")
+    assert "0 laws broken" in out
+    assert "encode_error" in out
+    found = json.loads(ggufx(folder, "selftest", "ternary", "q8_0", "--json"))
+    statuses = {verdict["law"]: verdict["status"] for verdict in found["types"]["TERNARY"]}
+    assert statuses["encode_rows"] == "kept"
+    assert statuses["pack_inverse"] == "inapplicable"
+    assert set(found["types"]) == {"TERNARY", "Q8_0"}
+
+
+def test_a_file_of_it_is_opened_inspected_decoded_diffed_and_rewritten(
+    folder: Path, model: Path, tmp_path: Path
+) -> None:
+    found = json.loads(ggufx(folder, "inspect", model, "--json"))
+    assert [(t["name"], t["type"], t["nbytes"]) for t in found["tensors"]] == [
+        ("a.weight", "TERNARY", 96),
+        ("b", "F32", 32),
+    ]
+    copy = tmp_path / "copy.gguf"
+    ggufx(folder, "rewrite", model, "--outfile", copy)
+    assert copy.read_bytes()[-128:] == model.read_bytes()[-128:]
+    assert "the same" in ggufx(folder, "diff", model, copy)
+    data = bytearray(copy.read_bytes())
+    data[-126] ^= 3  # a code of the first block
+    copy.write_bytes(data)
+    done = run(folder, "-m", "ggufx", "diff", str(model), str(copy), "--json")
+    assert done.returncode == 1, done.stderr
+    assert [(t["name"], t["differing"]) for t in json.loads(done.stdout)["tensors"]] == [("a.weight", 1)]
+    code = f"import ggufx; t = ggufx.open({str(model)!r})['a.weight']; print(t.type, t.numpy().shape, t[2].shape)"
+    assert run(folder, "-c", code).stdout.strip() == "TERNARY (4, 64) (64,)"
+
+
+def test_without_the_package_the_file_still_opens_and_lists(model: Path, tmp_path: Path) -> None:
+    found = json.loads(ggufx(tmp_path, "inspect", model, "--json"))
+    assert "TERNARY" not in found["tensors"][0]["type"]
+    assert found["tensors"][0]["nbytes"] == 96
+
+
+TAKEN = """
+import numpy as np
+from ggufx.types import Codec, Layout
+class TAKEN(Codec):
+    layout = Layout(1, np.dtype([("v", "u1")]))
+    ids = {"llama.cpp": 8}
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "wanted"),
+    [
+        ("raise RuntimeError('no\\nluck')", "RuntimeError: no luck"),
+        ("import a_package_that_is_not_there", "ModuleNotFoundError: No module named 'a_package_that_is_not_there'"),
+        ("", "AttributeError"),
+        ("TAKEN = 3", "TypeError: it is 3, not a subclass of ggufx.types.Codec"),
+        (TAKEN, "ValueError: TAKEN claims id 8 of llama.cpp, which is Q8_0"),
+        (
+            TAKEN.replace("TAKEN(Codec)", "Q8_0(Codec)") + "TAKEN = Q8_0",
+            "ValueError: a type named Q8_0 is already registered",
+        ),
+    ],
+    ids=["raises", "missing package", "missing class", "no class", "duplicate id", "duplicate name"],
+)
+def test_a_broken_plugin_is_one_clear_line(tmp_path: Path, code: str, wanted: str) -> None:
+    install(tmp_path, name="acme-types", entry="TAKEN", code=code)
+    install(tmp_path)  # beside a good one, which must not be half-registered when the other fails
+    assert run(tmp_path, "-c", "import ggufx; print('imported')").stdout == "imported\n"
+    for command in (["types"], ["selftest", "Q8_0"]):
+        done = run(tmp_path, "-m", "ggufx", *command)
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1, done.stderr
+        start = "error: type plug-in 'TAKEN' (acme_types:TAKEN, group ggufx.types) of acme-types does not load: "
+        assert done.stderr.startswith(start + wanted), done.stderr
+    again = """
+import ggufx
+for _ in range(2):
+    try:
+        ggufx.types.get("Q8_0")
+    except ggufx.GGUFError as error:
+        print(type(error).__name__, "acme-types" in str(error), type(error.__cause__).__name__)
+"""
+    cause = wanted.partition(":")[0]
+    assert run(tmp_path, "-c", again).stdout == 2 * f"PluginError True {cause}\n"
+
+
+def test_a_plugin_may_look_types_up_while_it_is_imported(tmp_path: Path) -> None:
+    code = TAKEN.replace("8}", "251}") + "from ggufx import types\nassert types.get('Q8_0').name == 'Q8_0'\n"
+    install(tmp_path, name="acme-types", entry="TAKEN", code=code)
+    assert run(tmp_path, "-c", "import ggufx; print(ggufx.types.get('taken').ids)").stdout == "{'llama.cpp': 251}\n"

@@ -1,0 +1,68 @@
+"""Rewrite the generated parts of README.md in place.
+
+    python tools/readme.py [--check] [--bench FILE] [README.md]
+
+A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``:
+
+- ``types``: the table of ``ggufx types --markdown``.
+- ``bench``: tables from a JSON file (``--bench``; default ``bench.json`` beside the README, and the part stays as it is
+  without one): a list of rows with the same keys is one table; an object is a heading and such a table per entry, or a line of
+  text for an entry that is a string.
+
+``--check`` writes nothing and exits with 1 when a part is not up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ggufx import catalog
+
+
+def bench(data: Any) -> str:
+    """Return benchmark data as Markdown."""
+    if isinstance(data, list):
+        return catalog.markdown_table(data)
+    parts = []
+    for title, entry in data.items():
+        parts.append(f"{entry}\n" if isinstance(entry, str) else f"{title}\n\n{catalog.markdown_table(entry)}")
+    return "\n".join(parts)
+
+
+def rewritten(text: str, generators: Mapping[str, Callable[[], str]]) -> str:
+    """Return ``text`` with the parts that have a generator made anew; raises ValueError when one has no place."""
+    for name, generate in generators.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if len(pattern.findall(text)) != 1:
+            raise ValueError(f"expected one part <!-- {name} --> ... <!-- /{name} -->")
+        content = generate()
+        text = pattern.sub(lambda match, content=content: match[1] + content + match[2], text)  # type: ignore[misc]
+    return text
+
+
+def main() -> None:
+    """Rewrite or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("readme", nargs="?", type=Path, default=Path(__file__).parent.parent / "README.md")
+    parser.add_argument("--bench", type=Path, metavar="FILE")
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when a part is not up to date")
+    options = parser.parse_args()
+    generators: dict[str, Callable[[], str]] = {"types": catalog.markdown}
+    measured: Path = options.bench or options.readme.parent / "bench.json"
+    if options.bench or measured.exists():
+        generators["bench"] = lambda: bench(json.loads(measured.read_text(encoding="utf-8")))
+    before = options.readme.read_text(encoding="utf-8")
+    after = rewritten(before, generators)
+    if options.check:
+        sys.exit(f"{options.readme} is not up to date: python tools/readme.py" if after != before else 0)
+    options.readme.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
