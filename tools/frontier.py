@@ -124,11 +124,12 @@ def main() -> None:
                     m = None if plain else importance(x.shape[1], 5)
                     bases[plain].append(errors(name, x, reference_values(name, x, m), m).sum())
         for effort in ("fast", "normal", "high"):
-
             weighted = [ratio(name, effort, x, base, False) for x, base in zip(sets, bases[0], strict=True)]
             cells = [name, effort, on_vectors(name, effort), *(f"{r:.3f}" for r in weighted[:2])]
             if tensors:
-                unweighted = [ratio(name, effort, x, base, True) for x, base in zip(sets[2:], bases[1][2:], strict=True)]
+                unweighted = [
+                    ratio(name, effort, x, base, True) for x, base in zip(sets[2:], bases[1][2:], strict=True)
+                ]
                 cells += [f"{geometric(np.array(weighted[2:])):.3f}", f"{max(weighted[2:]):.3f}"]
                 cells += [f"{geometric(np.array(unweighted)):.3f}"]
             else:

@@ -224,7 +224,8 @@ def windows(low: int, step: int, count: int) -> Any:
     """Return an intrinsic that fills 16 lanes, ``4 c + kind``, with legal scales near four optima.
 
     ``window(scale, at, d, c, width, legal, inverse, to, inverse_to)``: lane ``4 j + kind`` gets the legal scale number
-    ``c + j`` of the ``width`` ones round ``scale[at + kind] / d``, and the inverse of its product with ``d`` (0 for a scale of 0).
+    ``c + j`` of the ``width`` ones round ``scale[at + kind] / d``, and its
+    product with ``d`` inverted (0 for a scale of 0).
     """
 
     @intrinsic
