@@ -68,10 +68,12 @@ def store_planes(codes, at, count, n_bits, shift, run, out, start):
 def _keeper(half: bool, ceiling: float, floor: float) -> Any:
     """Return ``stored(d, up, down)``: round D (in normalised units) as the file stores it, never to zero or infinity."""
     least, most, zero = np.float32(floor), np.float32(ceiling), np.float32(0)
+    lowest = np.float32(2.0**-60)  # of a group near 1: keeps the way back from underflowing
 
     @inline
     def stored(d, up, down):
-        value = d * up
+        value = (-lowest if d < zero else lowest) if abs(d) < lowest else d
+        value *= up
         size = min(max(abs(value), least), most)
         if half:
             size = half_to_float(float_to_half(size))
@@ -367,8 +369,9 @@ def block_search(table: tuple[int, ...], *, length: int, sigma: float, starts: t
                 for i in range(length):
                     wx[i] = w[i] * x[i]
                 total, _ = total_of(x, wx, 0)
+                back = one / amax
                 for lane in range(n_lanes):
-                    inverse[lane] = units[lane] / amax
+                    inverse[lane] = units[lane] * back
                 at = 0
                 for group in range(n_groups):
                     sums64(x, wx, w, 0, length, inverse, shifts, 64 * group, sum1, sum2, 0)
