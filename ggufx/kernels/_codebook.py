@@ -183,7 +183,6 @@ def codebook_search(
             for at in range(0, lanes, 64):
                 sums64(x, wx, w, start, sub_len, inverse, shifts, at, s1, s2, to + at)
 
-    @kernel
     def search(values, out, importance, mse, n_starts, n_values, span_low, span_high, window, turns, tries):
         row_len = values.shape[1]
         length = row_len if whole_row else 256
@@ -302,7 +301,10 @@ def codebook_search(
                 bits = np.uint32(float_to_half(value)) if half else float_to_bits(value)
                 store(out[r], g, bits, scales, kept, codes)
 
-    return search
+    key = repr(
+        (table, shift, sub_len, low, step, count, whole_row, half, sigma, plain, starts, staged, store.__module__)
+    )
+    return kernel(search, key)
 
 
 def block_search(table: tuple[int, ...], *, length: int, sigma: float, starts: tuple[float, float], store: Any) -> Any:
@@ -320,7 +322,6 @@ def block_search(table: tuple[int, ...], *, length: int, sigma: float, starts: t
     sigma32 = np.float32(sigma / length)
     zero, one = np.float32(0), np.float32(1)
 
-    @kernel
     def search(values, out, importance, mse, n_starts, turns):
         n_lanes = 4 * n_starts
         x, w, wx = np.empty(length, np.float32), np.empty(length, np.float32), np.empty(length, np.float32)
@@ -404,4 +405,4 @@ def block_search(table: tuple[int, ...], *, length: int, sigma: float, starts: t
                     codes[:] = positive
                 store(out[r], b, np.uint32(float_to_half(d * up)), codes)
 
-    return search
+    return kernel(search, repr((table, length, sigma, starts, store.__module__)))

@@ -51,7 +51,7 @@ search = codebook_search(
     half=True,
     sigma=2.0,
     plain=0.25,
-    starts=(105.0, 140.0),
+    starts=(100.0, 146.0),
     staged=True,
     store=_store,
 )
