@@ -22,7 +22,7 @@ import numpy as np
 from ggufx.kernels._jit import bits_to_float, float_to_bits, float_to_half, half_to_float, kernel
 from ggufx.kernels._lanes import best_of_kinds, lane_sums, model_cost, nearest_codes, pick_lane, survey, windows
 
-__all__ = ["block_search", "codebook_search", "inline", "store_planes"]
+__all__ = ["block_search", "codebook_search", "store_planes", "subroutine"]
 
 _MAX_LANES = 128
 DEAD = 1e-9
@@ -50,7 +50,12 @@ def _exponent_scale(bits):
     return bits_to_float((np.uint32(254) - field) << np.uint32(23)), bits_to_float(field << np.uint32(23))
 
 
-@inline
+def subroutine(function: Any) -> Any:
+    """Compile a function that is called, so that its code is there once."""
+    return numba.njit(nogil=True)(function)
+
+
+@subroutine
 def store_planes(codes, at, count, n_bits, shift, run, out, start):
     """Pack ``n_bits`` bits at ``shift`` of codes: runs of ``run`` bytes, first the lowest bits of each byte of a run."""
     per_byte = 8 // n_bits
@@ -119,7 +124,6 @@ def codebook_search(
         ``store(row, group, d_bits, scales, flags, codes)`` writes the bytes of a group.
     """
     sums16 = lane_sums(table, 16, staged=staged)
-    sums64 = lane_sums(table, 64, staged=staged)
     best16, best32, best64 = best_of_kinds(16), best_of_kinds(32), best_of_kinds(64)
     total_of = survey(sub_len)
     window_of, pick, model = windows(low, step, count), pick_lane(), model_cost(low, step, count)
@@ -176,12 +180,8 @@ def codebook_search(
 
     @inline
     def sums(x, wx, w, start, lanes, inverse, shifts, s1, s2, to):
-        if lanes < 64:
-            for at in range(0, lanes, 16):
-                sums16(x, wx, w, start, sub_len, inverse, shifts, at, s1, s2, to + at)
-        else:
-            for at in range(0, lanes, 64):
-                sums64(x, wx, w, start, sub_len, inverse, shifts, at, s1, s2, to + at)
+        for at in range(0, lanes, 16):
+            sums16(x, wx, w, start, sub_len, inverse, shifts, at, s1, s2, to + at)
 
     def search(values, out, importance, mse, n_starts, n_values, span_low, span_high, window, turns, tries):
         row_len = values.shape[1]

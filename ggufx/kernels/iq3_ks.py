@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ggufx import tables
-from ggufx.kernels._codebook import codebook_search, inline, store_planes
+from ggufx.kernels._codebook import codebook_search, store_planes, subroutine
 from ggufx.kernels._jit import half_at, kernel
 from ggufx.kernels._vector import Block, block_intrinsic
 
@@ -27,7 +27,7 @@ def decode(rows, out, block_len):
             _block(row, 2 + b * _NBYTES, d, y, b * block_len)
 
 
-@inline
+@subroutine
 def _store(row, group, d_bits, scales, flags, codes):
     row[0], row[1] = d_bits & 255, d_bits >> 8
     for b in range(scales.shape[0] // 8):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ggufx import tables
-from ggufx.kernels._codebook import codebook_search, inline, store_planes
+from ggufx.kernels._codebook import codebook_search, store_planes, subroutine
 from ggufx.kernels._jit import half_at, kernel
 from ggufx.kernels._vector import Block, block_intrinsic
 
@@ -24,7 +24,7 @@ def decode(rows, out, block_len):
             _block(row, b * _NBYTES, half_at(row, b * _NBYTES), y, b * block_len)
 
 
-@inline
+@subroutine
 def _store(row, group, d_bits, scales, flags, codes):
     block = row[group * _NBYTES : (group + 1) * _NBYTES]
     extra = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ggufx import tables
-from ggufx.kernels._codebook import codebook_search, inline, store_planes
+from ggufx.kernels._codebook import codebook_search, store_planes, subroutine
 from ggufx.kernels._jit import float_at, kernel
 from ggufx.kernels._vector import Block, block_intrinsic
 
@@ -26,7 +26,7 @@ def decode(rows, out, block_len):
             _block(row, 4 + b * _NBYTES, d, y, b * block_len)
 
 
-@inline
+@subroutine
 def _store(row, group, d_bits, scales, flags, codes):
     row[0], row[1], row[2], row[3] = d_bits & 255, d_bits >> 8 & 255, d_bits >> 16 & 255, d_bits >> 24
     for b in range(scales.shape[0] // 8):

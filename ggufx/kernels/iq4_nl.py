@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ggufx import tables
-from ggufx.kernels._codebook import block_search, inline, store_planes
+from ggufx.kernels._codebook import block_search, store_planes, subroutine
 from ggufx.kernels._jit import half_to_float, kernel, load16, nibble_lookup
 
 _decode16 = nibble_lookup(tables.IQ4)
@@ -20,7 +20,7 @@ def decode(rows, out, block_len):
             _decode16(row, start + 2, half_to_float(load16(row, start)), y, position, position + half)
 
 
-@inline
+@subroutine
 def _store(row, block, d_bits, codes):
     start = 18 * block
     row[start], row[start + 1] = d_bits & 255, d_bits >> 8
