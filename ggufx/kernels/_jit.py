@@ -89,6 +89,16 @@ class _Impl(caching.CompileResultCacheImpl):  # type: ignore[misc]
 class _Cache(caching.FunctionCache):  # type: ignore[misc]
     _impl_class = _Impl
 
+    def __init__(self, function: Callable[..., Any], key: str | None) -> None:
+        super().__init__(function)
+        self._key = key
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        # Numba pickles what a closure holds, and other compiled functions pickle differently in every process.
+        if self._key is None:
+            return super()._index_key(sig, codegen)
+        return (sig, codegen.magic_tuple(), self._key)
+
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         # Numba registers its whole library of overloads first (0.1 s), which only compiling needs, and compiling does so
         # itself. Machine code from the cache needs the runtime alone (without it, it crashes): known for the versions that
@@ -100,12 +110,15 @@ class _Cache(caching.FunctionCache):  # type: ignore[misc]
             return self._load_overload(sig, target_context)
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compile ``function`` on first call: nogil, strict IEEE arithmetic, cached on disk where a folder is writable."""
+def kernel(function: Callable[..., Any], key: str | None = None) -> Any:
+    """Compile ``function`` on first call: nogil, strict IEEE arithmetic, cached on disk where a folder is writable.
+
+    A function made by a factory that closes over other compiled functions needs a ``key``, its own among those of the factory.
+    """
     dispatcher = numba.njit(nogil=True)(function)
     if hasattr(dispatcher, "_cache"):  # NUMBA_DISABLE_JIT gives the plain function back
         try:
-            dispatcher._cache = _Cache(function)
+            dispatcher._cache = _Cache(function, key)
         except RuntimeError:
             # No writable folder at all (read-only install without a home): compile in every process.
             return dispatcher

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ggufx import tables
+from ggufx.kernels._codebook import codebook_search, store_planes, subroutine
 from ggufx.kernels._jit import half_at, kernel
 from ggufx.kernels._vector import Block, block_intrinsic
 
@@ -23,3 +24,36 @@ def decode(rows, out, block_len):
         d = half_at(row, 0)
         for b in range(y.shape[0] // block_len):
             _block(row, 2 + b * _NBYTES, d, y, b * block_len)
+
+
+@subroutine
+def _store(row, group, d_bits, scales, flags, codes):
+    row[0], row[1] = d_bits & 255, d_bits >> 8
+    for b in range(scales.shape[0] // 8):
+        block = row[2 + b * _NBYTES : 2 + (b + 1) * _NBYTES]
+        at = 8 * b
+        table, high = 0, 0
+        for k in range(8):
+            table |= flags[at + k] << k
+            high |= scales[at + k] >> 4 << k
+        block[0], block[1] = table, high
+        for k in range(4):
+            block[2 + k] = (scales[at + 2 * k] & 15) | (scales[at + 2 * k + 1] & 15) << 4
+        store_planes(codes, 256 * b, 256, 2, 0, 32, block, 6)
+
+
+search = codebook_search(
+    tables.IQ2,
+    shift=tables.SHIFTS[2],
+    sub_len=32,
+    low=-16,
+    step=1,
+    count=32,
+    whole_row=True,
+    half=True,
+    sigma=1.5,
+    plain=0.25,
+    starts=(14.0, 46.0),
+    staged=False,
+    store=_store,
+)

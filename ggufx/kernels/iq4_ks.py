@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ggufx import tables
+from ggufx.kernels._codebook import codebook_search, store_planes, subroutine
 from ggufx.kernels._jit import float_at, kernel
 from ggufx.kernels._vector import Block, block_intrinsic
 
@@ -23,3 +24,31 @@ def decode(rows, out, block_len):
         d = float_at(row, 0)
         for b in range(y.shape[0] // block_len):
             _block(row, 4 + b * _NBYTES, d, y, b * block_len)
+
+
+@subroutine
+def _store(row, group, d_bits, scales, flags, codes):
+    row[0], row[1], row[2], row[3] = d_bits & 255, d_bits >> 8 & 255, d_bits >> 16 & 255, d_bits >> 24
+    for b in range(scales.shape[0] // 8):
+        block = row[4 + b * _NBYTES : 4 + (b + 1) * _NBYTES]
+        at = 8 * b
+        for k in range(8):
+            block[k] = scales[at + k] << 1 | flags[at + k]
+        store_planes(codes, 256 * b, 256, 4, 0, 16, block, 8)
+
+
+search = codebook_search(
+    tables.IQ4,
+    shift=tables.SHIFTS[4],
+    sub_len=32,
+    low=-127,
+    step=2,
+    count=128,
+    whole_row=True,
+    half=False,
+    sigma=2.0,
+    plain=0.0,
+    starts=(100.0, 146.0),
+    staged=True,
+    store=_store,
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ggufx import tables
+from ggufx.kernels._codebook import codebook_search, store_planes, subroutine
 from ggufx.kernels._jit import half_at, kernel
 from ggufx.kernels._vector import Block, block_intrinsic
 
@@ -21,3 +22,36 @@ def decode(rows, out, block_len):
         row, y = rows[r], out[r]
         for b in range(y.shape[0] // block_len):
             _block(row, b * _NBYTES, half_at(row, b * _NBYTES), y, b * block_len)
+
+
+@subroutine
+def _store(row, group, d_bits, scales, flags, codes):
+    block = row[group * _NBYTES : (group + 1) * _NBYTES]
+    extra = 0
+    for k in range(16):
+        extra |= flags[k] << k
+    block[0], block[1] = d_bits & 255, d_bits >> 8
+    block[2], block[3] = extra & 255, extra >> 8
+    for k in range(0, 16, 2):
+        block[8 + k // 2] = (scales[k] & 15) | (scales[k + 1] & 15) << 4
+    for k in range(0, 16, 4):
+        block[4 + k // 4] = scales[k] >> 4 | scales[k + 1] >> 4 << 2 | scales[k + 2] >> 4 << 4 | scales[k + 3] >> 4 << 6
+    store_planes(codes, 0, 256, 4, 0, 32, block, 16)
+    store_planes(codes, 0, 256, 1, 4, 32, block, 144)
+
+
+search = codebook_search(
+    tables.IQ5,
+    shift=tables.SHIFTS[5],
+    sub_len=16,
+    low=-32,
+    step=1,
+    count=64,
+    whole_row=False,
+    half=True,
+    sigma=2.0,
+    plain=0.25,
+    starts=(100.0, 146.0),
+    staged=True,
+    store=_store,
+)

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types._codes import planes, scaled, twin
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types._search import search_codebook
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 
 
 class IQ2_KS(Codec):  # noqa: N801 (upstream's spelling)
@@ -34,3 +35,11 @@ class IQ2_KS(Codec):  # noqa: N801 (upstream's spelling)
         scales = (planes(blocks["scales"], 4) | extra[..., 8:] << 4).astype(np.float32) - np.float32(16)
         values = twin(tables.IQ2, planes(blocks["qs"], 2, 32), extra[..., :8])
         scaled(headers["d"], scales, values, out)
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search scales, tables and codes for the least ``sum w (x - y)^2``.
+
+        Reference weights: ``w = m * sqrt(sigma2 + x^2)`` with importance m, ``0.25*sigma2 + x^2`` without; sigma2 is
+        1.5 times the mean of x^2 over 256 elements.
+        """
+        search_codebook(self.name, 32, values, out, importance, search)

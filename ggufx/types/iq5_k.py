@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types._codes import planes, scaled, twin
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types._search import search_codebook
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 
 
 class IQ5_K(Codec):  # noqa: N801 (upstream's spelling)
@@ -42,3 +43,11 @@ class IQ5_K(Codec):  # noqa: N801 (upstream's spelling)
         )
         codes = planes(blocks["qs"], 4, 32) | planes(blocks["qh"], 1, 32) << 4
         scaled(blocks["d"], scales, twin(tables.IQ5, codes, planes(blocks["extra"][..., None], 1)), out)
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search scales, tables and codes for the least ``sum w (x - y)^2``.
+
+        Reference weights: ``w = m * sqrt(sigma2 + x^2)`` with importance m, ``0.25*sigma2 + x^2`` without; sigma2 is
+        2 times the mean of x^2 over 256 elements.
+        """
+        search_codebook(self.name, 16, values, out, importance, search)

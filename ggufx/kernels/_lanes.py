@@ -1,0 +1,351 @@
+"""Vector primitives of the searching encoders: candidate scales in lanes, elements one after the other.
+
+Each is an intrinsic of generic LLVM IR with the order of every sum fixed, so that the bits depend on no CPU. All arrays are
+C-contiguous; floats are float32.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from ggufx.kernels._vector import Vector
+
+__all__ = ["best_of_kinds", "lane_sums", "midpoints", "model_cost", "nearest_codes", "pick_lane", "survey", "windows"]
+
+BYTES = 64
+"""Codes that a staged search compares at a time."""
+CHUNK = 16
+"""Lanes of everything else."""
+MAGIC = float(3 << 22)
+"""Adding it to a small float32 rounds that to an integer, ties to even; the low bits of the sum are the integer."""
+
+_FLOAT, _BYTE, _INT = ir.FloatType(), ir.IntType(8), ir.IntType(32)
+
+
+def midpoints(table: tuple[int, ...]) -> tuple[float, ...]:
+    """Return where the nearest entry changes."""
+    return tuple((a + b) / 2 for a, b in pairwise(table))
+
+
+class _Frame:
+    """Arguments of an intrinsic as pointers and vectors."""
+
+    def __init__(self, context: Any, builder: Any, signature: Any, args: Any) -> None:
+        self.context, self.builder, self.types, self.args = context, builder, signature.args, args
+
+    def pointer(self, argument: int, index: Any) -> Any:
+        array = self.context.make_array(self.types[argument])(self.context, self.builder, self.args[argument])
+        return self.builder.gep(array.data, [index])
+
+    def load(self, argument: int, index: Any, lanes: int = CHUNK) -> Vector:
+        pointer = self.builder.bitcast(self.pointer(argument, index), ir.VectorType(_FLOAT, lanes).as_pointer())
+        return Vector(self.builder, self.builder.load(pointer, align=4))
+
+    def store(self, argument: int, index: Any, vector: Vector) -> None:
+        pointer = self.builder.bitcast(self.pointer(argument, index), vector.value.type.as_pointer())
+        self.builder.store(vector.value, pointer, align=1 if vector.value.type.element == _BYTE else 4)
+
+    def spread(self, value: Any, lanes: int = CHUNK) -> Vector:
+        one = self.builder.insert_element(ir.Constant(ir.VectorType(value.type, 1), ir.Undefined), value, _INT(0))
+        return Vector(self.builder, one).take([0] * lanes)
+
+    def spread_element(self, argument: int, index: Any, lanes: int = CHUNK) -> Vector:
+        return self.spread(self.builder.load(self.pointer(argument, index)), lanes)
+
+    def constant(self, numbers: Any, lanes: int = CHUNK, element: Any = _FLOAT) -> Vector:
+        numbers = list(numbers) if isinstance(numbers, list | range) else [numbers] * lanes
+        return Vector(self.builder, ir.Constant(ir.VectorType(element, len(numbers)), numbers))
+
+    def greater(self, a: Vector, b: Vector) -> Vector:
+        return Vector(self.builder, self.builder.fcmp_ordered(">", a.value, b.value))
+
+    def larger(self, a: Vector, b: Vector) -> Vector:
+        """Return the maximum; ``b`` where ``a`` is NaN."""
+        return self.greater(a, b).choose(a, b)
+
+    def smaller(self, a: Vector, b: Vector) -> Vector:
+        return self.greater(b, a).choose(a, b)
+
+    def divide(self, a: Vector, b: Vector) -> Vector:
+        return Vector(self.builder, self.builder.fdiv(a.value, b.value))
+
+    def rounded(self, a: Vector) -> Vector:
+        return (a + MAGIC) - MAGIC
+
+    def variable(self, vector: Vector) -> Any:
+        where = cgutils.alloca_once(self.builder, vector.value.type)
+        self.builder.store(vector.value, where)
+        return where
+
+    def read(self, where: Any) -> Vector:
+        return Vector(self.builder, self.builder.load(where))
+
+    def write(self, where: Any, vector: Vector) -> None:
+        self.builder.store(vector.value, where)
+
+    def first(self, vector: Vector) -> Any:
+        return self.builder.extract_element(vector.value, _INT(0))
+
+
+def _join(parts: list[Vector]) -> Vector:
+    while len(parts) > 1:
+        parts = [a.take(range(2 * a.lanes), b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def lane_sums(table: tuple[int, ...], lanes: int, *, staged: bool) -> Any:
+    """Return an intrinsic: nearest table entries of ``n`` elements under ``lanes`` inverse scales at a time.
+
+    ``sums(x, wx, w, start, n, inverse, shift, at, s1, s2, to)`` sets, for lane ``l``,
+    ``s1[to + l] = sum wx v`` and ``s2[to + l] = sum w v v`` over elements ``start .. start + n``, where ``v`` is the entry of
+    ``table + shift[at + l]`` nearest to ``x * inverse[at + l]``. Sums run in order of elements, lane by lane. ``n`` is a
+    multiple of ``64 // lanes``.
+
+    ``staged``: products are rounded to signed bytes first and compared as bytes; up to half a unit of the table is lost
+    in the comparison, never in the sums. Pays from 16 entries up.
+    """
+    unroll = BYTES // lanes if staged else 1
+    steps = list(zip(midpoints(table), [b - a for a, b in pairwise(table)], strict=True))
+
+    def staged_values(f: _Frame, scaled: list[Vector], off: Vector) -> list[Vector]:
+        parts = []
+        for z in scaled:
+            z = z + (f.constant(MAGIC, lanes) - off)
+            z = f.larger(z, f.constant(MAGIC - 128, lanes))
+            z = f.smaller(z, f.constant(MAGIC + 127, lanes))
+            parts.append(z.cast(_INT, lanes).narrow(8))
+        codes = _join(parts)
+        off8 = Vector(f.builder, f.builder.fptosi(off.value, ir.VectorType(_BYTE, lanes)))
+        value = _join([off8] * unroll) + table[0]
+        for mid, jump in steps:
+            above = f.builder.icmp_signed(">", codes.value, f.constant(math.floor(mid), BYTES, _BYTE).value)
+            value = Vector(f.builder, above).choose(value + jump, value)
+        return [
+            Vector(f.builder, f.builder.sext(part.value, ir.VectorType(_INT, lanes))).floats()
+            for part in (value.take(range(u * lanes, (u + 1) * lanes)) for u in range(unroll))
+        ]
+
+    def float_values(f: _Frame, scaled: list[Vector], off: Vector) -> list[Vector]:
+        values = []
+        for z in scaled:
+            z = z - off
+            value = off + float(table[0])
+            for mid, jump in steps:
+                value = f.greater(z, f.constant(mid, lanes)).choose(value + float(jump), value)
+            values.append(value)
+        return values
+
+    @intrinsic
+    def sums(typing_context, x, wx, w, start, n, inverse, shift, at, s1, s2, to):
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            f = _Frame(context, builder, signature, args)
+            inv, off = f.load(5, args[7], lanes), f.load(6, args[7], lanes)
+            acc1, acc2 = f.variable(f.constant(0.0, lanes)), f.variable(f.constant(0.0, lanes))
+            step = ir.Constant(args[4].type, unroll)
+            with cgutils.for_range(builder, builder.udiv(args[4], step), intp=args[4].type) as loop:
+                begin = builder.add(args[3], builder.mul(loop.index, step))
+                places = [builder.add(begin, ir.Constant(begin.type, u)) for u in range(unroll)]
+                scaled = [f.spread_element(0, i, lanes) * inv for i in places]
+                values = (staged_values if staged else float_values)(f, scaled, off)
+                sum1, sum2 = f.read(acc1), f.read(acc2)
+                for i, v in zip(places, values, strict=True):
+                    sum1 = sum1 + f.spread_element(1, i, lanes) * v
+                    sum2 = sum2 + f.spread_element(2, i, lanes) * v * v
+                f.write(acc1, sum1)
+                f.write(acc2, sum2)
+            f.store(8, args[10], f.read(acc1))
+            f.store(9, args[10], f.read(acc2))
+            return context.get_dummy_value()
+
+        return types.void(x, wx, w, types.intp, types.intp, inverse, shift, types.intp, s1, s2, types.intp), codegen
+
+    return sums
+
+
+def best_of_kinds(lanes: int) -> Any:
+    """Return an intrinsic: of ``lanes`` candidates, lane ``4 f + kind``, the best of each kind.
+
+    ``best(s1, s2, scale, curve, energy, to)`` keeps the highest explained energy ``s1^2 / s2`` and writes the optimal
+    scale ``s1 / s2``, the curvature ``s2`` and the energy at ``to + kind``.
+    """
+
+    @intrinsic
+    def best(typing_context, s1, s2, scale, curve, energy, to):
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            f = _Frame(context, builder, signature, args)
+            zero = ir.Constant(ir.IntType(64), 0)
+            top, bottom = f.load(0, zero, lanes), f.load(1, zero, lanes)
+            none = f.constant(0.0, lanes)
+            centre = f.greater(bottom, none).choose(f.divide(top, bottom), none)
+            fields = [centre * top, centre, bottom]
+            while fields[0].lanes > 4:
+                n = fields[0].lanes // 2
+                lower, upper = ([v.take(range(at, at + n)) for v in fields] for at in (0, n))
+                better = f.greater(upper[0], lower[0])
+                fields = [better.choose(b, a) for a, b in zip(lower, upper, strict=True)]
+            for argument, vector in zip((4, 2, 3), fields, strict=True):
+                f.store(argument, args[5], vector)
+            return context.get_dummy_value()
+
+        return types.void(s1, s2, scale, curve, energy, types.intp), codegen
+
+    return best
+
+
+def survey(length: int) -> Any:
+    """Return an intrinsic: ``total(x, wx, start)`` = ``(sum wx x, max |x|)`` over ``length`` elements, a power of two."""
+
+    @intrinsic
+    def total(typing_context, x, wx, start):
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            f = _Frame(context, builder, signature, args)
+            values = f.load(0, args[2], length)
+            terms = values * f.load(1, args[2], length)
+            sizes = (values.cast(_INT, length) & 0x7FFFFFFF).float_bits()
+            while terms.lanes > 1:
+                n = terms.lanes // 2
+                terms = terms.take(range(n)) + terms.take(range(n, 2 * n))
+                sizes = f.larger(sizes.take(range(n)), sizes.take(range(n, 2 * n)))
+            return cgutils.pack_array(builder, [f.first(terms), f.first(sizes)])
+
+        return types.UniTuple(types.float32, 2)(x, wx, types.intp), codegen
+
+    return total
+
+
+def windows(low: int, step: int, count: int) -> Any:
+    """Return an intrinsic that fills 16 lanes, ``4 c + kind``, with legal scales near four optima.
+
+    ``window(scale, at, d, c, width, legal, inverse, to, inverse_to)``: lane ``4 j + kind`` gets the legal scale number
+    ``c + j`` of the ``width`` ones round ``scale[at + kind] / d``, and its
+    product with ``d`` inverted (0 for a scale of 0).
+    """
+
+    @intrinsic
+    def window(typing_context, scale, at, d, c, width, legal, inverse, to, inverse_to):
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            f = _Frame(context, builder, signature, args)
+            unit = f.spread(args[2])
+            optimum = f.load(0, args[1], 4).take([lane % 4 for lane in range(CHUNK)])
+            index = (f.divide(optimum, unit) - float(low)) * (1 / step)
+            zero, top = f.constant(0.0), f.constant(float(count - 1))
+            index = f.rounded(f.smaller(f.larger(index, zero), top))
+            width_ = f.spread(builder.sitofp(args[4], _FLOAT))
+            half = f.spread(builder.sitofp(builder.ashr(args[4], ir.Constant(args[4].type, 1)), _FLOAT))
+            index = f.larger(f.smaller(index - half, (top - width_) + 1.0), zero)
+            place = f.spread(builder.sitofp(args[3], _FLOAT)) + [float(lane // 4) for lane in range(CHUNK)]
+            index = f.smaller(index + place, top)
+            s = index * float(step) + float(low)
+            back = f.divide(f.constant(1.0), unit * s)
+            is_zero = Vector(builder, builder.fcmp_ordered("==", s.value, zero.value))
+            f.store(5, args[7], s)
+            f.store(6, args[8], is_zero.choose(zero, back))
+            return context.get_dummy_value()
+
+        return types.void(
+            scale, types.intp, types.float32, types.intp, types.intp, legal, inverse, types.intp, types.intp
+        ), codegen
+
+    return window
+
+
+def pick_lane() -> Any:
+    """Return an intrinsic: the lane whose legal scale has the least error.
+
+    ``pick(s, s1, s2, at, lanes, d, energy)`` minimises ``d s (d s S2 - 2 S1) + energy`` over ``lanes`` (a multiple of 16, at
+    most 128) lanes from ``at`` on. The error is not negative, so its bits sort as integers: the lane's number replaces the
+    low ones.
+    """
+    most = 128
+    ints = ir.VectorType(_INT, CHUNK)
+
+    @intrinsic
+    def pick(typing_context, s, s1, s2, at, lanes, d, energy):
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            f = _Frame(context, builder, signature, args)
+            unit, rest = f.spread(args[5]), f.spread(args[6])
+
+            def less(a: Vector, b: Vector) -> Vector:
+                return Vector(builder, builder.icmp_signed("<", a.value, b.value)).choose(a, b)
+
+            kept = f.variable(f.constant(0x7FFFFFFF, CHUNK, _INT))
+            size = ir.Constant(args[4].type, CHUNK)
+            with cgutils.for_range(builder, builder.udiv(args[4], size), intp=args[4].type) as loop:
+                begin = builder.mul(loop.index, size)
+                where = builder.add(args[3], begin)
+                scale, top, bottom = f.load(0, where) * unit, f.load(1, where), f.load(2, where)
+                error = f.larger(scale * (scale * bottom - (top + top)) + rest, f.constant(0.0))
+                number = f.spread(builder.trunc(begin, _INT)) + list(range(CHUNK))
+                key = (error.cast(_INT, CHUNK) & -most) | number
+                f.write(kept, less(key, f.read(kept)))
+            key = f.read(kept)
+            while key.lanes > 1:
+                n = key.lanes // 2
+                key = less(key.take(range(n)), key.take(range(n, 2 * n)))
+            return builder.zext(builder.and_(f.first(key), ir.Constant(_INT, most - 1)), ir.IntType(64))
+
+        assert ints.count == CHUNK
+        return types.intp(s, s1, s2, types.intp, types.intp, types.float32, types.float32), codegen
+
+    return pick
+
+
+def model_cost(low: int, step: int, count: int) -> Any:
+    """Return an intrinsic: what 16 values of D cost, judged by parabolas.
+
+    ``model(scale, curve, energy, n_sub, d, inverse, cost, at)`` sums ``min over the four parabolas of
+    curve (d s - scale)^2 - energy`` over sub-blocks, ``s`` being the legal scale nearest to the parabola's optimum.
+    """
+
+    @intrinsic
+    def model(typing_context, scale, curve, energy, n_sub, d, inverse, cost, at):
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            f = _Frame(context, builder, signature, args)
+            unit, back = f.load(4, args[7]), f.load(5, args[7])
+            zero, top = f.constant(0.0), f.constant(float(count - 1))
+            total = f.variable(zero)
+            with cgutils.for_range(builder, args[3], intp=args[3].type) as loop:
+                base = builder.mul(loop.index, ir.Constant(args[3].type, 4))
+                least = None
+                for kind in range(4):
+                    p = builder.add(base, ir.Constant(base.type, kind))
+                    centre = f.spread_element(0, p)
+                    index = (centre * back - float(low)) * (1 / step)
+                    index = f.rounded(f.smaller(f.larger(index, zero), top))
+                    off = unit * (index * float(step) + float(low)) - centre
+                    value = f.spread_element(1, p) * off * off - f.spread_element(2, p)
+                    least = value if least is None else f.smaller(value, least)
+                assert least is not None
+                f.write(total, f.read(total) + least)
+            f.store(6, args[7], f.read(total))
+            return context.get_dummy_value()
+
+        return types.void(scale, curve, energy, types.intp, d, inverse, cost, types.intp), codegen
+
+    return model
+
+
+def nearest_codes(table: tuple[int, ...]) -> Any:
+    """Return an intrinsic: ``nearest16(x, at, inverse, shift, codes, to)``, 16 exact codes of ``x * inverse - shift``."""
+
+    @intrinsic
+    def nearest16(typing_context, x, at, inverse, shift, codes, to):
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            f = _Frame(context, builder, signature, args)
+            value = f.load(0, args[1]) * f.spread(args[2]) - f.spread(args[3])
+            code = f.constant(0, CHUNK, _INT)
+            for mid in midpoints(table):
+                code = code + f.greater(value, f.constant(mid)).widen(32)
+            f.store(4, args[5], code.narrow(8))
+            return context.get_dummy_value()
+
+        return types.void(x, types.intp, types.float32, types.float32, codes, types.intp), codegen
+
+    return nearest16
