@@ -1,5 +1,5 @@
 """``python -m ggufx``: the command line."""
 
-from ggufx.cli import main
+from ggufx.cli import run
 
-main()
+run()

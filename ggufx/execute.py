@@ -15,10 +15,11 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple, Self
@@ -49,6 +50,9 @@ MAX_WORKERS: Final = 16
 
 _RECORD = struct.Struct("<IQI")  # tile number, checksum of its bytes, checksum of the record
 _JOURNAL_VERSION: Final = 1
+_SYNC_FILE_RANGE_WRITE: Final = 2
+_BATCH_NBYTES: Final = 1 << 24
+_BATCH_LEN: Final = 32
 _PROCESS_NBYTES: Final = 250_000_000
 """Python, NumPy, Numba with LLVM, and a plan of a hundred thousand tiles."""
 
@@ -72,11 +76,12 @@ class _Job(NamedTuple):
 
 
 class _Done(NamedTuple):
-    number: int
     nbytes: int
     checksum: int
     outcome: Outcome
     resumed: bool
+    problem: str = ""
+    """What a codec said of values that do not fit."""
 
 
 @dataclass
@@ -182,34 +187,78 @@ def _write(descriptor: int, offset: int, buffer: npt.NDArray[np.uint8] | bytes) 
         done += os.pwrite(descriptor, view[done:], offset + done)
 
 
+@cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    try:
+        function = ctypes.CDLL(None).sync_file_range
+    except (AttributeError, OSError):
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    found: Callable[[int, int, int, int], int] = function
+    return found
+
+
 def _start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
     """Have the disk begin with what was just written: else most of it waits for the sync at the end, and that takes as
     long as everything before.
     """
-    # Nobody reads these bytes again, and Linux starts to write before it forgets. It is a hint: the sync reports errors.
-    with suppress(AttributeError, OSError):
-        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+    # A hint, so its failure is none: the sync reports errors. Unlike POSIX_FADV_DONTNEED, which also starts writing, it
+    # leaves the pages in the cache for whoever reads the file next.
+    function = _sync_file_range()
+    if function is not None:
+        function(descriptor, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
 
 
-def _run(job: _Job) -> _Done:
-    """Do one tile: read its spans, transform, write. Runs on any thread or process."""
+def _run(jobs: Sequence[_Job]) -> list[_Done]:
+    """Do some tiles; stops after one that is refused. Runs on any thread or process."""
+    opened: dict[tuple[str, int], int] = {}
+    done: list[_Done] = []
+    for job in jobs:
+        done.append(_run_tile(job, opened))
+        if done[-1].problem or _refused(job.transform, done[-1].outcome):
+            break
+    for output in {job.output for job in jobs[: len(done)]}:
+        # The tiles of a batch follow each other in the file.
+        ranges = [(job.position, job.position + job.tile.nbytes) for job in jobs if job.output == output]
+        start, end = ranges[0][0], ranges[-1][1]
+        if jobs[0].sync:
+            os.fsync(opened[output, os.O_RDWR])
+        else:
+            _start_writeback(opened[output, os.O_RDWR], start, end - start)
+    return done
+
+
+def _run_tile(job: _Job, opened: dict[tuple[str, int], int]) -> _Done:
+    """Read a tile's spans, transform, write."""
+
+    def descriptor_of(path: str, flags: int) -> int:
+        # Once a batch: looking whether a path is still the same file takes longer than reading a small tile.
+        key = (path, flags)
+        if key not in opened:
+            opened[key] = _files.get(path, flags)
+        return opened[key]
+
     tile = job.tile
     out = scratch("out", tile.nbytes)
-    descriptor = _files.get(job.output, os.O_RDWR)
+    descriptor = descriptor_of(job.output, os.O_RDWR)
     if job.expected is not None:
         _fill_buffer(job.output, descriptor, job.position, out)
         if xxhash.xxh3_64_intdigest(out.data) == job.expected:
-            return _Done(job.number, tile.nbytes, job.expected, Outcome(), True)
-    inputs = read_spans(job.sources, tile)
-    outcome = apply(job.transform, tile.rows, inputs, out)
+            return _Done(tile.nbytes, job.expected, Outcome(), resumed=True)
+    inputs = []
+    for slot, span in enumerate(tile.spans):
+        path = job.sources[span.file]
+        buffer = scratch(f"in{slot}", span.nbytes)
+        _fill_buffer(path, descriptor_of(path, os.O_RDONLY), span.offset, buffer)
+        inputs.append(buffer)
+    try:
+        outcome = apply(job.transform, tile.rows, inputs, out)
+    except CodecError as error:
+        return _Done(0, 0, Outcome(), resumed=False, problem=str(error))
     if _refused(job.transform, outcome):
-        return _Done(job.number, 0, 0, outcome, False)
+        return _Done(0, 0, outcome, resumed=False)
     _write(descriptor, job.position, out)
-    if job.sync:
-        os.fsync(descriptor)
-    else:
-        _start_writeback(descriptor, job.position, tile.nbytes)
-    return _Done(job.number, tile.nbytes, xxhash.xxh3_64_intdigest(out.data), outcome, False)
+    return _Done(tile.nbytes, xxhash.xxh3_64_intdigest(out.data), outcome, resumed=False)
 
 
 def _refused(transform: Transform, outcome: Outcome) -> bool:
@@ -517,29 +566,28 @@ def _fill(
 ) -> None:
     total = sum(tensor.nbytes for file in pending for tensor in file.tensors)
     done = 0
-    jobs = _jobs(plan, pending, journal, sync=sync)
+    batches = _batches(_jobs(plan, pending, journal, sync=sync))
     # A bounded window of tasks: neither a hundred thousand futures nor an idle worker.
-    waiting: dict[Future[_Done], _Job] = {}
+    waiting: dict[Future[list[_Done]], list[_Job]] = {}
     if progress is not None:
         progress(0, total)
     try:
         while True:
-            for job in islice(jobs, 4 * workers - len(waiting)):
-                waiting[pool.submit(_run, job)] = job
+            for batch in islice(batches, 2 * workers - len(waiting)):
+                waiting[pool.submit(_run, batch)] = batch
             if not waiting:
                 break
             finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in finished:
-                job = waiting.pop(future)
-                try:
-                    result = future.result()
-                except CodecError as error:
-                    raise _named(plan, job, error) from error
-                if _refused(job.transform, result.outcome):
-                    raise _codes_error(plan, job, result.outcome)
-                if not result.resumed:
-                    journal.add(result.number, result.checksum)
-                done += result.nbytes
+                batch = waiting.pop(future)
+                for job, result in zip(batch, future.result(), strict=False):
+                    if result.problem:
+                        raise _named(plan, job, result.problem)
+                    if _refused(job.transform, result.outcome):
+                        raise _codes_error(plan, job, result.outcome)
+                    if not result.resumed:
+                        journal.add(job.number, result.checksum)
+                    done += result.nbytes
             if progress is not None:
                 progress(done, total)
     finally:
@@ -549,16 +597,30 @@ def _fill(
         wait([future for future in waiting if not future.cancelled()])
 
 
+def _batches(jobs: Iterable[_Job]) -> Iterator[list[_Job]]:
+    """Group tiles, some milliseconds of work each: handing a task to a thread costs a tenth of one."""
+    batch: list[_Job] = []
+    nbytes = 0
+    for job in jobs:
+        batch.append(job)
+        nbytes += job.tile.nbytes
+        if nbytes >= _BATCH_NBYTES or len(batch) == _BATCH_LEN:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch
+
+
 def _owner(plan: Plan, job: _Job) -> PlannedTensor:
     _, tensor, _ = next(islice(plan.jobs(), job.number, None))
     return tensor
 
 
-def _named(plan: Plan, job: _Job, error: CodecError) -> GGUFError:
+def _named(plan: Plan, job: _Job, problem: str) -> GGUFError:
     tensor = _owner(plan, job)
     source = tensor.items[job.tile.item][0]
     return CheckpointError(
-        f"{plan.source_files[job.tile.spans[0].file]}: tensor {source!r} -> {tensor.name!r}: {error}"
+        f"{plan.source_files[job.tile.spans[0].file]}: tensor {source!r} -> {tensor.name!r}: {problem}"
     )
 
 

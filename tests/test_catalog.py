@@ -69,13 +69,15 @@ def test_the_readme_tool_rewrites_its_parts_and_nothing_else(tmp_path: Path) -> 
     expected = f"# A\n<!-- types -->\n{catalog.markdown()}<!-- /types -->\nB\n<!-- bench -->\n"
     assert readme.read_text() == expected + "kept\n<!-- /bench -->\nC\n"
     assert run("tools/readme.py", "--check", readme).returncode == 0
-    measured.write_text(json.dumps([{"type": "Q8_0", "GB/s": 9.5}]))
-    assert run("tools/readme.py", readme).returncode == 0
-    table = "| type | GB/s |\n| --- | --- |\n| Q8_0 | 9.5 |\n"
-    assert readme.read_text() == f"{expected}{table}<!-- /bench -->\nC\n"
-    measured.write_text(json.dumps({"machine": r"Two \1 cores.", "Decoding": [{"type": "Q8_0", "GB/s": 9.5}]}))
+    machine = {"processor": r"Two \1", "cores": 2, "versions": {"ggufx": "1"}}
+    section = {"title": "Decode", "columns": [["type", "type", ""], ["gbps", "GB/s", ".1f"]], "note": "Best of many."}
+    measured.write_text(
+        json.dumps({"machine": machine, "decode": [{**section, "rows": [{"type": "Q8_0", "gbps": 9.54}]}]})
+    )
     assert run("tools/readme.py", readme, "--bench", measured).returncode == 0
-    assert readme.read_text() == f"{expected}Two \\1 cores.\n\nDecoding\n\n{table}<!-- /bench -->\nC\n"
+    text = readme.read_text()
+    assert "### Decode\n\n| type | GB/s |\n| --- | ---: |\n| Q8_0 | 9.5 |\n\nBest of many.\n" in text
+    assert "on 2 cores of Two \\1; ggufx 1." in text
     readme.write_text("no part")
     assert "expected one part <!-- types -->" in run("tools/readme.py", readme).stderr
 

@@ -137,6 +137,8 @@ class Section:
 
     def markdown(self) -> str:
         """Return the section as Markdown."""
+        if not self.columns:
+            return self.note
         align = ["---:" if column.form else "---" for column in self.columns]
         lines = [[column.title for column in self.columns], align, *self.cells()]
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -154,6 +156,23 @@ class Section:
             table.add_row(*cells)
         # A file or a pipe has no width of its own; the usual guess of 80 would cut the numbers off.
         Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def sections_of(report: Mapping[str, Any]) -> list[Section]:
+    """Return the tables of what ``--json`` wrote, after one that names the machine."""
+    about = report["machine"]
+    facts = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    sections = [
+        Section(
+            "", (), f"Measured with `python tools/bench.py` on {about['cores']} cores of {about['processor']}; {facts}."
+        )
+    ]
+    for subject, tables in report.items():
+        if subject != "machine":
+            sections += [
+                Section(t["title"], [Column(*column) for column in t["columns"]], t["note"], t["rows"]) for t in tables
+            ]
+    return sections
 
 
 def machine() -> dict[str, Any]:
@@ -559,7 +578,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--all-types", action="store_true", help="decode: every type, not only the main ones")
     parser.add_argument("--convert-rounds", type=int, default=5, help="rounds of convert (default: 5)")
     parser.add_argument(
-        "--gigabytes", type=float, nargs="+", default=[1, 4], help="convert: lengths of the checkpoints (default: 1 4)"
+        "--gigabytes", type=float, nargs="+", default=[3, 6], help="convert: lengths of the checkpoints (default: 3 6)"
     )
     options = parser.parse_args(arguments)
     report: dict[str, Any] = {"machine": machine()}
@@ -570,9 +589,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.directory = Path(directory)
             for subject in SUBJECTS if options.subject == "all" else (options.subject,):
                 sections = SUBJECTS[subject](options)
-                report[subject] = [
-                    {key: value for key, value in asdict(s).items() if key != "columns"} for s in sections
-                ]
+                report[subject] = [asdict(section) for section in sections]
                 for section in sections:
                     if options.markdown:
                         print(section.markdown(), end="\n\n")

@@ -5,9 +5,7 @@
 A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``:
 
 - ``types``: the table of ``ggufx types --markdown``.
-- ``bench``: tables from a JSON file (``--bench``; default ``bench.json`` beside the README, and the part stays as it is
-  without one): a list of rows with the same keys is one table; an object is a heading and such a table per entry, or a line of
-  text for an entry that is a string.
+- ``bench``: the tables of ``tools/bench.py all --json FILE`` (``--bench FILE``; the part stays as it is without one).
 
 ``--check`` writes nothing and exits with 1 when a part is not up to date.
 """
@@ -25,14 +23,11 @@ from typing import Any
 from ggufx import catalog
 
 
-def bench(data: Any) -> str:
-    """Return benchmark data as Markdown."""
-    if isinstance(data, list):
-        return catalog.markdown_table(data)
-    parts = []
-    for title, entry in data.items():
-        parts.append(f"{entry}\n" if isinstance(entry, str) else f"{title}\n\n{catalog.markdown_table(entry)}")
-    return "\n".join(parts)
+def bench(data: Mapping[str, Any]) -> str:
+    """Return what ``tools/bench.py --json`` wrote as Markdown: every section as that command prints it with --markdown."""
+    from bench import sections_of
+
+    return "\n\n".join(section.markdown() for section in sections_of(data)) + "\n"
 
 
 def rewritten(text: str, generators: Mapping[str, Callable[[], str]]) -> str:
@@ -54,9 +49,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when a part is not up to date")
     options = parser.parse_args()
     generators: dict[str, Callable[[], str]] = {"types": catalog.markdown}
-    measured: Path = options.bench or options.readme.parent / "bench.json"
-    if options.bench or measured.exists():
-        generators["bench"] = lambda: bench(json.loads(measured.read_text(encoding="utf-8")))
+    if options.bench:
+        generators["bench"] = lambda: bench(json.loads(options.bench.read_text(encoding="utf-8")))
     before = options.readme.read_text(encoding="utf-8")
     after = rewritten(before, generators)
     if options.check:

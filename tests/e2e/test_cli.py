@@ -196,4 +196,4 @@ def test_python_m_and_the_entry_point_are_the_same() -> None:
     run = run_process("--version")
     assert run == Run(0, f"ggufx {ggufx.__version__}\n", "")
     text = (ROOT / "pyproject.toml").read_text()
-    assert 'ggufx = "ggufx.cli:main"' in text
+    assert 'ggufx = "ggufx.cli:run"' in text
