@@ -1,11 +1,11 @@
 """Rewrite the generated parts of README.md in place.
 
-    python tools/readme.py [--check] [--bench FILE] [README.md]
+    python tools/readme.py [README.md] [--check] [--bench FILE ...]
 
 A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``:
 
 - ``types``: the table of ``ggufx types --markdown``.
-- ``bench``: the tables of ``tools/bench.py all --json FILE`` (``--bench FILE``; the part stays as it is without one).
+- ``bench``: the tables of ``tools/bench.py all --json FILE`` (``--bench FILE ...``; the part stays as it is without one).
 
 ``--check`` writes nothing and exits with 1 when a part is not up to date.
 """
@@ -45,12 +45,15 @@ def main() -> None:
     """Rewrite or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("readme", nargs="?", type=Path, default=Path(__file__).parent.parent / "README.md")
-    parser.add_argument("--bench", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--bench", type=Path, metavar="FILE", nargs="+", help="what bench.py --json wrote, of one or more runs"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when a part is not up to date")
     options = parser.parse_args()
     generators: dict[str, Callable[[], str]] = {"types": catalog.markdown}
     if options.bench:
-        generators["bench"] = lambda: bench(json.loads(options.bench.read_text(encoding="utf-8")))
+        measured = {key: value for file in options.bench for key, value in json.loads(file.read_text("utf-8")).items()}
+        generators["bench"] = lambda: bench(measured)
     before = options.readme.read_text(encoding="utf-8")
     after = rewritten(before, generators)
     if options.check:

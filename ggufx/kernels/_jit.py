@@ -43,6 +43,8 @@ __all__ = [
     "store64",
     "trits4",
     "trits16",
+    "widen_brains16",
+    "widen_halves16",
 ]
 
 
@@ -514,3 +516,43 @@ def trits4(typing_context: Any, codes: Any, scale: Any, out: Any, position: Any)
         return context.get_dummy_value()
 
     return types.void(types.uint32, types.float32, out, types.intp), codegen
+
+
+def _widen(*, brain: bool) -> Any:
+    shorts = ir.VectorType(ir.IntType(16), _LANES)
+    words = ir.VectorType(ir.IntType(32), _LANES)
+
+    def constant(number: int) -> Any:
+        return ir.Constant(words, [number] * _LANES)
+
+    @intrinsic
+    def widen(typing_context: Any, data: Any, index: Any, out: Any, position: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            source = context.make_array(signature.args[0])(context, builder, args[0])
+            pointer = builder.bitcast(builder.gep(source.data, [args[1]]), shorts.as_pointer())
+            bits = builder.zext(builder.load(pointer, align=1), words)
+            if brain:
+                wide = builder.shl(bits, constant(16))
+            else:
+                # As half_to_float, sixteen at a time.
+                sign = builder.shl(builder.and_(bits, constant(0x8000)), constant(16))
+                moved = builder.shl(builder.and_(bits, constant(0x7FFF)), constant(13))
+                factor = ir.Constant(_FLOATS, [2.0**112] * _LANES)
+                finite = builder.bitcast(builder.fmul(builder.bitcast(moved, _FLOATS), factor), words)
+                special = builder.icmp_unsigned(">=", moved, constant(0x7C00 << 13))
+                magnitude = builder.select(special, builder.or_(moved, constant(0x7F800000)), finite)
+                wide = builder.or_(magnitude, sign)
+            target = context.make_array(signature.args[2])(context, builder, args[2])
+            where = builder.bitcast(builder.gep(target.data, [args[3]]), words.as_pointer())
+            builder.store(wide, where, align=4)
+            return context.get_dummy_value()
+
+        return types.void(data, types.intp, out, types.intp), codegen
+
+    return widen
+
+
+widen_halves16 = _widen(brain=False)
+"""``widen_halves16(data, index, out, position)``: 16 binary16 from byte ``index`` of ``data`` to ``out[position:]``: exact."""
+widen_brains16 = _widen(brain=True)
+"""The same of bfloat16."""
