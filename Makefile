@@ -62,7 +62,7 @@ demo-real: $(VENV)/.real
 
 interop: $(VENV)/.test
 	CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) $(PIP) install -c constraints.txt -e '.[interop]'
-	$(BIN)/python -m pytest -q -m interop
+	GGUFX_INTEROP=1 $(BIN)/python -m pytest -q -m interop
 
 bench: $(VENV)/.bench
 	$(BIN)/python tools/bench.py all

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from . import ROOT
+from . import ROOT, unavailable
 
 SDIST = "llama_cpp_python-0.3.36"
 
@@ -52,10 +52,10 @@ def _fetch(cache: Path) -> Path:
         try:
             done = subprocess.run([*command, requirement], capture_output=True, text=True, timeout=600, check=False)
         except subprocess.TimeoutExpired:
-            pytest.skip(f"pip download {requirement} takes more than 10 minutes")
+            unavailable(f"pip download {requirement} takes more than 10 minutes")
         if done.returncode or not archive.exists():
             reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
-            pytest.skip(f"the source distribution of {requirement} cannot be had: {reason}")
+            unavailable(f"the source distribution of {requirement} cannot be had: {reason}")
     with tarfile.open(archive) as tar:
         tar.extractall(cache, filter="data")
     return source

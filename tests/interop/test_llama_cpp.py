@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
-pytest.importorskip("llama_cpp")
-pytest.importorskip("gguf")
-tokenizers = pytest.importorskip("tokenizers")
+from . import need
+
+need("torch")
+need("transformers")
+need("llama_cpp")
+need("gguf")
+tokenizers = need("tokenizers")
 
 from . import llama, reference  # noqa: E402
 from .commands import convert  # noqa: E402

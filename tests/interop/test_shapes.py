@@ -6,10 +6,12 @@ import json
 
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
+from . import need
 
-from make_tiny_v4 import OFFICIAL_CONFIG, Knobs, shapes_from_table, shapes_from_transformers
+need("torch")
+need("transformers")
+
+from make_tiny_v4 import OFFICIAL_CONFIG, Knobs, shapes_from_table, shapes_from_transformers  # noqa: E402
 
 pytestmark = pytest.mark.interop
 

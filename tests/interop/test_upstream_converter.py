@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
-gguf = pytest.importorskip("gguf")
+from . import need
+
+need("torch")
+need("transformers")
+gguf = need("gguf")
 
 from make_tiny_v4 import make_tiny_v4  # noqa: E402
 
