@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types._codes import planes, scaled, twin
 from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.packing import fields, scaled, twin
 
 
 class IQ2_K(Codec):  # noqa: N801 (upstream's spelling)
@@ -27,6 +27,6 @@ class IQ2_K(Codec):  # noqa: N801 (upstream's spelling)
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
         """Scales -8..7; exact."""
         _, blocks = self.layout.split(rows)
-        scales = planes(blocks["scales"], 4).astype(np.float32) - np.float32(8)
-        values = twin(tables.IQ2, planes(blocks["qs"], 2, 32), planes(blocks["extra"][..., None], 1))
+        scales = fields(blocks["scales"], 4).astype(np.float32) - np.float32(8)
+        values = twin(tables.IQ2, fields(blocks["qs"], 2, 32), fields(blocks["extra"][..., None], 1))
         scaled(blocks["d"], scales, values, out)

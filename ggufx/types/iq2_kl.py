@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types._codes import planes, scaled
 from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.packing import fields, scaled
 
 
 class IQ2_KL(Codec):  # noqa: N801 (upstream's spelling)
@@ -29,8 +29,8 @@ class IQ2_KL(Codec):  # noqa: N801 (upstream's spelling)
         """Scales -32..31; exact."""
         headers, blocks = self.layout.split(rows)
         assert headers is not None
-        high = planes(blocks["scales_h"][..., None], 2).astype(np.uint8)
-        scales = (planes(blocks["scales_l"], 4, 4) | high << 4).astype(np.float32) - np.float32(32)
-        codes = planes(blocks["qs"], 4, 16) | planes(blocks["qh"], 1, 16) << 4
+        high = fields(blocks["scales_h"][..., None], 2).astype(np.uint8)
+        scales = (fields(blocks["scales_l"], 4, 4) | high << 4).astype(np.float32) - np.float32(32)
+        codes = fields(blocks["qs"], 4, 16) | fields(blocks["qh"], 1, 16) << 4
         values = np.array(tables.KL_PAIRS, np.float32)[codes].reshape(*blocks.shape, 256)
         scaled(headers["d"], scales, values, out)

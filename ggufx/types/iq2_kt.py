@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types._codes import planes, scaled, trellis
 from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.packing import fields, scaled, trellis
 
 
 class IQ2_KT(Codec):  # noqa: N801 (upstream's spelling)
@@ -31,5 +31,5 @@ class IQ2_KT(Codec):  # noqa: N801 (upstream's spelling)
         headers, blocks = self.layout.split(rows)
         assert headers is not None
         values = trellis(blocks["ql"] + np.uint32(tables.TRELLIS_OFFSET), 8)
-        scales = np.array(tables.IQ4, np.float32)[planes(blocks["scales"], 4, 4)]
+        scales = np.array(tables.IQ4, np.float32)[fields(blocks["scales"], 4, 4)]
         scaled(headers["d"], scales, values, out)

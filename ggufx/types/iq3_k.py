@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types._codes import planes, scaled, twin
 from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.packing import fields, scaled, twin
 
 
 class IQ3_K(Codec):  # noqa: N801 (upstream's spelling)
@@ -37,7 +37,7 @@ class IQ3_K(Codec):  # noqa: N801 (upstream's spelling)
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
         """Scales are odd, -31..31, never 0; exact."""
         _, blocks = self.layout.split(rows)
-        magnitudes = 2 * planes(blocks["scales_l"], 4).astype(np.float32) + np.float32(1)
-        scales = np.where(planes(blocks["scales_h"][..., None], 1), -magnitudes, magnitudes)
-        codes = planes(blocks["qs"], 2, 32) | planes(blocks["qh"], 1, 32) << 2
-        scaled(blocks["d"], scales, twin(tables.IQ3, codes, planes(blocks["extra"][..., None], 1)), out)
+        magnitudes = 2 * fields(blocks["scales_l"], 4).astype(np.float32) + np.float32(1)
+        scales = np.where(fields(blocks["scales_h"][..., None], 1), -magnitudes, magnitudes)
+        codes = fields(blocks["qs"], 2, 32) | fields(blocks["qh"], 1, 32) << 2
+        scaled(blocks["d"], scales, twin(tables.IQ3, codes, fields(blocks["extra"][..., None], 1)), out)

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types._codes import planes, scaled, twin
 from ggufx.types._search import search_codebook
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.packing import fields, scaled, twin
 
 
 class IQ3_KS(Codec):  # noqa: N801 (upstream's spelling)
@@ -32,9 +32,9 @@ class IQ3_KS(Codec):  # noqa: N801 (upstream's spelling)
         """Scales -16..15; exact."""
         headers, blocks = self.layout.split(rows)
         assert headers is not None
-        extra = planes(blocks["extra"][..., None], 1)
-        scales = (planes(blocks["scales"], 4, 4) | extra[..., :8] << 4).astype(np.float32) - np.float32(16)
-        codes = planes(blocks["qs"], 2, 32) | planes(blocks["qh"], 1, 32) << 2
+        extra = fields(blocks["extra"][..., None], 1)
+        scales = (fields(blocks["scales"], 4, 4) | extra[..., :8] << 4).astype(np.float32) - np.float32(16)
+        codes = fields(blocks["qs"], 2, 32) | fields(blocks["qh"], 1, 32) << 2
         scaled(headers["d"], scales, twin(tables.IQ3, codes, extra[..., 8:]), out)
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:

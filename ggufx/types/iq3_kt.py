@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types._codes import planes, scaled, trellis
 from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.packing import fields, scaled, trellis
 
 
 class IQ3_KT(Codec):  # noqa: N801 (upstream's spelling)
@@ -31,6 +31,6 @@ class IQ3_KT(Codec):  # noqa: N801 (upstream's spelling)
         headers, blocks = self.layout.split(rows)
         assert headers is not None
         magnitudes = np.abs(trellis(blocks["ql"] + np.uint32(tables.TRELLIS_OFFSET), 8))
-        scaled(headers["d"], planes(blocks["scales"], 4, 4), magnitudes, out)
+        scaled(headers["d"], fields(blocks["scales"], 4, 4), magnitudes, out)
         values = out.reshape(magnitudes.shape)
-        np.negative(values, out=values, where=planes(blocks["qh"], 1, 32).astype(bool))
+        np.negative(values, out=values, where=fields(blocks["qh"], 1, 32).astype(bool))

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types._codes import planes, scaled, twin
 from ggufx.types._search import search_codebook
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.packing import fields, scaled, twin
 
 
 class IQ4_K(Codec):  # noqa: N801 (upstream's spelling)
@@ -30,10 +30,10 @@ class IQ4_K(Codec):  # noqa: N801 (upstream's spelling)
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
         """Scales -32..31; exact."""
         _, blocks = self.layout.split(rows)
-        scales = (planes(blocks["scales_l"], 4) | planes(blocks["scales_h"], 2) << 4).astype(np.float32) - np.float32(
+        scales = (fields(blocks["scales_l"], 4) | fields(blocks["scales_h"], 2) << 4).astype(np.float32) - np.float32(
             32
         )
-        values = twin(tables.IQ4, planes(blocks["qs"], 4, 16), planes(blocks["extra"][..., None], 1))
+        values = twin(tables.IQ4, fields(blocks["qs"], 4, 16), fields(blocks["extra"][..., None], 1))
         scaled(blocks["d"], scales, values, out)
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:

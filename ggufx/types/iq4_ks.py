@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types._codes import planes, scaled, twin
 from ggufx.types._search import search_codebook
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.packing import fields, scaled, twin
 
 
 class IQ4_KS(Codec):  # noqa: N801 (upstream's spelling)
@@ -32,7 +32,7 @@ class IQ4_KS(Codec):  # noqa: N801 (upstream's spelling)
         headers, blocks = self.layout.split(rows)
         assert headers is not None
         c = blocks["scales"]
-        values = twin(tables.IQ4, planes(blocks["qs"], 4, 16), c & 1)
+        values = twin(tables.IQ4, fields(blocks["qs"], 4, 16), c & 1)
         scaled(headers["d"], (c & 254).astype(np.float32) - np.float32(127), values, out)
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types._codes import planes, scaled, twin
 from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.packing import fields, scaled, twin
 
 
 class IQ4_KSS(Codec):  # noqa: N801 (upstream's spelling)
@@ -35,5 +35,5 @@ class IQ4_KSS(Codec):  # noqa: N801 (upstream's spelling)
         c = ((words & 1) << np.arange(8, dtype=np.uint16)).sum(axis=-1, dtype=np.uint8)
         words = words & 0xFFFE
         nibbles = np.ascontiguousarray((words ^ words >> 1).astype("<u2")).view(np.uint8)
-        values = twin(tables.IQ4, planes(nibbles.reshape(*blocks.shape, 128), 4, 16), c & 1)
+        values = twin(tables.IQ4, fields(nibbles.reshape(*blocks.shape, 128), 4, 16), c & 1)
         scaled(headers["d"], (c & 254).astype(np.float32) - np.float32(127), values, out)

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types._codes import planes, scaled, trellis
 from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.packing import fields, scaled, trellis
 
 
 class IQ4_KT(Codec):  # noqa: N801 (upstream's spelling)
@@ -32,8 +32,8 @@ class IQ4_KT(Codec):  # noqa: N801 (upstream's spelling)
         headers, blocks = self.layout.split(rows)
         assert headers is not None
         words = blocks["qs"]
-        high = planes(words[..., None] >> 8, 3)[..., :8].reshape(*blocks.shape, 64)
-        seeds = blocks["ql"] | planes(blocks["qh"], 4, 32).astype(np.uint32) << 8 | high << 12
+        high = fields(words[..., None] >> 8, 3)[..., :8].reshape(*blocks.shape, 64)
+        seeds = blocks["ql"] | fields(blocks["qh"], 4, 32).astype(np.uint32) << 8 | high << 12
         seeds += np.repeat(tables.TRELLIS_OFFSET + (words & 1) * np.uint32(32768), 8, axis=-1)
         scales = (words >> 1 & 127).astype(np.float32) - np.float32(64)
         scaled(headers["d"], scales, trellis(seeds, 4), out)

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types._codes import planes, scaled, twin
 from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.packing import fields, scaled, twin
 
 
 class IQ5_KS(Codec):  # noqa: N801 (upstream's spelling)
@@ -31,5 +31,5 @@ class IQ5_KS(Codec):  # noqa: N801 (upstream's spelling)
         headers, blocks = self.layout.split(rows)
         assert headers is not None
         c = blocks["scales"]
-        codes = planes(blocks["qs"], 4, 32) | planes(blocks["qh"], 1, 32) << 4
+        codes = fields(blocks["qs"], 4, 32) | fields(blocks["qh"], 1, 32) << 4
         scaled(headers["d"], (c & 254).astype(np.float32) - np.float32(127), twin(tables.IQ5, codes, c & 1), out)

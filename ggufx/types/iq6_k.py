@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types._codes import planes, scaled
 from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.packing import fields, scaled
 
 
 class IQ6_K(Codec):  # noqa: N801 (upstream's spelling)
@@ -28,7 +28,7 @@ class IQ6_K(Codec):  # noqa: N801 (upstream's spelling)
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
         """Look the cubic up; the addition rounds."""
         _, blocks = self.layout.split(rows)
-        codes = planes(blocks["qs"], 4, 32) | planes(blocks["qh"], 2, 32) << 4
-        flags = np.repeat(planes(blocks["extra"][..., None], 1), 16, axis=-1)
+        codes = fields(blocks["qs"], 4, 32) | fields(blocks["qh"], 2, 32) << 4
+        flags = np.repeat(fields(blocks["extra"][..., None], 1), 16, axis=-1)
         values = np.array(tables.P6_BITS, np.uint32).view(np.float32)[codes] + flags.astype(np.float32)
         scaled(blocks["d"], blocks["scales"], values, out)

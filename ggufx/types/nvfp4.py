@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types._codes import planes
 from ggufx.types.codec import F32, U8, Codec, Layout
+from ggufx.types.packing import fields
 
 
 def _halved_ue4m3() -> F32:
@@ -41,5 +41,5 @@ class NVFP4(Codec):
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
         """Scale doubled table values by half the scale."""
         _, blocks = self.layout.split(rows)
-        values = np.array(tables.E2M1_DOUBLED, np.float32)[planes(blocks["qs"], 4, 8)]
+        values = np.array(tables.E2M1_DOUBLED, np.float32)[fields(blocks["qs"], 4, 8)]
         out.reshape(values.shape)[...] = np.repeat(HALF_UE4M3[blocks["d"]], 16, axis=-1) * values

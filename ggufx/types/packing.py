@@ -1,4 +1,4 @@
-"""Unpacking of bit fields, shared by the specifications of the types."""
+"""Words the specifications share: codes out of bytes, signs, twin tables, scales of sub-blocks, the trellis generator."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ import numpy.typing as npt
 from ggufx import tables
 from ggufx.types.codec import F32, U8
 
-__all__ = ["EVEN_SIGNS", "fields", "negated", "scales_and_minima", "widen"]
+__all__ = ["EVEN_SIGNS", "fields", "negated", "scaled", "scales_and_minima", "trellis", "twin", "widen"]
 
 EVEN_SIGNS = np.array(tables.EVEN_SIGNS, np.uint8)
 """uint8 [128]: seven sign bits -> eight, the last one being the parity of the others."""
 
 
-def fields(packed: npt.NDArray[Any], width: int, run: int) -> U8:
-    """Unpack bytes [..., n] into their fields of ``width`` bits, [..., n * 8 // width], lowest bits first.
+def fields(words: npt.NDArray[Any], width: int, run: int = 1) -> npt.NDArray[Any]:
+    """Return the codes of ``width`` bits in ``words`` (unsigned, [..., W]) as [..., W * codes per word].
 
-    Runs of ``run`` bytes follow one another: the lowest fields of a run's bytes, then their next fields, and so on. A run of
-    one byte gives the plain order of bits.
+    Words come in runs of ``run``: first the lowest bits of each word of a run, then its next bits, and so on. A run of 1 is
+    plain little-endian packing, a run of 16 nibbles is Q4_0's.
     """
-    shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
-    parts = packed.reshape(*packed.shape[:-1], -1, 1, run) >> shifts & np.uint8((1 << width) - 1)
-    return parts.reshape(*packed.shape[:-1], -1)
+    per_word = words.dtype.itemsize * 8 // width
+    shifts = np.arange(0, per_word * width, width, dtype=words.dtype)
+    runs = words.reshape(*words.shape[:-1], words.shape[-1] // run, 1, run)
+    codes: npt.NDArray[Any] = runs >> shifts[:, None] & words.dtype.type((1 << width) - 1)
+    return codes.reshape(*words.shape[:-1], words.shape[-1] * per_word)
 
 
 def widen(half: npt.NDArray[Any]) -> F32:
@@ -48,3 +50,33 @@ def scales_and_minima(packed: U8) -> tuple[U8, U8]:
         np.concatenate([scales & 63, low & 15 | scales >> 6 << 4], axis=-1),
         np.concatenate([minima & 63, low >> 4 | minima >> 6 << 4], axis=-1),
     )
+
+
+def twin(table: tuple[int, ...], codes: npt.NDArray[Any], flags: npt.NDArray[Any]) -> F32:
+    """Look codes [..., N] up; a sub-block whose flag [..., sub-blocks] is set uses the shifted twin of the table."""
+    shift = tables.SHIFTS[len(table).bit_length() - 1]
+    shifts = np.repeat(flags, codes.shape[-1] // flags.shape[-1], axis=-1) * np.int8(shift)
+    values: F32 = np.array(table, np.float32)[codes] + shifts.astype(np.float32)
+    return values
+
+
+def scaled(d: npt.NDArray[Any], sub_scales: npt.NDArray[Any], values: F32, out: F32) -> None:
+    """Fill ``out`` with ``(d * sub_scale) * value``: two float32 multiplications in this order.
+
+    ``d`` is [R] (of row headers) or [R, n], ``sub_scales`` [R, n, sub-blocks], ``values`` [R, n, block_len].
+    """
+    d = d.astype(np.float32).reshape(*d.shape, *[1] * (sub_scales.ndim - d.ndim))
+    with np.errstate(over="ignore", invalid="ignore"):
+        scales = np.repeat(d * sub_scales.astype(np.float32), values.shape[-1] // sub_scales.shape[-1], axis=-1)
+        np.multiply(scales, values, out=out.reshape(values.shape))
+
+
+def trellis(seeds: npt.NDArray[np.uint32], group_len: int) -> F32:
+    """Return the ``group_len`` integers in -126..126 that follow each seed [..., G] as [..., G * group_len]."""
+    values = np.empty((*seeds.shape, group_len), np.float32)
+    state = seeds.astype(np.uint32)
+    for i in range(group_len):
+        state = state * np.uint32(tables.TRELLIS_FACTOR)
+        masked = (state & np.uint32(tables.TRELLIS_MASK))[..., None].view(np.uint8)
+        values[..., i] = masked.sum(axis=-1, dtype=np.float32) - np.float32(126)
+    return values.reshape(*seeds.shape[:-1], seeds.shape[-1] * group_len)

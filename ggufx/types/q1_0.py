@@ -7,8 +7,8 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ggufx.types._codes import planes
 from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.packing import fields
 
 
 class Q1_0(Codec):  # noqa: N801 (upstream's spelling)
@@ -27,4 +27,4 @@ class Q1_0(Codec):  # noqa: N801 (upstream's spelling)
         """Choose the sign."""
         _, blocks = self.layout.split(rows)
         d = blocks["d"].astype(np.float32)[..., None]
-        out.reshape(*blocks.shape, 128)[...] = np.where(planes(blocks["qs"], 1), d, -d)
+        out.reshape(*blocks.shape, 128)[...] = np.where(fields(blocks["qs"], 1), d, -d)

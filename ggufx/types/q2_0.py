@@ -7,8 +7,8 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ggufx.types._codes import planes
 from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.packing import fields
 
 
 class Q2_0(Codec):  # noqa: N801 (upstream's spelling)
@@ -26,6 +26,6 @@ class Q2_0(Codec):  # noqa: N801 (upstream's spelling)
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
         """Multiply; exact for finite scales."""
         _, blocks = self.layout.split(rows)
-        levels = planes(blocks["qs"], 2).astype(np.float32) - np.float32(1)
+        levels = fields(blocks["qs"], 2).astype(np.float32) - np.float32(1)
         with np.errstate(over="ignore", invalid="ignore"):
             out.reshape(levels.shape)[...] = levels * blocks["d"].astype(np.float32)[..., None]

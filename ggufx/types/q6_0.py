@@ -7,8 +7,8 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ggufx.types._codes import planes
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.packing import fields
 from ggufx.types.scalar import encode_block32
 
 
@@ -28,8 +28,8 @@ class Q6_0(Codec):  # noqa: N801 (upstream's spelling)
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
         """Multiply; exact for finite scales."""
         _, blocks = self.layout.split(rows)
-        high = planes(blocks["qh"], 2, 8).reshape(*blocks.shape, 2, 2, 8).swapaxes(-3, -2).reshape(*blocks.shape, 32)
-        levels = (planes(blocks["qs"], 4, 16) | high << 4).astype(np.float32) - np.float32(32)
+        high = fields(blocks["qh"], 2, 8).reshape(*blocks.shape, 2, 2, 8).swapaxes(-3, -2).reshape(*blocks.shape, 32)
+        levels = (fields(blocks["qs"], 4, 16) | high << 4).astype(np.float32) - np.float32(32)
         with np.errstate(invalid="ignore"):
             out.reshape(levels.shape)[...] = levels * blocks["d"].astype(np.float32)[..., None]
 
