@@ -21,10 +21,11 @@ import gc
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
-__all__ = ["exists", "find"]
+__all__ = ["exists", "find", "narrower"]
 
 
 def exists(name: str, *, cuda: bool = False) -> bool:
@@ -33,6 +34,15 @@ def exists(name: str, *, cuda: bool = False) -> bool:
     if cuda and importlib.util.find_spec(package) is None:
         return False
     return importlib.util.find_spec(f"{package}.{name.lower()}") is not None
+
+
+@cache
+def narrower(name: str) -> Callable[..., None] | None:
+    """Return the kernel that fills uint16 [n] with the ``float16`` or ``bfloat16`` bits of float32 [n], or ``None``."""
+    if name not in ("float16", "bfloat16"):
+        return None
+    kernel: Callable[..., None] = getattr(importlib.import_module(f"{__name__}._narrow"), f"to_{name}")
+    return kernel
 
 
 @cache
