@@ -400,7 +400,8 @@ class Codec(ABC):
             else:
                 self.encode_rows(part, target[start:stop], weights, search)
 
-        self._in_chunks(encode_chunk, flat.shape[0], row_len * 4, threads)
+        # A search takes far longer than a decoder: smaller pieces share better.
+        self._in_chunks(encode_chunk, flat.shape[0], row_len * 32, threads)
         return out
 
     def pack(
