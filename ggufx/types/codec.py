@@ -509,17 +509,24 @@ class Codec(ABC):
         weights = np.ascontiguousarray(importance, np.float32)
         if weights.shape != (row_len,) or not np.isfinite(weights).all() or (weights < 0).any():
             raise CodecError(f"importance must be {row_len} finite weights >= 0, got an array of {list(weights.shape)}")
-        dead = ~weights.reshape(-1, self.layout.block_len).any(axis=1)
-        if dead.any():
+        weights, dead = self.usable_importance(weights)
+        if dead:
             warnings.warn(
-                f"importance is all zero over {int(dead.sum())} of {dead.size} blocks of {self.layout.block_len} columns; "
-                "they are encoded with the mean weight",
+                f"importance is all zero over {dead} of {row_len // self.layout.block_len} blocks of "
+                f"{self.layout.block_len} columns; they are encoded with the mean weight",
                 ImportanceWarning,
                 stacklevel=3,
             )
+        return weights
+
+    def usable_importance(self, weights: F32) -> tuple[F32, int]:
+        """Return ``weights`` [row_len] with the mean in blocks that are all zero (1 if all are), and their number."""
+        dead = ~weights.reshape(-1, self.layout.block_len).any(axis=1)
+        count = int(dead.sum())
+        if count:
             weights = weights.copy()
             weights.reshape(-1, self.layout.block_len)[dead] = weights.mean() if weights.any() else 1
-        return weights
+        return weights, count
 
     def _finite(self, part: npt.NDArray[Any], first_row: int) -> F32:
         with np.errstate(over="ignore"):
