@@ -295,6 +295,11 @@ def _table(*columns: str) -> Table:
             "left out",
             "SQNR dB",
             "seconds",
+            "values",
+            "rows",
+            "min",
+            "mean",
+            "max",
         )
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True, overflow="ignore")
     return table
@@ -570,9 +575,10 @@ def quantize(
         model_name=model_name,
         skip=skip or (),
     )
+    if prepared.errors:
+        _refuse(prepared, as_json=as_json)
     if not as_json:
         _print_findings(prepared.findings, _out if dry_run else _err)
-    prepared.check()
     plan = prepared.plan(outfile or _beside(source), split_max_nbytes=_parse_nbytes(split_max_size))
     if dry_run:
         if as_json:
@@ -586,6 +592,16 @@ def quantize(
         _err.print(f"note: {_text(name)}: no importance at all in {count} blocks of columns; the mean was taken")
     if report is not None:
         report.write_text(json.dumps(tally.report(), indent=1) + "\n", encoding="utf-8")
+
+
+def _refuse(prepared: quantize_module.Quantization, *, as_json: bool) -> NoReturn:
+    """Tell everything that was found, and end: with 3 if it is only types that do not fit the rows."""
+    if as_json:
+        _print_json({"findings": [asdict(finding) for finding in prepared.findings]})
+    else:
+        _print_findings(prepared.findings, _err)
+    _err.print(f"nothing is written: {len(prepared.errors)} errors", style="red")
+    raise SystemExit(prepared.exit_code)
 
 
 def _print_line(line: str) -> None:
@@ -627,7 +643,7 @@ def recipe_list() -> None:
         _out.print(f"{name}: {text.splitlines()[0].lstrip('# ')}", markup=False)
 
 
-Form = StrEnum("Form", {"recipe": "recipe", "custom-q": "custom-q", "tensor-type": "tensor-type"})  # type: ignore[misc]
+Form = StrEnum("Form", {"recipe": "recipe", "custom-q": "custom-q", "tensor-type": "tensor-type"})
 _RECIPE_FORM = Form("recipe")
 
 
@@ -685,7 +701,7 @@ def recipe_lint(
             + ", ".join(f"{count} {severity}s" for severity, count in counts.items())
         )
     if prepared.errors:
-        raise typer.Exit(3 if all(error.code == "fallback" for error in prepared.errors) else 1)
+        raise typer.Exit(prepared.exit_code)
 
 
 @recipe_app.command("from-gguf")
@@ -754,6 +770,65 @@ def measure(
         _out.print(table)
         for reason in dict.fromkeys(f"{item.type}: {item.note}" for item in found if item.note):
             _out.print(f"left out: {reason}", markup=False)
+
+
+imatrix_app = typer.Typer(
+    name="imatrix", help="Look into importance matrices and convert them.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(imatrix_app)
+
+MatrixFile = Annotated[Path, typer.Argument(help="Importance matrix, .gguf or legacy .dat; the content decides.")]
+MatrixFormat = StrEnum("MatrixFormat", {name: name for name in get_args(imatrix_module.Format)})  # type: ignore[misc]
+
+
+@imatrix_app.command(name="info")
+def imatrix_info(
+    file: MatrixFile,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show an importance matrix: where it comes from, its entries, and experts without data."""
+    found = imatrix_module.summary(imatrix_module.load(file))
+    if as_json:
+        _print_json(found)
+        return
+    table = _table("entry", "values", "rows", "count", "min", "mean", "max", "without data")
+    for line in found["entries"]:
+        low, high = line["min_count"], line["max_count"]
+        numbers = ("" if line[key] is None else f"{line[key]:.4g}" for key in ("min", "mean", "max"))
+        empty = line["without_data"]
+        listed = ", ".join(map(str, empty[:8])) + (", ..." if len(empty) > 8 else "")
+        table.add_row(
+            _text(line["name"]), str(line["length"]), str(line["rows"]), str(low) if low == high else f"{low}..{high}",
+            *numbers, f"{len(empty)}: {listed}" if empty else "0",
+        )  # fmt: skip
+    _out.print(table)
+    for dataset in found["datasets"]:
+        _out.print(f"data set: {_text(dataset)}")
+    tokens = f" of {found['chunk_size']} tokens" if found["chunk_size"] else ""
+    kind = {"gguf": "GGUF", "dat": "legacy (.dat)"}[found["format"]]
+    _out.print(
+        f"{kind}: {found['n_entries']} entries, {found['n_values']} values, {found['chunk_count']} chunks{tokens}, "
+        f"{found['n_without_data']} rows without data"
+    )
+    if found["format"] == "dat":
+        _out.print("a legacy file does not say where experts begin or which of them saw no token")
+
+
+@imatrix_app.command(name="convert")
+def imatrix_convert(
+    file: MatrixFile,
+    outfile: Annotated[Path, typer.Option(help="Output.")],
+    format: Annotated[
+        MatrixFormat | None, typer.Option("--format", help="Default: dat if OUTFILE ends in .dat, else gguf.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output, at the end.")] = False,
+) -> None:
+    """Convert an importance matrix between GGUF and the legacy format; says what the format cannot hold."""
+    chosen = format.value if format is not None else "dat" if outfile.suffix == ".dat" else "gguf"
+    matrix = imatrix_module.load(file)
+    for note in imatrix_module.save(matrix, outfile, chosen, overwrite=overwrite):  # type: ignore[arg-type]
+        _err.print(f"note: {note}", markup=False)
+    _out.print(f"{outfile}: {len(matrix)} entries read, written as {chosen}", markup=False)
 
 
 @app.command(name="types")

@@ -43,8 +43,10 @@ __all__ = [
     "execute",
     "memory_need",
     "open_files",
+    "partial_path",
     "read_into",
     "read_spans",
+    "rename",
     "scratch",
 ]
 
@@ -771,7 +773,7 @@ def _finish(plan: Plan, pending: list[PlannedFile], journal: _Journal, *, overwr
         if file in pending:
             partial = partial_path(file.path)
             journal.add(plan.n_tiles + number, partial.stat().st_ino)
-            _rename(partial, file.path, overwrite=overwrite)
+            rename(partial, file.path, overwrite=overwrite)
     if pending:
         directory = os.open(pending[0].path.parent, os.O_RDONLY)
         try:
@@ -780,7 +782,7 @@ def _finish(plan: Plan, pending: list[PlannedFile], journal: _Journal, *, overwr
             os.close(directory)
 
 
-def _rename(partial: Path, path: Path, *, overwrite: bool) -> None:
+def rename(partial: Path, path: Path, *, overwrite: bool) -> None:
     """Give a finished file its name; without ``overwrite`` never to the loss of a file that came there meanwhile."""
     exists = OutputExists(
         f"{path}: came into being while {partial.name} was written; move one of them away, or pass --overwrite"

@@ -26,7 +26,7 @@ from ggufx.dialects import Dialect
 from ggufx.errors import FallbackError, PlanError, RecipeError
 from ggufx.execute import Progress, TileDone
 from ggufx.file import File, open
-from ggufx.imatrix import ImportanceMatrix
+from ggufx.imatrix import ImportanceMatrix, Place
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform, Weights
 from ggufx.recipe import NATIVE, Finding, Recipe, Rule
 
@@ -147,10 +147,17 @@ class Quantization:
         """Findings that nothing will be written with."""
         return [finding for finding in self.findings if finding.severity == "error"]
 
+    @property
+    def exit_code(self) -> int:
+        """0 without errors; 3 if they are all rows that a type does not fit; else 1."""
+        if not self.errors:
+            return 0
+        return 3 if all(error.code == "fallback" for error in self.errors) else 1
+
     def check(self) -> None:
         """Raise RecipeError if there is an error among the findings."""
         if self.errors:
-            kind = FallbackError if all(error.code == "fallback" for error in self.errors) else RecipeError
+            kind = FallbackError if self.exit_code == 3 else RecipeError
             more = f" ({len(self.errors) - 1} more errors)" if len(self.errors) > 1 else ""
             raise kind(f"{self.errors[0].message}{more}")
 
@@ -300,7 +307,7 @@ def prepare(
         output_type=None if output_type is None else _codec_name(output_type),
         embedding_type=None if embedding_type is None else _codec_name(embedding_type), leave_output=leave_output,
         allow_requantize=allow_requantize, fallback=fallback, tied=all(s.name != "output.weight" for s in sources),
-        matrix_file=len(quantization.source_files),
+        n_source_files=len(quantization.source_files),
     )  # fmt: skip
     quantization.choices = [decide(item) for item in sources]
     quantization.findings = recipe_module.lint(rules, {s.name: s.stays for s in sources}) + decide.findings()
@@ -511,7 +518,7 @@ def _checkpoint_sources(
 
     found = Quantization(
         checkpoint.path, target, [], [], "normal", "reference", False, [str(path) for path in checkpoint.shards],
-        checkpoint.shard_states, metadata, skipped=conversion.skipped, notes=conversion.notes,
+        list(checkpoint.shard_states), metadata, skipped=conversion.skipped, notes=conversion.notes,
     )  # fmt: skip
     return sources, found
 
@@ -536,12 +543,13 @@ class _Decider:
         allow_requantize: bool,
         fallback: bool,
         tied: bool,
-        matrix_file: int,
+        n_source_files: int,
     ) -> None:
         self.rules, self.default, self.target, self.matrix = rules, default, target, matrix
         self.pure, self.leave_output, self.tied = pure, leave_output, tied
         self.output_type, self.embedding_type = output_type, embedding_type
-        self.allow_requantize, self.fallback, self.matrix_file = allow_requantize, fallback, matrix_file
+        self.allow_requantize, self.fallback, self.n_source_files = allow_requantize, fallback, n_source_files
+        self.matrix_files: dict[str, int] = {}
         self.used: set[str] = set()
         self.missing: dict[str, int] = {}
         self._said: dict[tuple[str, str, str], list[str]] = {}
@@ -580,8 +588,8 @@ class _Decider:
             what = rule.label if rule is not None else f"type {wanted}"
             self.say(
                 "error", "target",
-                f"{what}: {self.target.name} cannot hold {wanted} ({{}}); choose --target {others or '(none holds it)'}, or name an "
-                "alternative with '|'", source.name,
+                f"{what}: {self.target.name} cannot hold {wanted} ({{}}); choose --target {others or '(none holds it)'}, or "
+                "name an alternative with '|'", source.name,
             )  # fmt: skip
             return self._kept(source, rule)
         fitting = self._fitting(source, wanted)
@@ -665,20 +673,13 @@ class _Decider:
             return (), "energy" if codec.needs_importance else ""
         name = source.name
         if self.matrix is not None:
-            found = self.matrix.locate(name, source.shape)
-            if found is None and (other := _upstream_name(name)) != name:
-                found = self.matrix.locate(other, source.shape)
+            found = self.matrix.places(_upstream_name(name), source.shape) or self.matrix.places(name, source.shape)
             if found is not None:
                 self.used.add(name)
-                missing = sum(place is None for place in found)
-                if missing:
-                    self.missing[name] = missing
+                if None in found:
+                    self.missing[name] = found.count(None)
                 per_matrix = found if len(found) == len(source.stack) else found * len(source.stack)
-                row_nbytes = source.shape[-1] * 4
-                return tuple(
-                    None if place is None else Weights(Span(self.matrix_file, place[0], row_nbytes), place[1])
-                    for place in per_matrix
-                ), "matrix"
+                return tuple(place and self._weights(place, source.shape[-1]) for place in per_matrix), "matrix"
         if codec.needs_importance:
             what = (
                 "no importance matrix was given" if self.matrix is None else f"{self.matrix.path} has no entry for it"
@@ -694,6 +695,10 @@ class _Decider:
             )
         return (), ""
 
+    def _weights(self, place: Place, row_len: int) -> Weights:
+        file = self.matrix_files.setdefault(str(place.path), self.n_source_files + len(self.matrix_files))
+        return Weights(Span(file, place.offset, row_len * 4), place.divisor)
+
 
 def _upstream_name(name: str) -> str:
     match = re.match(r"^(blk\.\d+\.)(.+)$", name)
@@ -702,10 +707,11 @@ def _upstream_name(name: str) -> str:
 
 def _add_matrix(quantization: Quantization, matrix: ImportanceMatrix, decide: _Decider) -> None:
     """Make the importance matrix a source of the plan, and write down that it was used."""
-    quantization.source_files = [*quantization.source_files, str(matrix.path)]
-    if quantization.source_states is not None:
-        status = matrix.path.stat()
-        quantization.source_states = [*quantization.source_states, (status.st_size, status.st_mtime_ns)]
+    for path in decide.matrix_files:
+        quantization.source_files.append(path)
+        if quantization.source_states is not None:
+            status = Path(path).stat()
+            quantization.source_states.append((status.st_size, status.st_mtime_ns))
     if decide.missing:
         count = sum(decide.missing.values())
         quantization.findings.append(
@@ -775,6 +781,7 @@ class Tally:
         self.dead_blocks: Counter[str] = Counter()
 
     def __call__(self, done: TileDone) -> None:
+        """Count a finished tile."""
         name = done.tensor.name
         self._left[name] -= 1
         if done.dead_blocks:
