@@ -20,7 +20,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Literal, NamedTuple
+from typing import Any, BinaryIO, Final, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -489,6 +489,8 @@ def save(matrix: ImportanceMatrix, path: str | Path, format: Format = "gguf", *,
         The output exists; writing failed; names or values that the format cannot hold.
     """
     path = Path(path)
+    if format not in get_args(Format):
+        raise GGUFError(f"{format!r} is no format of importance matrices; choose gguf or dat")
     if path.exists() and not overwrite:
         raise OutputExists(f"{path}: exists; choose another --outfile or pass --overwrite")
     partial = partial_path(path)

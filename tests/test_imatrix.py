@@ -456,7 +456,11 @@ def test_what_the_other_format_cannot_hold_is_refused(tmp_path: Path) -> None:
     empty = imatrix.load(modern(tmp_path / "empty", {"x": ([[1]], [0])}))
     with pytest.raises(GGUFError, match="no entry has data"):
         imatrix.save(empty, tmp_path / "out.dat", "dat")
-    assert not (tmp_path / "out.gguf.partial").exists()
+    with pytest.raises(GGUFError, match="'csv' is no format"):
+        imatrix.save(large, tmp_path / "out.csv", "csv")
+    with pytest.raises(DiskError, match="No such file or directory; nothing was written"):
+        imatrix.save(large, tmp_path / "none" / "out.dat", "dat")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "large", "long"]
 
 
 # Metadata and measure -------------------------------------------------------------------------------------------------
