@@ -32,7 +32,7 @@ from ggufx import types
 from ggufx.container import read_container
 from ggufx.errors import CheckpointError, CodecError, DiskError, GGUFError, OutputExists, PlanError, SourceCodesError
 from ggufx.plan import Plan, PlannedFile, PlannedTensor, Span, Tile, Transform
-from ggufx.transforms import Outcome, apply, decode_parts
+from ggufx.transforms import ColumnEnergy, Outcome, apply, decode_parts
 
 __all__ = [
     "MAX_WORKERS",
@@ -345,8 +345,7 @@ def _column_energy(
     read: Callable[[Span, npt.NDArray[np.uint8]], None],
 ) -> F32:
     """Decode a whole matrix, some rows at a time, for the mean squares of its columns."""
-    total = np.zeros(sum(transform.parts), np.float64)
-    n_rows = 0
+    energy = ColumnEnergy()
     for rows, spans in matrix:
         inputs = []
         for slot, span in enumerate(spans):
@@ -354,14 +353,9 @@ def _column_energy(
             read(span, buffer)
             inputs.append(buffer)
         values, _, _ = decode_parts(transform, rows, inputs)
-        # NaN codes are refused, and counted, when their own tile is encoded.
-        total += np.einsum("ij,ij->j", values, values, dtype=np.float64, casting="same_kind")
-        n_rows += rows
-    mean = total / max(1, n_rows)
-    # Only ratios matter: a power of two keeps them exact and within float32.
-    largest = mean.max(initial=0.0)
-    scaled: F32 = np.ldexp(mean, -int(np.frexp(largest)[1]) if np.isfinite(largest) else 0).astype(np.float32)
-    return np.nan_to_num(scaled, copy=False)
+        # NaN is refused, and named, when its own tile is encoded: what the columns weigh does not matter then.
+        energy.add(np.nan_to_num(values, nan=0, posinf=0, neginf=0, copy=False))
+    return energy.result()
 
 
 def _refused(transform: Transform, outcome: Outcome) -> bool:

@@ -29,6 +29,7 @@ from ggufx.container import DEFAULT_ALIGNMENT, MAGIC, StringArray, Value, ValueT
 from ggufx.errors import DiskError, GGUFError, OutputExists
 from ggufx.execute import partial_path, rename
 from ggufx.file import open as open_gguf
+from ggufx.transforms import ColumnEnergy
 
 __all__ = [
     "ColumnEnergy",
@@ -660,78 +661,22 @@ def summary(matrix: ImportanceMatrix) -> dict[str, Any]:
     }
 
 
-def metadata(matrix: ImportanceMatrix, n_used_entries: int) -> dict[str, Value]:
+def metadata(matrix: ImportanceMatrix) -> dict[str, Value]:
     """Return the ``quantize.imatrix.*`` keys of a model that was quantized with a matrix.
 
     Names, types and order are those of ``llama-quantize``: numbers are u32 (older versions wrote i32), of several data sets
     the first is named, and unknown ones are left out.
-
-    Parameters
-    ----------
-    n_used_entries
-        Entries that served a tensor.
     """
     keys = {"quantize.imatrix.file": Value.string(str(matrix.path))}
     if matrix.datasets:
         keys["quantize.imatrix.dataset"] = Value.string(matrix.datasets[0])
-    keys["quantize.imatrix.entries_count"] = Value.u32(n_used_entries)
+    keys["quantize.imatrix.entries_count"] = Value.u32(len(matrix))
     if matrix.chunk_count:
         keys["quantize.imatrix.chunks_count"] = Value.u32(matrix.chunk_count)
     return keys
 
 
 # Importance from the weights themselves -------------------------------------------------------------------------------
-
-
-class ColumnEnergy:
-    """Mean square of a matrix's columns, a substitute for recorded importance, from rows that come in chunks.
-
-    Rows are added one after the other in float64, so the result does not depend on how they were cut into chunks. Use one
-    for each expert.
-    """
-
-    _BLOCK_LEN: Final = 1 << 16
-
-    def __init__(self) -> None:
-        self._sums: F64 | None = None
-        self._n_rows = 0
-
-    def add(self, rows: F32) -> None:
-        """Add rows, float32 [n, row_len].
-
-        Raises
-        ------
-        GGUFError
-            Values that are not finite, or rows of another length than before.
-        """
-        if rows.ndim != 2 or not rows.shape[1]:
-            raise GGUFError(f"energy needs rows [n, row_len], not an array of shape {list(rows.shape)}")
-        if self._sums is None:
-            self._sums = np.zeros(rows.shape[1])
-        if rows.shape[1] != self._sums.size:
-            raise GGUFError(f"energy of rows of {self._sums.size} values was given rows of {rows.shape[1]}")
-        step = max(1, self._BLOCK_LEN // rows.shape[1])
-        for start in range(0, rows.shape[0], step):
-            block = rows[start : start + step].astype(np.float64)
-            if not np.isfinite(block).all():
-                raise GGUFError("energy of values that are NaN or infinite")
-            # Not block.sum(axis=0): numpy is free to add in another order where rows are short.
-            for row in np.square(block, out=block):
-                self._sums += row
-        self._n_rows += rows.shape[0]
-
-    def result(self) -> F32:
-        """Return the mean squares, float32 [row_len]; ones for a matrix of zeros, which has no column that matters more.
-
-        Raises
-        ------
-        GGUFError
-            No row was added.
-        """
-        if self._sums is None or not self._n_rows:
-            raise GGUFError("energy of no rows")
-        mean = np.minimum(self._sums / self._n_rows, np.finfo(np.float32).max).astype(np.float32)
-        return mean if mean.any() else np.ones_like(mean)
 
 
 def energy(chunks: Iterable[F32]) -> F32:

@@ -730,12 +730,11 @@ def _add_matrix(quantization: Quantization, matrix: ImportanceMatrix, decide: _D
             )
         )  # fmt: skip
     base = quantization.metadata
-    used = len(decide.used)
 
     def metadata(tensors: Sequence[PlannedTensor], file_type: int | None) -> dict[str, Value]:
-        return base(tensors, file_type) | imatrix_module.metadata(matrix, used)
+        return base(tensors, file_type) | imatrix_module.metadata(matrix)
 
-    if used:
+    if decide.used:
         quantization.metadata = metadata
 
 

@@ -290,17 +290,22 @@ def from_tensors(tensors: Iterable[tuple[str, Sequence[int], str]]) -> Recipe:
         of unknown types get none.
     """
     families: dict[str, dict[int | None, str]] = {}
-    forced: dict[str, bool] = {}
+    forced: set[str] = set()
+    default: dict[str, bool] = {}
     for name, shape, kind in tensors:
-        stay = stays(name, shape)
-        if (stay and kind in _PLAIN) or kind.startswith("id "):
+        if kind.startswith("id "):
             continue
         match = _BLOCK.match(name)
         rest, layer = (match[2], int(match[1])) if match else (name, None)
         families.setdefault(rest, {})[layer] = kind
-        forced[rest] = forced.get(rest, False) or stay
+        stay = stays(name, shape)
+        if stay:
+            forced.add(rest)
+        default[rest] = default.get(rest, True) and stay and kind in _PLAIN
     rules: list[Rule] = []
     for rest, layers in families.items():
+        if default[rest]:
+            continue
         counts = Counter(layers.values()).most_common()
         for kind, _ in reversed(counts):
             numbers = sorted(layer for layer, held in layers.items() if held == kind and layer is not None)
@@ -310,7 +315,7 @@ def from_tensors(tensors: Iterable[tuple[str, Sequence[int], str]]) -> Recipe:
                 prefix = r"^blk\.\d+\."
             else:
                 prefix = rf"^blk\.({'|'.join(map(str, numbers))})\."
-            rules.append(Rule(f"{prefix}{re.escape(rest)}$", (kind,), forced[rest]))
+            rules.append(Rule(f"{prefix}{re.escape(rest)}$", (kind,), rest in forced))
     return Recipe(tuple(rules))
 
 

@@ -11,7 +11,7 @@ from ggufx import types
 from ggufx.errors import CodecError
 from ggufx.plan import Transform
 
-__all__ = ["Outcome", "apply", "decode_parts", "decode_source"]
+__all__ = ["ColumnEnergy", "Outcome", "apply", "decode_parts", "decode_source"]
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
@@ -173,3 +173,54 @@ def decode_source(kind: str, rows: int, row_len: int, inputs: list[U8], rows_per
         packed, bad_codes, bad_scales = codec.pack(codes, scales, rows_per_scale=rows_per_scale)
         return codec.decode(packed, threads=1)[:, :row_len], bad_codes, bad_scales
     return types.get(kind).decode(inputs[0], (rows, row_len), dtype=np.float32, threads=1), 0, 0
+
+
+class ColumnEnergy:
+    """Mean square of a matrix's columns, a substitute for recorded importance, from rows that come in chunks.
+
+    Rows are added one after the other in float64, so the result does not depend on how they were cut into chunks. Use one
+    for each expert.
+    """
+
+    _BLOCK_LEN = 1 << 16
+
+    def __init__(self) -> None:
+        self._sums: npt.NDArray[np.float64] | None = None
+        self._n_rows = 0
+
+    def add(self, rows: F32) -> None:
+        """Add rows, float32 [n, row_len].
+
+        Raises
+        ------
+        CodecError
+            Values that are not finite, or rows of another length than before.
+        """
+        if rows.ndim != 2 or not rows.shape[1]:
+            raise CodecError(f"energy needs rows [n, row_len], not an array of shape {list(rows.shape)}")
+        if self._sums is None:
+            self._sums = np.zeros(rows.shape[1])
+        if rows.shape[1] != self._sums.size:
+            raise CodecError(f"energy of rows of {self._sums.size} values was given rows of {rows.shape[1]}")
+        step = max(1, self._BLOCK_LEN // rows.shape[1])
+        for start in range(0, rows.shape[0], step):
+            block = rows[start : start + step].astype(np.float64)
+            if not np.isfinite(block).all():
+                raise CodecError("energy of values that are NaN or infinite")
+            # Not block.sum(axis=0): numpy is free to add in another order where rows are short.
+            for row in np.square(block, out=block):
+                self._sums += row
+        self._n_rows += rows.shape[0]
+
+    def result(self) -> F32:
+        """Return the mean squares, float32 [row_len]; ones for a matrix of zeros, which has no column that matters more.
+
+        Raises
+        ------
+        CodecError
+            No row was added.
+        """
+        if self._sums is None or not self._n_rows:
+            raise CodecError("energy of no rows")
+        mean = np.minimum(self._sums / self._n_rows, np.finfo(np.float32).max).astype(np.float32)
+        return mean if mean.any() else np.ones_like(mean)
