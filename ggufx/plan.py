@@ -468,7 +468,7 @@ def build(
     for number, shard in enumerate(shards):
         keys = dict(metadata) if number == 0 else {}
         target = path
-        if split_max_nbytes or members is not None and len(shards) > 1:
+        if split_max_nbytes or (members is not None and len(shards) > 1):
             target = container.split_name(path, number + 1, len(shards))
             keys["split.no"] = Value(ValueType.UINT16, number)
             keys["split.count"] = Value(ValueType.UINT16, len(shards))

@@ -1,4 +1,4 @@
-"""``ggufx quantize`` end to end, against the gguf package's encoders, the codecs over decoded sources, and the field's tables."""
+"""``ggufx quantize`` end to end: against the gguf package's encoders, codecs over decoded sources, the field's tables."""
 
 from __future__ import annotations
 
