@@ -298,7 +298,7 @@ def test_the_target_is_the_first_that_holds_the_types(model: Path, checkpoint_pa
 
 
 def test_a_type_that_the_target_cannot_hold_is_an_error(model: Path) -> None:
-    with pytest.raises(RecipeError, match="llama.cpp cannot hold IQ4_K .*--target ik_llama.cpp"):
+    with pytest.raises(RecipeError, match=r"llama\.cpp cannot hold IQ4_K .*--target ik_llama\.cpp"):
         quantize.prepare(model, default="iq4_k", target="llama.cpp").check()
 
 
@@ -317,7 +317,7 @@ def test_requantizing_is_refused_at_once(model: Path, tmp_path: Path, cli: Cli) 
 
 def test_integers_and_unknown_types(checkpoint_path: PathOf) -> None:
     rules = recipe.Recipe.parse("!tid2eid=q8_0\n.*=native")
-    with pytest.raises(RecipeError, match="is I.* and cannot become Q8_0"):
+    with pytest.raises(RecipeError, match=r"is I.* and cannot become Q8_0"):
         quantize.prepare(checkpoint_path("flash"), recipe=rules, target="llama.cpp").check()
 
 
