@@ -22,6 +22,8 @@ from numba.core.errors import TypingError
 from numba.core.runtime import rtsys
 from numba.extending import intrinsic
 
+from ggufx.kernels._floats import plain_nans, store_floats, widen_brains, widen_halves
+
 __all__ = [
     "bits_to_float",
     "code_lookup",
@@ -38,6 +40,7 @@ __all__ = [
     "nibble_lookup",
     "nibbles_and_bits",
     "pairs_to_halves",
+    "put",
     "scale_bytes16",
     "scale_signed16",
     "store64",
@@ -125,6 +128,18 @@ def kernel(function: Callable[..., Any], key: str | None = None) -> Any:
             # No writable folder at all (read-only install without a home): compile in every process.
             return dispatcher
     return dispatcher
+
+
+@intrinsic
+def put(typing_context: Any, out: Any, index: Any, value: Any) -> Any:
+    """Write ``out[index] = value``, a float32 in the format that the array's dtype stands for."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = plain_nans(builder, signature.args[0], args[2])
+        store_floats(context, builder, signature.args[0], args[0], args[1], value)
+        return context.get_dummy_value()
+
+    return types.void(out, types.intp, types.float32), codegen
 
 
 def _bitcast(source: Any, target: Any) -> Any:
@@ -244,10 +259,8 @@ def _load_bytes(context: Any, builder: Any, array_type: Any, array: Any, index: 
 
 def _store_scaled(context: Any, builder: Any, out_type: Any, out: Any, index: Any, values: Any, scale: Any) -> None:
     """Store ``float32(values) * scale`` for 16 signed bytes: one IEEE multiplication each."""
-    target = context.make_array(out_type)(context, builder, out)
-    product = builder.fmul(builder.sitofp(values, _FLOATS), _splat(builder, scale, _FLOATS))
-    where = builder.bitcast(builder.gep(target.data, [index]), _FLOATS.as_pointer())
-    builder.store(product, where, align=4)
+    scale = _splat(builder, plain_nans(builder, out_type, scale), _FLOATS)
+    store_floats(context, builder, out_type, out, index, builder.fmul(builder.sitofp(values, _FLOATS), scale))
 
 
 def _reorder_nibbles(order: list[int]) -> Any:
@@ -334,12 +347,12 @@ def code_lookup(
             codes = builder.or_(codes, builder.shl(high, ir.Constant(_BYTES, [low_bits] * _LANES)))
         values = codes if table is None else _vector_lookup(builder, codes, table, _LANES)
         values = builder.add(values, _splat(builder, args[6], _BYTES))
-        target = context.make_array(signature.args[7])(context, builder, args[7])
-        product = builder.fmul(builder.sitofp(values, _FLOATS), _splat(builder, args[5], _FLOATS))
+        scale = plain_nans(builder, signature.args[7], args[5])
+        product = builder.fmul(builder.sitofp(values, _FLOATS), _splat(builder, scale, _FLOATS))
         if floor is not None:
+            floor = plain_nans(builder, signature.args[7], floor)
             product = builder.fsub(product, _splat(builder, floor, _FLOATS))
-        where = builder.bitcast(builder.gep(target.data, [args[8]]), _FLOATS.as_pointer())
-        builder.store(product, where, align=4)
+        store_floats(context, builder, signature.args[7], args[7], args[8], product)
         return context.get_dummy_value()
 
     @intrinsic
@@ -450,7 +463,10 @@ def nibbles_and_bits(
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         packed = _load_bytes(context, builder, signature.args[0], args[0], args[1])
-        target = context.make_array(signature.args[6])(context, builder, args[6])
+        scale, floor = (
+            None if value is None else _splat(builder, plain_nans(builder, signature.args[6], value), _FLOATS)
+            for value in (args[3], args[5] if subtracts else None)
+        )
         half = ir.IntType(16)
         halves = (
             builder.and_(packed, ir.Constant(_BYTES, [15] * _LANES)),
@@ -464,12 +480,11 @@ def nibbles_and_bits(
                 ir.Constant(_BYTES, [0] * _LANES),
             )
             values = builder.add(builder.or_(nibbles, fifth), _splat(builder, args[4], _BYTES))
-            product = builder.fmul(builder.sitofp(values, _FLOATS), _splat(builder, args[3], _FLOATS))
-            if subtracts:
-                product = builder.fsub(product, _splat(builder, args[5], _FLOATS))
+            product = builder.fmul(builder.sitofp(values, _FLOATS), scale)
+            if floor is not None:
+                product = builder.fsub(product, floor)
             where = builder.add(args[7], ir.Constant(args[7].type, _LANES * number))
-            where = builder.bitcast(builder.gep(target.data, [where]), _FLOATS.as_pointer())
-            builder.store(product, where, align=4)
+            store_floats(context, builder, signature.args[6], args[6], where, product)
         return context.get_dummy_value()
 
     floor_type = types.float32 if subtracts else types.none
@@ -520,31 +535,15 @@ def trits4(typing_context: Any, codes: Any, scale: Any, out: Any, position: Any)
 
 def _widen(*, brain: bool) -> Any:
     shorts = ir.VectorType(ir.IntType(16), _LANES)
-    words = ir.VectorType(ir.IntType(32), _LANES)
-
-    def constant(number: int) -> Any:
-        return ir.Constant(words, [number] * _LANES)
 
     @intrinsic
     def widen(typing_context: Any, data: Any, index: Any, out: Any, position: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             source = context.make_array(signature.args[0])(context, builder, args[0])
             pointer = builder.bitcast(builder.gep(source.data, [args[1]]), shorts.as_pointer())
-            bits = builder.zext(builder.load(pointer, align=1), words)
-            if brain:
-                wide = builder.shl(bits, constant(16))
-            else:
-                # As half_to_float, sixteen at a time.
-                sign = builder.shl(builder.and_(bits, constant(0x8000)), constant(16))
-                moved = builder.shl(builder.and_(bits, constant(0x7FFF)), constant(13))
-                factor = ir.Constant(_FLOATS, [2.0**112] * _LANES)
-                finite = builder.bitcast(builder.fmul(builder.bitcast(moved, _FLOATS), factor), words)
-                special = builder.icmp_unsigned(">=", moved, constant(0x7C00 << 13))
-                magnitude = builder.select(special, builder.or_(moved, constant(0x7F800000)), finite)
-                wide = builder.or_(magnitude, sign)
-            target = context.make_array(signature.args[2])(context, builder, args[2])
-            where = builder.bitcast(builder.gep(target.data, [args[3]]), words.as_pointer())
-            builder.store(wide, where, align=4)
+            values = (widen_brains if brain else widen_halves)(builder, builder.load(pointer, align=1))
+            values = plain_nans(builder, signature.args[2], values)
+            store_floats(context, builder, signature.args[2], args[2], args[3], values)
             return context.get_dummy_value()
 
         return types.void(data, types.intp, out, types.intp), codegen
