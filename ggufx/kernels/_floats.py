@@ -18,24 +18,24 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 
-__all__ = ["has_halves", "plain_nans", "store_floats", "widen_brains", "widen_halves"]
+__all__ = ["plain_nans", "store_floats", "widen_brains", "widen_halves"]
 
 _PROBE = "define <16 x half> @f(<16 x float> %x) {\n%y = fptrunc <16 x float> %x to <16 x half>\nret <16 x half> %y\n}"
 
 
 @cache
-def _has_halves(triple: str, cpu: str, features: str) -> bool:
+def _converts(triple: str, cpu: str, features: str) -> bool:
     # LLVM knows what the name of a CPU implies, so it is asked: the name of a helper begins with two underscores.
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
     return "__" not in machine.emit_assembly(llvm.parse_assembly(_PROBE))
 
 
-def has_halves(context: Any) -> bool:
+def _can_convert_halves(context: Any) -> bool:
     """Return whether the CPU that ``context`` compiles for converts binary16 itself (x86: F16C).
 
     Where it does not, LLVM calls a helper that is not there at run time, which kills the process.
     """
-    return _has_halves(*context.codegen().magic_tuple())
+    return _converts(*context.codegen().magic_tuple())
 
 
 def _of(element: Any, values: Any) -> Any:
@@ -48,17 +48,22 @@ def _all(number: float, values: Any) -> Any:
     return ir.Constant(values.type, [number] * values.type.count if is_vector else number)
 
 
-def widen_halves(builder: Any, halves: Any) -> Any:
-    """Widen binary16 bits to float32: exact for all, NaN payloads included. In integers, as :func:`has_halves` tells why."""
+def widen_halves(context: Any, builder: Any, halves: Any, *, signalling: bool = True) -> Any:
+    """Widen binary16 bits to float32: exact for all. Where no ``signalling`` NaN matters (CPUs make them quiet) it is faster."""
+    if not signalling and _can_convert_halves(context):
+        return builder.fpext(builder.bitcast(halves, _of(ir.HalfType(), halves)), _of(ir.FloatType(), halves))
     bits = builder.zext(halves, _of(ir.IntType(32), halves))
     sign = builder.shl(builder.and_(bits, _all(0x8000, bits)), _all(16, bits))
     moved = builder.shl(builder.and_(bits, _all(0x7FFF, bits)), _all(13, bits))
-    # The exponents' biases differ by 112; the product is exact, for half subnormals (float subnormals here), too.
+    # The exponents' biases differ by 112. Exponent 0 means 2^-14 without the leading one: write 2^-14 with it and subtract it,
+    # exactly. (One multiplication by 2^112 does both, but CPUs are slow to multiply float subnormals.)
     floats = _of(ir.FloatType(), halves)
-    scaled = builder.bitcast(moved, floats)
-    finite = builder.bitcast(builder.fmul(scaled, _all(2.0**112, scaled)), bits.type)
+    with_one = builder.bitcast(builder.add(moved, _all(113 << 23, bits)), floats)
+    low = builder.bitcast(builder.fsub(with_one, _all(2.0**-14, with_one)), bits.type)
+    normal = builder.add(moved, _all(112 << 23, bits))
+    magnitude = builder.select(builder.icmp_unsigned("<", moved, _all(1 << 23, bits)), low, normal)
     special = builder.icmp_unsigned(">=", moved, _all(0x7C00 << 13, bits))
-    magnitude = builder.select(special, builder.or_(moved, _all(0x7F800000, bits)), finite)
+    magnitude = builder.select(special, builder.or_(moved, _all(0x7F800000, bits)), magnitude)
     return builder.bitcast(builder.or_(magnitude, sign), floats)
 
 
@@ -114,7 +119,7 @@ def _to_halves_in_integers(builder: Any, values: Any) -> Any:
 def store_floats(context: Any, builder: Any, out_type: Any, out: Any, index: Any, values: Any) -> None:
     """Store float32 ``values`` (a vector or one), whose NaNs are plain, from ``out[index]`` on in the array's format."""
     if out_type.dtype == types.uint16:
-        values = (_to_halves if has_halves(context) else _to_halves_in_integers)(builder, values)
+        values = (_to_halves if _can_convert_halves(context) else _to_halves_in_integers)(builder, values)
     elif out_type.dtype == types.int16:
         values = _to_brains(builder, values)
     else:

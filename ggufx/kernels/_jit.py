@@ -541,7 +541,13 @@ def _widen(*, brain: bool) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             source = context.make_array(signature.args[0])(context, builder, args[0])
             pointer = builder.bitcast(builder.gep(source.data, [args[1]]), shorts.as_pointer())
-            values = (widen_brains if brain else widen_halves)(builder, builder.load(pointer, align=1))
+            values = builder.load(pointer, align=1)
+            if brain:
+                values = widen_brains(builder, values)
+            else:
+                # Narrower outputs lose what makes a NaN signalling anyway.
+                signalling = signature.args[2].dtype == types.float32
+                values = widen_halves(context, builder, values, signalling=signalling)
             values = plain_nans(builder, signature.args[2], values)
             store_floats(context, builder, signature.args[2], args[2], args[3], values)
             return context.get_dummy_value()

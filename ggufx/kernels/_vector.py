@@ -18,7 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ggufx import tables
-from ggufx.kernels._floats import has_halves, plain_nans, store_floats, widen_halves
+from ggufx.kernels._floats import plain_nans, store_floats, widen_halves
 from ggufx.kernels._jit import _vector_lookup
 
 __all__ = ["BYTE", "LANES", "WORD", "Block", "Vector", "block_intrinsic", "trellis"]
@@ -178,7 +178,7 @@ class Block:
         self._position = position
         self._loaded: dict[tuple[int, int, int], Vector] = {}
         self._plain = partial(plain_nans, builder, out_type)
-        self._has_halves = has_halves(context)
+        self._widen = partial(widen_halves, context, builder)
         self.d = self._scale(d)
 
     def load(self, byte: int, lanes: int, n_bits: int = 8) -> Vector:
@@ -199,14 +199,11 @@ class Block:
     def half(self, byte: int) -> Vector:
         """Load a second scale, binary16 at ``byte`` of the block, in :data:`LANES` lanes of float32."""
         bits = self._builder.extract_element(self.load(byte, 1, 16).value, ir.Constant(ir.IntType(32), 0))
-        return self._scale(widen_halves(self._builder, bits))
+        return self._scale(self._widen(bits))
 
     def widened(self, halves: Vector) -> Vector:
         """Widen binary16 bits to float32; signalling NaNs may become quiet ones."""
-        if not self._has_halves:
-            return Vector(self._builder, widen_halves(self._builder, halves.value))
-        floats = ir.VectorType(_FLOAT, halves.lanes)
-        return Vector(self._builder, self._builder.fpext(halves.cast(ir.HalfType(), halves.lanes).value, floats))
+        return Vector(self._builder, self._widen(halves.value, signalling=False))
 
     def flags(self, byte: int, lanes: int) -> Vector:
         """Load consecutive bits as a mask."""
