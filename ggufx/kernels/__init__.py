@@ -22,7 +22,6 @@ import gc
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Final

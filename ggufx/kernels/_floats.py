@@ -49,7 +49,7 @@ def _all(number: float, values: Any) -> Any:
 
 
 def widen_halves(context: Any, builder: Any, halves: Any, *, signalling: bool = True) -> Any:
-    """Widen binary16 bits to float32: exact for all. Where no ``signalling`` NaN matters (CPUs make them quiet) it is faster."""
+    """Widen binary16 bits to float32, exactly; faster where no NaN needs to stay ``signalling`` (CPUs make them quiet)."""
     if not signalling and _can_convert_halves(context):
         return builder.fpext(builder.bitcast(halves, _of(ir.HalfType(), halves)), _of(ir.FloatType(), halves))
     bits = builder.zext(halves, _of(ir.IntType(32), halves))

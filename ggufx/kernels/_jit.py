@@ -26,7 +26,6 @@ from ggufx.kernels._floats import plain_nans, store_floats, widen_brains, widen_
 
 __all__ = [
     "bits_to_float",
-    "code_lookup",
     "float_at",
     "float_to_bits",
     "float_to_half",
@@ -38,7 +37,6 @@ __all__ = [
     "load32",
     "load64",
     "nibble_lookup",
-    "nibbles_and_bits",
     "pairs_to_halves",
     "put",
     "scale_bytes16",
@@ -321,57 +319,6 @@ def nibble_lookup(table: tuple[int, ...]) -> Any:
     return decode16
 
 
-def code_lookup(
-    low_bits: int, high_bits: int = 0, table: tuple[int, ...] | None = None, *, minimum: bool = False
-) -> Any:
-    """Return an intrinsic that decodes 16 codes whose low and high bits lie in two runs of 16 bytes.
-
-    ``decode16(data, low, low_shift, high, high_shift, scale, shift, out, position)`` takes from byte ``low + j`` of ``data``
-    the ``low_bits`` bits at ``low_shift``, from byte ``high + j`` the ``high_bits`` bits at ``high_shift`` (above the low
-    ones), and writes, for j in 0..15, ``out[position + j] = float32(table[code] + shift) * scale``, in one IEEE
-    multiplication. Without a table the code is its own value. With ``minimum`` there is one more argument and
-    ``float32(minimum)`` is subtracted from the product (two roundings, as the formulas of the ``_1`` and ``_K`` types have
-    it). ``table[code] + shift`` must fit a signed byte: the shifted twins of the formats' tables do. Shifts are uint8.
-    """
-    arguments = (types.intp, types.uint8, types.intp, types.uint8, types.float32, types.int8)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any, floor: Any) -> Any:
-        def bits(index: Any, amount: Any, count: int) -> Any:
-            loaded = _load_bytes(context, builder, signature.args[0], args[0], index)
-            moved = loaded if count == 8 else builder.lshr(loaded, _splat(builder, amount, _BYTES))
-            return builder.and_(moved, ir.Constant(_BYTES, [(1 << count) - 1] * _LANES))
-
-        codes = bits(args[1], args[2], low_bits)
-        if high_bits:
-            high = bits(args[3], args[4], high_bits)
-            codes = builder.or_(codes, builder.shl(high, ir.Constant(_BYTES, [low_bits] * _LANES)))
-        values = codes if table is None else _vector_lookup(builder, codes, table, _LANES)
-        values = builder.add(values, _splat(builder, args[6], _BYTES))
-        scale = plain_nans(builder, signature.args[7], args[5])
-        product = builder.fmul(builder.sitofp(values, _FLOATS), _splat(builder, scale, _FLOATS))
-        if floor is not None:
-            floor = plain_nans(builder, signature.args[7], floor)
-            product = builder.fsub(product, _splat(builder, floor, _FLOATS))
-        store_floats(context, builder, signature.args[7], args[7], args[8], product)
-        return context.get_dummy_value()
-
-    @intrinsic
-    def with_minimum(typing_context, data, low, low_shift, high, high_shift, scale, shift, out, position, floor):
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return generate(context, builder, signature, args, args[9])
-
-        return types.void(data, *arguments, out, types.intp, types.float32), codegen
-
-    @intrinsic
-    def plain(typing_context, data, low, low_shift, high, high_shift, scale, shift, out, position):
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return generate(context, builder, signature, args, None)
-
-        return types.void(data, *arguments, out, types.intp), codegen
-
-    return with_minimum if minimum else plain
-
-
 @intrinsic
 def scale_bytes16(typing_context: Any, values: Any, index: Any, scale: Any, out: Any, position: Any) -> Any:
     """Write ``out[position + j] = float32(int8(values[index + j])) * scale`` for j in 0..15."""
@@ -448,47 +395,6 @@ def scale_signed16(
         return context.get_dummy_value()
 
     return types.void(types.uint64, types.uint64, types.uint16, types.float32, out, types.intp), codegen
-
-
-@intrinsic
-def nibbles_and_bits(
-    typing_context: Any, codes: Any, index: Any, bits: Any, scale: Any, shift: Any, floor: Any, out: Any, position: Any
-) -> Any:
-    """Decode 16 bytes of nibbles with a fifth bit each: 32 codes, low nibbles first, bit j of ``bits`` to code j.
-
-    ``out[position + j] = float32(code + shift) * scale - floor`` for j in 0..31; without the subtraction when ``floor`` is
-    ``None``.
-    """
-    subtracts = not isinstance(floor, types.NoneType)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        packed = _load_bytes(context, builder, signature.args[0], args[0], args[1])
-        scale, floor = (
-            None if value is None else _splat(builder, plain_nans(builder, signature.args[6], value), _FLOATS)
-            for value in (args[3], args[5] if subtracts else None)
-        )
-        half = ir.IntType(16)
-        halves = (
-            builder.and_(packed, ir.Constant(_BYTES, [15] * _LANES)),
-            builder.lshr(packed, ir.Constant(_BYTES, [4] * _LANES)),
-        )
-        for number, nibbles in enumerate(halves):
-            mask = builder.trunc(builder.lshr(args[2], ir.Constant(args[2].type, _LANES * number)), half)
-            fifth = builder.select(
-                _lanes_of_bits(builder, mask),
-                ir.Constant(_BYTES, [16] * _LANES),
-                ir.Constant(_BYTES, [0] * _LANES),
-            )
-            values = builder.add(builder.or_(nibbles, fifth), _splat(builder, args[4], _BYTES))
-            product = builder.fmul(builder.sitofp(values, _FLOATS), scale)
-            if floor is not None:
-                product = builder.fsub(product, floor)
-            where = builder.add(args[7], ir.Constant(args[7].type, _LANES * number))
-            store_floats(context, builder, signature.args[6], args[6], where, product)
-        return context.get_dummy_value()
-
-    floor_type = types.float32 if subtracts else types.none
-    return types.void(codes, types.intp, types.uint32, types.float32, types.int8, floor_type, out, types.intp), codegen
 
 
 def _trits(builder: Any, rest: Any) -> Any:

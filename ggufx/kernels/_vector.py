@@ -197,9 +197,9 @@ class Block:
         return Vector(self._builder, scalar).spread(0)
 
     def half(self, byte: int) -> Vector:
-        """Load a second scale, binary16 at ``byte`` of the block, in :data:`LANES` lanes of float32."""
+        """Load a second scale, binary16 at ``byte`` of the block, in :data:`LANES` lanes of float32, to compute with."""
         bits = self._builder.extract_element(self.load(byte, 1, 16).value, ir.Constant(ir.IntType(32), 0))
-        return self._scale(self._widen(bits))
+        return self._scale(self._widen(bits, signalling=False))  # arithmetic makes any NaN quiet
 
     def widened(self, halves: Vector) -> Vector:
         """Widen binary16 bits to float32; signalling NaNs may become quiet ones."""
@@ -260,7 +260,8 @@ class Block:
 def block_intrinsic(emit: Callable[[Block], None]) -> Any:
     """Return the intrinsic ``block(data, start, d, out, position)`` whose code ``emit`` writes.
 
-    It reads the block at byte ``start`` of ``data`` (uint8, contiguous) and writes its values to ``out[position:]`` (contiguous); ``d`` is a float32.
+    It reads the block at byte ``start`` of ``data`` (uint8, contiguous) and writes its values to ``out[position:]`` (contiguous,
+    of a dtype that kernels decode to); ``d`` is a float32.
     """
 
     @intrinsic

@@ -7,6 +7,7 @@ import numpy as np
 from ggufx.kernels._jit import bits_to_float, float_to_bits, kernel, put
 from ggufx.kernels._vector import LANES, Block, block_intrinsic
 
+
 @block_intrinsic
 def _block(b: Block) -> None:
     for i in range(0, 128, LANES):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ggufx.kernels._jit import half_at, kernel
 from ggufx.kernels._kquants import encode_plain
-from ggufx.kernels._vector import LANES, Block, block_intrinsic
+from ggufx.kernels._vector import Block, block_intrinsic
 
 __all__ = ["decode", "encode_plain"]
 
