@@ -4,9 +4,9 @@ Numba knows neither binary16 nor bfloat16 on the CPU, so their bits go into arra
 (:data:`ggufx.kernels.OUTPUTS`): uint16 is binary16, int16 is bfloat16. Rounding is to nearest, ties to even, as NumPy and
 ml_dtypes round.
 
-A NaN becomes the quiet one without payload, of the same sign: the same bits on every CPU. Looking for them in every vector
-costs up to a third of the speed, so whoever stores makes the scales' NaNs plain (:func:`plain_nans`), once, and products and
-sums then have no others: IEEE arithmetic passes a NaN on, or makes a plain one.
+A NaN becomes the quiet one without payload, whichever way the CPU converts. Rounding must be told: an increment could carry a
+payload into the sign. Looking for NaN in every vector costs up to a third of the speed, so whoever stores makes those of the
+scales plain (:func:`plain_nans`), once; arithmetic passes a NaN on or makes a plain one, so values have no others.
 """
 
 from __future__ import annotations
