@@ -20,32 +20,15 @@ KERNELS = sorted(c.name for c in types.all_codecs() if c.can_decode and c.has_ke
 
 # Infinities, NaN (quiet and signalling, with the payloads that a careless rounding carries into the sign), zeros, subnormals,
 # and sizes that take products to the ends of both narrow formats.
-HALVES = np.array(
-    [
-        0x7C00,
-        0xFC00,
-        0x7E00,
-        0x7FFF,
-        0xFFFF,
-        0x7C01,
-        0xFD55,
-        0,
-        0x8000,
-        1,
-        0x83FF,
-        0x0400,
-        0x7BFF,
-        0xFBFF,
-        0x6400,
-        0x1234,
-    ],
-    np.uint16,
+HALVES = "7C00 FC00 7E00 7FFF FFFF 7C01 FD55 0000 8000 0001 83FF 0400 7BFF FBFF 6400 1234"
+SINGLES = (
+    "7F800000 FF800000 7FC00000 7FFFFFFF FFFFFFFF 7F800001 FF812345 00000000 80000000 00000001 807FFFFF 00800000 "
+    "7F7FFFFF FF7FFFFF 7B000000 33000000 35800001 42480000 3F801234"
 )
-SINGLES = np.array(
-    [0x7F800000, 0xFF800000, 0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF812345, 0, 0x80000000, 1]
-    + [0x807FFFFF, 0x00800000, 0x7F7FFFFF, 0xFF7FFFFF, 0x7B000000, 0x33000000, 0x35800001, 0x42480000, 0x3F801234],
-    np.uint32,
-)
+EDGES = {
+    np.dtype(np.float16): np.frombuffer(bytes.fromhex(HALVES), ">u2").astype(np.uint16).view(np.float16),
+    np.dtype(np.float32): np.frombuffer(bytes.fromhex(SINGLES), ">u4").astype(np.uint32).view(np.float32),
+}
 
 
 def extreme_rows(codec: types.Codec, n_rows: int, n_blocks: int) -> np.ndarray:
@@ -55,9 +38,8 @@ def extreme_rows(codec: types.Codec, n_rows: int, n_blocks: int) -> np.ndarray:
     for part in codec.layout.split(rows):
         for name in () if part is None else part.dtype.names or ():
             field = part[name]
-            if field.dtype in (np.float16, np.float32):
-                edges = HALVES.view(np.float16) if field.dtype == np.float16 else SINGLES.view(np.float32)
-                field[...] = np.where(rng.random(field.shape) < 0.8, rng.choice(edges, field.shape), field)
+            if field.dtype in EDGES:
+                field[...] = np.where(rng.random(field.shape) < 0.8, rng.choice(EDGES[field.dtype], field.shape), field)
             elif name == "e":
                 edges = np.array([0, 1, 2, 102, 103, 142, 143, 253, 254, 255], np.uint8)
                 field[...] = np.where(rng.random(field.shape) < 0.25, rng.choice(edges, field.shape), field)

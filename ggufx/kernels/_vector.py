@@ -260,8 +260,8 @@ class Block:
 def block_intrinsic(emit: Callable[[Block], None]) -> Any:
     """Return the intrinsic ``block(data, start, d, out, position)`` whose code ``emit`` writes.
 
-    It reads the block at byte ``start`` of ``data`` (uint8, contiguous) and writes its values to ``out[position:]`` (contiguous,
-    of a dtype that kernels decode to); ``d`` is a float32.
+    It reads the block at byte ``start`` of ``data`` (uint8, contiguous) and writes its values to ``out[position:]``
+    (contiguous, of a dtype that kernels decode to); ``d`` is a float32.
     """
 
     @intrinsic
