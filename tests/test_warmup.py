@@ -96,7 +96,8 @@ for target in ("nisparks", "llama.cpp"):
     execute.execute(convert.plan_convert(out, path, target=target), threads=2)
     assert verify.verify(path, out).ok
 for codec, verb in warmup.kernels_of():
-    assert len(codec._kernels[verb].signatures) == (3 if verb == "decode" else 1), (codec, verb)
+    expected = 1 if verb != "decode" else 2 if codec.name == "F32" else 3  # F32 to float32 is a copy
+    assert len(codec._kernels[verb].signatures) == expected, (codec, verb)
 """
     done = run(tmp_path / "cache", "-c", code, str(tmp_path / "checkpoint"))
     assert done.returncode == 0, done.stderr

@@ -227,11 +227,7 @@ def decode(options: argparse.Namespace) -> list[Section]:
     )
     sections = [Section("Decode", columns, note, [_decode_row(types.get(name), options.rounds) for name in MAIN_TYPES])]
     if options.all_types:
-        others = [
-            codec
-            for codec in types.all_codecs()
-            if codec.can_decode and codec.value_dtype == "float32" and codec.name != "F32"
-        ]
+        others = [codec for codec in types.all_codecs() if codec.can_decode and codec.value_dtype == "float32"]
         rows = [_decode_row(codec, max(3, options.rounds // 4)) for codec in others if codec.name not in MAIN_TYPES]
         sections.append(Section("Decode, other types", columns, note, rows))
     return sections

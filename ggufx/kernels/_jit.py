@@ -36,6 +36,7 @@ __all__ = [
     "load16",
     "load32",
     "load64",
+    "load_floats16",
     "nibble_lookup",
     "pairs_to_halves",
     "put",
@@ -439,23 +440,17 @@ def trits4(typing_context: Any, codes: Any, scale: Any, out: Any, position: Any)
     return types.void(types.uint32, types.float32, out, types.intp), codegen
 
 
-def _widen(*, brain: bool) -> Any:
-    shorts = ir.VectorType(ir.IntType(16), _LANES)
+def _widen(element: Any, convert: Callable[[Any, Any, Any, Any], Any]) -> Any:
+    stored = ir.VectorType(element, _LANES)
 
     @intrinsic
     def widen(typing_context: Any, data: Any, index: Any, out: Any, position: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            source = context.make_array(signature.args[0])(context, builder, args[0])
-            pointer = builder.bitcast(builder.gep(source.data, [args[1]]), shorts.as_pointer())
-            values = builder.load(pointer, align=1)
-            if brain:
-                values = widen_brains(builder, values)
-            else:
-                # Narrower outputs lose what makes a NaN signalling anyway.
-                signalling = signature.args[2].dtype == types.float32
-                values = widen_halves(context, builder, values, signalling=signalling)
-            values = plain_nans(builder, signature.args[2], values)
-            store_floats(context, builder, signature.args[2], args[2], args[3], values)
+            data_type, _, out_type, _ = signature.args
+            source = context.make_array(data_type)(context, builder, args[0])
+            pointer = builder.bitcast(builder.gep(source.data, [args[1]]), stored.as_pointer())
+            values = convert(context, builder, out_type, builder.load(pointer, align=1))
+            store_floats(context, builder, out_type, args[2], args[3], plain_nans(builder, out_type, values))
             return context.get_dummy_value()
 
         return types.void(data, types.intp, out, types.intp), codegen
@@ -463,7 +458,14 @@ def _widen(*, brain: bool) -> Any:
     return widen
 
 
-widen_halves16 = _widen(brain=False)
-"""``widen_halves16(data, index, out, position)``: 16 binary16 from byte ``index`` of ``data`` to ``out[position:]``: exact."""
-widen_brains16 = _widen(brain=True)
+def _from_halves(context: Any, builder: Any, out_type: Any, halves: Any) -> Any:
+    # Narrower outputs lose what makes a NaN signalling anyway.
+    return widen_halves(context, builder, halves, signalling=out_type.dtype == types.float32)
+
+
+widen_halves16 = _widen(ir.IntType(16), _from_halves)
+"""``widen_halves16(data, index, out, position)``: 16 binary16 from byte ``index`` of ``data`` to ``out[position:]``."""
+widen_brains16 = _widen(ir.IntType(16), lambda context, builder, out_type, brains: widen_brains(builder, brains))
 """The same of bfloat16."""
+load_floats16 = _widen(ir.FloatType(), lambda context, builder, out_type, values: values)
+"""The same of float32."""

@@ -290,7 +290,10 @@ class Codec(ABC):
         if rows.size == 0:
             return out
         target = out.reshape(rows.shape[0], -1)
-        function = self._kernels.get("decode") if use_kernel else None
+        # Plain numbers that stay or grow are copied: no kernel is faster, and a compiler is slow to load.
+        is_plain = self.layout.block == np.dtype([("value", self.value_dtype)])
+        copies = is_plain and target.dtype.itemsize >= self.value_dtype.itemsize
+        function = self._kernels.get("decode") if use_kernel and not copies else None
         narrows = function is not None and target.dtype.name in kernels.OUTPUTS
         direct = target.flags.aligned and (narrows or target.dtype == self.value_dtype)
 
