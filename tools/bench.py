@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -199,7 +200,7 @@ MAIN_TYPES = ("MXFP4", "F8_E4M3_B128", "Q8_0", "Q4_0")
 
 
 def decode(options: argparse.Namespace) -> list[Section]:
-    """Decode to float32 on one core, beside filling the same memory and the packages that know the type."""
+    """Decode on one core, to float32 beside filling the same memory and the packages that know the type, and narrower."""
     # One core for all: libgguf takes threads of its own and cannot be told to use one.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -215,32 +216,35 @@ def decode(options: argparse.Namespace) -> list[Section]:
         Column("times_libgguf", "x libgguf", ".2f"),
         Column("gguf_gbps", "gguf GB/s", ".2f"),
         Column("times_gguf", "x gguf", ".1f"),
+        Column("float16_times", "float16 x", ".2f"),
+        Column("bfloat16_times", "bfloat16 x", ".2f"),
         Column("equal", "bits equal to"),
     ]
     note = (
         "GB/s of float32 written, 64 MiB, one core, best of the rounds; ggufx and libgguf write into the same buffer, "
-        "gguf can only return a new one. Ratios are medians over the rounds, each against its neighbours in time."
+        "gguf can only return a new one. float16 x and bfloat16 x: weights per second to these, over those to float32. "
+        "Ratios are medians over the rounds, each against its neighbours in time."
     )
     sections = [Section("Decode", columns, note, [_decode_row(types.get(name), options.rounds) for name in MAIN_TYPES])]
     if options.all_types:
-        others = [
-            codec
-            for codec in types.all_codecs()
-            if codec.can_decode and codec.value_dtype == "float32" and codec.name != "F32"
-        ]
+        others = [codec for codec in types.all_codecs() if codec.can_decode and codec.value_dtype == "float32"]
         rows = [_decode_row(codec, max(3, options.rounds // 4)) for codec in others if codec.name not in MAIN_TYPES]
         sections.append(Section("Decode, other types", columns, note, rows))
     return sections
 
 
 def _decode_row(codec: Any, rounds: int) -> dict[str, Any]:
+    import ml_dtypes
     import numpy as np
 
     rows, out = _packed(codec), np.zeros(DECODE_SHAPE, np.float32)
+    narrow = {"float16": np.zeros(DECODE_SHAPE, np.float16), "bfloat16": np.zeros(DECODE_SHAPE, ml_dtypes.bfloat16)}
     contenders = {
         "fill": timed(lambda: out.fill(1.0)),
         "ggufx": timed(lambda: codec.decode(rows, out=out, threads=1)),
     }
+    for name, half in narrow.items():
+        contenders[name] = timed(partial(codec.decode, rows, out=half, threads=1))
     expected = dict(_references(codec, rows))
     peers = _peers(codec, rows, out)
     if "libgguf" in peers:
@@ -254,7 +258,7 @@ def _decode_row(codec: Any, rounds: int) -> dict[str, Any]:
         slow = {}
     codec.decode(rows, out=out, threads=1)
     checks = [f"{name}: {_same_bits(out, array)}" for name, array in expected.items()]
-    gbps = {name: out.nbytes / 1e9 / min(found) for name, found in (slow | times).items()}
+    gbps = {name: out.nbytes / 1e9 / min(found) for name, found in (slow | times).items() if name not in narrow}
     return {
         "type": codec.name,
         "fill_gbps": gbps["fill"],
@@ -266,6 +270,8 @@ def _decode_row(codec: Any, rounds: int) -> dict[str, Any]:
         "times_libgguf": ratio(times["libgguf"], times["ggufx"]) if "libgguf" in times else None,
         "gguf_gbps": gbps.get("gguf"),
         "times_gguf": ratio(slow["gguf"], slow["ggufx"]) if slow else None,
+        **{f"{name}_times": ratio(times["ggufx"], times[name]) for name in narrow},
+        **{f"{name}_gweights": out.size / 1e9 / min(times[name]) for name in narrow},
         "equal": ", ".join(checks) or None,
         "seconds": times,
     }
