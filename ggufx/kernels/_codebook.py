@@ -19,7 +19,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from ggufx.kernels._jit import bits_to_float, float_to_bits, float_to_half, half_to_float, kernel
+from ggufx.kernels._jit import bits_to_float, float_to_bits, float_to_half, half_to_float, kernel, subroutine
 from ggufx.kernels._lanes import best_of_kinds, lane_sums, model_cost, nearest_codes, pick_lane, survey, windows
 
 __all__ = ["block_search", "codebook_search", "store_planes", "subroutine"]
@@ -30,7 +30,7 @@ DEAD = 1e-9
 
 
 def inline(function: Any) -> Any:
-    return numba.njit(nogil=True, forceinline=True)(function)
+    return numba.njit(nogil=True, forceinline=True, no_cfunc_wrapper=True, no_cpython_wrapper=True)(function)
 
 
 @inline
@@ -48,11 +48,6 @@ def _exponent_scale(bits):
     """Return the power of two that brings a float of these bits near 1, and its inverse."""
     field = min(max(bits >> np.uint32(23), np.uint32(1)), np.uint32(253))
     return bits_to_float((np.uint32(254) - field) << np.uint32(23)), bits_to_float(field << np.uint32(23))
-
-
-def subroutine(function: Any) -> Any:
-    """Compile a function that is called, so that its code is there once."""
-    return numba.njit(nogil=True)(function)
 
 
 @subroutine

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ggufx import tables
-from ggufx.kernels._jit import float_to_bits, float_to_half, half_to_float, kernel
+from ggufx.kernels._jit import float_to_bits, float_to_half, half_to_float, kernel, subroutine
 from ggufx.kernels._linear import down, exponent_of, mean_square, up
 
 _GRID = np.ascontiguousarray(tables.GRID_IQ2_XXS).astype(np.float32)
@@ -37,7 +37,7 @@ _INDEX = np.uint32(0xFF)
 _UPPER = np.uint32(0xFFFFFF00)
 
 
-@kernel
+@subroutine
 def _half_sums(points, ax, wt, first, a, b, c):
     """Per point and lane: ``sum w g^2``, ``sum w x g`` and ``min w x g`` over four elements from ``first``."""
     for p in range(points.shape[0]):
@@ -52,7 +52,7 @@ def _half_sums(points, ax, wt, first, a, b, c):
             c[p, i] = low if low < high else high
 
 
-@kernel
+@subroutine
 def _lines(first, left, right, twice_odd, a8, b8):
     """A and 2 B of the eight points from ``first``, all lanes."""
     for u in range(8):
@@ -64,7 +64,7 @@ def _lines(first, left, right, twice_odd, a8, b8):
             b8[u, i] = _TWO * (left[1, p, i] + right[1, q, i] - twice_odd[i] * c)
 
 
-@kernel
+@subroutine
 def _sweep(left, right, twice_odd, scale, lift, a8, b8, best):
     """Per scale and lane: the point of least error, in the low byte of ``best``; the bits above are the error's.
 
@@ -85,14 +85,14 @@ def _sweep(left, right, twice_odd, scale, lift, a8, b8, best):
                 best[k, i] = least
 
 
-@kernel
+@subroutine
 def _line(g, lane, left, right, twice_odd):
     p, q = _LEFT_OF[g], _RIGHT_OF[g]
     c = min(left[2, p, lane], right[2, q, lane])
     return left[0, p, lane] + right[0, q, lane], left[1, p, lane] + right[1, q, lane] - twice_odd[lane] * c
 
 
-@kernel
+@subroutine
 def _evaluate(d, window, scales, line_a, line_b, lines, first, chosen):
     """Best sub-scales within ``window`` of the nearest and best lines for d; returns error, ``sum u B``, ``sum u^2 A``."""
     total, ub, uua = _ZERO, _ZERO, _ZERO
@@ -307,12 +307,12 @@ def encode_search(values, importance, out, by_energy, multiples, window, starts,
                     out[r, at + 4 + k] = np.uint8((word >> np.uint32(8 * k)) & np.uint32(0xFF))
 
 
-@kernel
+@subroutine
 def _round(value):
     return np.int64(np.rint(value))
 
 
-@kernel
+@subroutine
 def _uniform_scale(x, w, levels):
     """Scale of a fit with levels 0..4 that the C library starts from; ``levels`` wrap as its unsigned bytes do."""
     top = x[0]
@@ -363,7 +363,7 @@ def _uniform_scale(x, w, levels):
     return s1 / s2 if s2 > _ZERO else _ZERO
 
 
-@kernel
+@subroutine
 def _nearest_points(x, roots, inverse, scale, starts, neighbours, levels, points):
     """Levels 0..2 of 32 magnitudes and the grid points that hold them, the best neighbour where none does."""
     for run in range(4):
@@ -389,7 +389,7 @@ def _nearest_points(x, roots, inverse, scale, starts, neighbours, levels, points
         points[run] = g
 
 
-@kernel
+@subroutine
 def _sums(x, w, levels):
     s1, s2 = _ZERO, _ZERO
     for i in range(32):

@@ -41,6 +41,7 @@ __all__ = [
     "scale_bytes16",
     "scale_signed16",
     "store64",
+    "subroutine",
     "trits4",
     "trits16",
     "widen_brains16",
@@ -117,7 +118,8 @@ def kernel(function: Callable[..., Any], key: str | None = None) -> Any:
 
     A function made by a factory that closes over other compiled functions needs a ``key``, its own among those of the factory.
     """
-    dispatcher = numba.njit(nogil=True)(function)
+    # Nobody calls kernels from C: the wrapper for that would only be compiled.
+    dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True)(function)
     if hasattr(dispatcher, "_cache"):  # NUMBA_DISABLE_JIT gives the plain function back
         try:
             dispatcher._cache = _Cache(function, key)
@@ -125,6 +127,13 @@ def kernel(function: Callable[..., Any], key: str | None = None) -> Any:
             # No writable folder at all (read-only install without a home): compile in every process.
             return dispatcher
     return dispatcher
+
+
+def subroutine(function: Callable[..., Any]) -> Any:
+    """Compile a function that kernels call: it becomes part of their machine code, so it has no way in from Python and no
+    place on disk, either of which costs as much to make as a small function itself.
+    """
+    return numba.njit(nogil=True, no_cfunc_wrapper=True, no_cpython_wrapper=True)(function)
 
 
 def _bitcast(source: Any, target: Any) -> Any:
@@ -152,7 +161,7 @@ float_to_bits = _bitcast(types.float32, types.uint32)
 # not there, which kills the process. They run once a block, so their cost does not show.
 
 
-@kernel
+@subroutine
 def half_to_float(bits):
     """Widen binary16 bits (uint16) to float32; exact for every input, subnormals, infinities and NaN included."""
     magnitude = np.uint32(bits & np.uint16(0x7FFF))
@@ -165,13 +174,13 @@ def half_to_float(bits):
     return bits_to_float(sign | float_to_bits(value))
 
 
-@kernel
+@subroutine
 def half_at(data, index):
     """Read the binary16 at byte ``index`` of a uint8 array as float32."""
     return half_to_float(np.uint16(data[index] | (np.uint16(data[index + 1]) << np.uint16(8))))
 
 
-@kernel
+@subroutine
 def float_at(data, index):
     """Read the little-endian float32 at byte ``index`` of a uint8 array."""
     low = data[index] | (np.uint32(data[index + 1]) << np.uint32(8))
@@ -179,7 +188,7 @@ def float_at(data, index):
     return bits_to_float(low | (high << np.uint32(16)))
 
 
-@kernel
+@subroutine
 def float_to_half(value):
     """Round a float32 to binary16 bits (uint16): to nearest, ties to even, subnormals kept, NaN to the quiet 0x7E00."""
     bits = np.uint32(float_to_bits(value))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ggufx.kernels._jit import kernel
+from ggufx.kernels._jit import kernel, subroutine
 from ggufx.kernels._linear import (
     LANES,
     down,
@@ -32,7 +32,7 @@ _COARSE = np.float32(2.0**-18)
 """Under this a half (a subnormal) has steps of more than 1.5 %."""
 
 
-@kernel
+@subroutine
 def _fill_lanes(values, importance, by_energy, start, n, sub, xt, wt, wxt, factors, w, buffer):
     """Lay ``n`` blocks of 256 from number ``start`` into the lanes, scaled by a power of two; the others are zero."""
     blocks = values.shape[1] // 256
@@ -67,7 +67,7 @@ def _fill_lanes(values, importance, by_energy, start, n, sub, xt, wt, wxt, facto
             z[i] = x[i] * y[i]
 
 
-@kernel
+@subroutine
 def _explain_affine(xt, wxt, wt, inverse, shift, top, sq, sqq, sxq):
     """Per lane, with codes ``q = clamp(rint((x + shift) * inverse), 0, top)``: sums of w q, w q q and w x q."""
     n = inverse.shape[0]
@@ -92,7 +92,7 @@ def _explain_affine(xt, wxt, wt, inverse, shift, top, sq, sqq, sxq):
             sxq[i] = c
 
 
-@kernel
+@subroutine
 def _error_affine(xt, wt, scale, shift, top, error):
     """Per lane: ``sum w (x - y)^2`` for ``y = scale q - shift`` with the nearest codes."""
     n = scale.shape[0]
@@ -112,7 +112,7 @@ def _error_affine(xt, wt, scale, shift, top, error):
             error[i] = total
 
 
-@kernel
+@subroutine
 def _solve(sw, sx, sq, sqq, sxq, best, scale, shift, gain_q, gain_qq):
     """Per lane: least-squares scale >= 0 and shift >= 0 of the codes behind the sums; keep them if they explain more."""
     for i in range(sw.shape[0]):
@@ -139,7 +139,7 @@ def _solve(sw, sx, sq, sqq, sxq, best, scale, shift, gain_q, gain_qq):
         gain_qq[i] = b if better else gain_qq[i]
 
 
-@kernel
+@subroutine
 def _rank(targets, weights, first, n, unit, top, low, cost):
     """Return the best of ``unit`` times 64 ratios as a common step of ``targets``, each a multiple from ``low`` to ``top``."""
     for k in range(cost.shape[0]):
@@ -157,7 +157,7 @@ def _rank(targets, weights, first, n, unit, top, low, cost):
     return unit * (np.float32(0.72) + np.float32(0.01) * np.float32(k)), cost[k]
 
 
-@kernel
+@subroutine
 def _settle(targets, weights, first, n, step, factor, top, low):
     """Return ``step``, or where ``step * factor`` is a half of few digits, the better of its neighbours but 0."""
     real = step * factor
@@ -177,7 +177,7 @@ def _settle(targets, weights, first, n, step, factor, top, low):
     return chosen
 
 
-@kernel
+@subroutine
 def _pack_two_bits(codes, row, at):
     for half in range(2):
         for j in range(32):
@@ -187,7 +187,7 @@ def _pack_two_bits(codes, row, at):
             row[at + 32 * half + j] = byte
 
 
-@kernel
+@subroutine
 def _pack_affine(bits, codes, scales, minima, row, start):
     """Write codes [256], scales and minima of Q2_K, Q4_K or Q5_K; the f16 are written by the caller."""
     if bits == 2:
@@ -213,7 +213,7 @@ def _pack_affine(bits, codes, scales, minima, row, start):
             row[at + 32 * quarter + j] = (low & np.uint8(15)) | (high << np.uint8(4))
 
 
-@kernel
+@subroutine
 def _pack_plain(bits, codes, scales, row, start):
     """Write codes [256] and signed scales of Q3_K or Q6_K."""
     if bits == 3:

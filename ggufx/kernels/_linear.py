@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ggufx.kernels._jit import bits_to_float, float_to_bits, float_to_half, half_to_float, kernel
+from ggufx.kernels._jit import bits_to_float, float_to_bits, float_to_half, half_to_float, kernel, subroutine
 
 LANES = 64
 _MAGIC = np.float32(12582912)  # 1.5 * 2^23: adding and subtracting it rounds half to even, as rint does
@@ -17,7 +17,7 @@ _ZERO = np.float32(0)
 _ONE = np.float32(1)
 
 
-@kernel
+@subroutine
 def exponent_of(x):
     """Return the float32 exponent field of the largest magnitude, within 1..253."""
     top = np.uint32(0)
@@ -26,19 +26,19 @@ def exponent_of(x):
     return min(max(np.int32(top >> np.uint32(23)), np.int32(1)), np.int32(253))
 
 
-@kernel
+@subroutine
 def down(exponent):
     """Return ``2^(127 - exponent)``: brings values of that exponent field to 1..2."""
     return bits_to_float(np.uint32(254 - exponent) << np.uint32(23))
 
 
-@kernel
+@subroutine
 def up(exponent):
     """Return ``2^(exponent - 127)``."""
     return bits_to_float(np.uint32(exponent) << np.uint32(23))
 
 
-@kernel
+@subroutine
 def store_half(value, row, at):
     """Store ``value`` as the nearest finite half at byte ``at`` of ``row``; return what was stored."""
     bits = float_to_half(value)
@@ -49,7 +49,7 @@ def store_half(value, row, at):
     return half_to_float(bits)
 
 
-@kernel
+@subroutine
 def mean_square(x, factor, lanes):
     """Return the mean of ``(x * factor)^2``, summed in a fixed order that vectorises."""
     n = lanes.shape[0]
@@ -70,7 +70,7 @@ def mean_square(x, factor, lanes):
     return total / np.float32(x.shape[0])
 
 
-@kernel
+@subroutine
 def explain(xt, wxt, wt, inverse, low, high, s1, s2):
     """Per lane: with codes ``l = clamp(rint(x * inverse))``, give ``s1 = sum w x l`` and ``s2 = sum w l l``."""
     n = inverse.shape[0]
@@ -91,7 +91,7 @@ def explain(xt, wxt, wt, inverse, low, high, s1, s2):
             s2[i] = b
 
 
-@kernel
+@subroutine
 def keep_best(s1, s2, inverse, best, best_inverse, best_scale):
     """Per lane: where the explained energy ``s1^2 / s2`` is above ``best``, take it, its inverse and its scale."""
     for i in range(s1.shape[0]):
@@ -104,7 +104,7 @@ def keep_best(s1, s2, inverse, best, best_inverse, best_scale):
         best_scale[i] = scale if better else best_scale[i]
 
 
-@kernel
+@subroutine
 def error_plain(xt, wt, scale, low, high, error):
     """Per lane: ``sum w (x - y)^2`` for ``y = scale l`` with the nearest levels."""
     n = scale.shape[0]
@@ -124,7 +124,7 @@ def error_plain(xt, wt, scale, low, high, error):
             error[i] = total
 
 
-@kernel
+@subroutine
 def to_half_digits(values):
     """Round to the 11 significant bits of a half (not subnormal), to nearest, ties to even."""
     for i in range(values.shape[0]):
@@ -133,7 +133,7 @@ def to_half_digits(values):
         values[i] = bits_to_float(np.uint32(bits + np.uint32(0xFFF) + odd) & np.uint32(0xFFFFE000))
 
 
-@kernel
+@subroutine
 def code(xt, inverse, low, high, codes):
     """Per lane: ``codes[j] = clamp(rint(x * inverse)) - low`` as bytes."""
     n = inverse.shape[0]
@@ -146,7 +146,7 @@ def code(xt, inverse, low, high, codes):
             c[i] = np.uint8(np.int32((t + _MAGIC) - _MAGIC - low))
 
 
-@kernel
+@subroutine
 def among_subnormals(xt, wt, lane, d, factor, low, high):
     """Return the best of the half subnormals round ``d``: their step is coarse, so rounding to the nearest is not best."""
     best, best_d = np.float32(np.inf), d
@@ -165,7 +165,7 @@ def among_subnormals(xt, wt, lane, d, factor, low, high):
     return best_d
 
 
-@kernel
+@subroutine
 def pack_block(codes, nibbles, lane, bits, row, at):
     """Write the codes of one block of 32 behind its scale: Q4_0's, Q5_0's or Q6_0's layout, by ``bits``."""
     if bits == 5:
