@@ -16,21 +16,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
-from ggufx.kernels._jit import bits_to_float, float_to_bits, float_to_half, half_to_float, kernel, subroutine
+from ggufx.kernels._jit import bits_to_float, float_to_bits, float_to_half, half_to_float, inline, kernel, subroutine
 from ggufx.kernels._lanes import best_of_kinds, lane_sums, model_cost, nearest_codes, pick_lane, survey, windows
 
-__all__ = ["block_search", "codebook_search", "store_planes", "subroutine"]
+__all__ = ["block_search", "codebook_search", "store_planes"]
 
 _MAX_LANES = 128
 DEAD = 1e-9
 """Importance of columns whose sub-block has none."""
-
-
-def inline(function: Any) -> Any:
-    return numba.njit(nogil=True, forceinline=True, no_cfunc_wrapper=True, no_cpython_wrapper=True)(function)
 
 
 @inline

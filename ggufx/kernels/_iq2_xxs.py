@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ggufx import tables
-from ggufx.kernels._jit import float_to_bits, float_to_half, half_to_float, kernel, subroutine
+from ggufx.kernels._jit import float_to_bits, float_to_half, half_to_float, inline, kernel, subroutine
 from ggufx.kernels._linear import down, exponent_of, mean_square, up
 
 _GRID = np.ascontiguousarray(tables.GRID_IQ2_XXS).astype(np.float32)
@@ -85,7 +85,7 @@ def _sweep(left, right, twice_odd, scale, lift, a8, b8, best):
                 best[k, i] = least
 
 
-@subroutine
+@inline
 def _line(g, lane, left, right, twice_odd):
     p, q = _LEFT_OF[g], _RIGHT_OF[g]
     c = min(left[2, p, lane], right[2, q, lane])
@@ -307,7 +307,7 @@ def encode_search(values, importance, out, by_energy, multiples, window, starts,
                     out[r, at + 4 + k] = np.uint8((word >> np.uint32(8 * k)) & np.uint32(0xFF))
 
 
-@subroutine
+@inline
 def _round(value):
     return np.int64(np.rint(value))
 
@@ -389,7 +389,7 @@ def _nearest_points(x, roots, inverse, scale, starts, neighbours, levels, points
         points[run] = g
 
 
-@subroutine
+@inline
 def _sums(x, w, levels):
     s1, s2 = _ZERO, _ZERO
     for i in range(32):

@@ -18,8 +18,12 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import caching
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.compiler_machinery import register_pass
 from numba.core.errors import TypingError
 from numba.core.runtime import rtsys
+from numba.core.typed_passes import NativeLowering
 from numba.extending import intrinsic
 
 __all__ = [
@@ -31,6 +35,7 @@ __all__ = [
     "half_at",
     "half_to_float",
     "halves_to_pairs",
+    "inline",
     "kernel",
     "load16",
     "load32",
@@ -119,7 +124,7 @@ def kernel(function: Callable[..., Any], key: str | None = None) -> Any:
     A function made by a factory that closes over other compiled functions needs a ``key``, its own among those of the factory.
     """
     # Nobody calls kernels from C: the wrapper for that would only be compiled.
-    dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True)(function)
+    dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, error_model="numpy")(function)
     if hasattr(dispatcher, "_cache"):  # NUMBA_DISABLE_JIT gives the plain function back
         try:
             dispatcher._cache = _Cache(function, key)
@@ -129,11 +134,65 @@ def kernel(function: Callable[..., Any], key: str | None = None) -> Any:
     return dispatcher
 
 
+class _PartLibrary(JITCodeLibrary):  # type: ignore[misc]
+    """Code of a subroutine, which only kernels link: optimised and turned into machine code as a part of them, not before."""
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _LowerPart(NativeLowering):  # type: ignore[misc]
+    _name = "ggufx_lower_part"
+
+    def run_pass(self, state: Any) -> bool:
+        state.library = _PartLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+        # Without this Numba asks for the address of a wrapper that is not there.
+        state.flags.no_compile = True
+        super().run_pass(state)
+        lowered = state["cr"]
+        if not state.flags.forceinline:
+            # What LLVM copies into its callers it optimises in every place; and where the length of a loop becomes known
+            # there, unrolls it before it could vectorise it.
+            function = state.library.get_function(lowered.fndesc.llvm_func_name)
+            function.add_function_attribute("noinline")
+        # What identifies the function for its callers; Numba takes nothing but a built-in function. This one harms nobody.
+        entry = [state.func_id.func_qualname].count
+        state.targetctx.insert_user_function(entry, lowered.fndesc, [state.library])
+        state["cr"] = lowered._replace(cfunc=entry)
+        return True
+
+
+class _PartCompiler(CompilerBase):  # type: ignore[misc]
+    def define_pipelines(self) -> list[Any]:
+        manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
+        manager.passes = [
+            (_LowerPart, why) if found is NativeLowering else (found, why) for found, why in manager.passes
+        ]
+        manager._finalized = False
+        manager.finalize()
+        return [manager]
+
+
+_PART = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "no_cpython_wrapper": True}
+
+
 def subroutine(function: Callable[..., Any]) -> Any:
-    """Compile a function that kernels call: it becomes part of their machine code, so it has no way in from Python and no
-    place on disk, either of which costs as much to make as a small function itself.
+    """Compile a function that kernels call, so that its code is there once, however many calls there are.
+
+    It becomes part of their machine code. So it has no way in from Python and no place on disk: either costs as much to make
+    as a small function itself.
     """
-    return numba.njit(nogil=True, no_cfunc_wrapper=True, no_cpython_wrapper=True)(function)
+    return numba.njit(pipeline_class=_PartCompiler, **_PART)(function)
+
+
+def inline(function: Callable[..., Any]) -> Any:
+    """Compile a function that becomes part of every kernel or subroutine that calls it, at every call: for small ones."""
+    return numba.njit(pipeline_class=_PartCompiler, forceinline=True, **_PART)(function)
 
 
 def _bitcast(source: Any, target: Any) -> Any:
@@ -161,7 +220,7 @@ float_to_bits = _bitcast(types.float32, types.uint32)
 # not there, which kills the process. They run once a block, so their cost does not show.
 
 
-@subroutine
+@inline
 def half_to_float(bits):
     """Widen binary16 bits (uint16) to float32; exact for every input, subnormals, infinities and NaN included."""
     magnitude = np.uint32(bits & np.uint16(0x7FFF))
@@ -174,13 +233,13 @@ def half_to_float(bits):
     return bits_to_float(sign | float_to_bits(value))
 
 
-@subroutine
+@inline
 def half_at(data, index):
     """Read the binary16 at byte ``index`` of a uint8 array as float32."""
     return half_to_float(np.uint16(data[index] | (np.uint16(data[index + 1]) << np.uint16(8))))
 
 
-@subroutine
+@inline
 def float_at(data, index):
     """Read the little-endian float32 at byte ``index`` of a uint8 array."""
     low = data[index] | (np.uint32(data[index + 1]) << np.uint32(8))
@@ -188,7 +247,7 @@ def float_at(data, index):
     return bits_to_float(low | (high << np.uint32(16)))
 
 
-@subroutine
+@inline
 def float_to_half(value):
     """Round a float32 to binary16 bits (uint16): to nearest, ties to even, subnormals kept, NaN to the quiet 0x7E00."""
     bits = np.uint32(float_to_bits(value))

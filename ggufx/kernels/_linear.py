@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ggufx.kernels._jit import bits_to_float, float_to_bits, float_to_half, half_to_float, kernel, subroutine
+from ggufx.kernels._jit import bits_to_float, float_to_bits, float_to_half, half_to_float, inline, kernel, subroutine
 
 LANES = 64
 _MAGIC = np.float32(12582912)  # 1.5 * 2^23: adding and subtracting it rounds half to even, as rint does
@@ -17,7 +17,7 @@ _ZERO = np.float32(0)
 _ONE = np.float32(1)
 
 
-@subroutine
+@inline
 def exponent_of(x):
     """Return the float32 exponent field of the largest magnitude, within 1..253."""
     top = np.uint32(0)
@@ -26,19 +26,19 @@ def exponent_of(x):
     return min(max(np.int32(top >> np.uint32(23)), np.int32(1)), np.int32(253))
 
 
-@subroutine
+@inline
 def down(exponent):
     """Return ``2^(127 - exponent)``: brings values of that exponent field to 1..2."""
     return bits_to_float(np.uint32(254 - exponent) << np.uint32(23))
 
 
-@subroutine
+@inline
 def up(exponent):
     """Return ``2^(exponent - 127)``."""
     return bits_to_float(np.uint32(exponent) << np.uint32(23))
 
 
-@subroutine
+@inline
 def store_half(value, row, at):
     """Store ``value`` as the nearest finite half at byte ``at`` of ``row``; return what was stored."""
     bits = float_to_half(value)
@@ -124,7 +124,7 @@ def error_plain(xt, wt, scale, low, high, error):
             error[i] = total
 
 
-@subroutine
+@inline
 def to_half_digits(values):
     """Round to the 11 significant bits of a half (not subnormal), to nearest, ties to even."""
     for i in range(values.shape[0]):

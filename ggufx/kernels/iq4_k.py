@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ggufx import tables
-from ggufx.kernels._codebook import codebook_search, store_planes, subroutine
-from ggufx.kernels._jit import half_at, kernel
+from ggufx.kernels._codebook import codebook_search, store_planes
+from ggufx.kernels._jit import half_at, kernel, subroutine
 from ggufx.kernels._vector import Block, block_intrinsic
 
 _NBYTES = 144

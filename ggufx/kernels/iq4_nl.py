@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ggufx import tables
-from ggufx.kernels._codebook import block_search, store_planes, subroutine
-from ggufx.kernels._jit import half_to_float, kernel, load16, nibble_lookup
+from ggufx.kernels._codebook import block_search, store_planes
+from ggufx.kernels._jit import half_to_float, kernel, load16, nibble_lookup, subroutine
 
 _decode16 = nibble_lookup(tables.IQ4)
 

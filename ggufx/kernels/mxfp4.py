@@ -13,6 +13,7 @@ from ggufx.kernels._jit import (
     nibble_lookup,
     pairs_to_halves,
     store64,
+    inline,
     subroutine,
 )
 
@@ -69,7 +70,7 @@ _LANES = 64
 _ZERO = np.float32(0)
 
 
-@subroutine
+@inline
 def _reference_scale(x, rounded_up):
     """Return ``floor(log2f(amax)) + 125`` within 0..254, 0 for amax 0."""
     top = np.uint32(0)
@@ -79,14 +80,14 @@ def _reference_scale(x, rounded_up):
     return max(field + np.int32(top >= rounded_up[field]) - 2, 0)
 
 
-@subroutine
+@inline
 def _factors(e):
     """Return two factors whose product is ``2^(128 - e)``, which itself may be beyond float32."""
     first = min(128 - e, 127)
     return bits_to_float(np.uint32(first + 127) << np.uint32(23)), np.float32(2) if e == 0 else np.float32(1)
 
 
-@subroutine
+@inline
 def _scale_block(x, e, scaled):
     f, g = _factors(e)
     for i in range(x.shape[0]):
@@ -111,7 +112,7 @@ def _code(scaled, codes):
         codes[i] = np.uint8(np.int32(c))
 
 
-@subroutine
+@inline
 def _write(codes, at, row, start):
     store64(row, start + 1, load64(codes, at) | (load64(codes, at + 16) << np.uint64(4)))
     store64(row, start + 9, load64(codes, at + 8) | (load64(codes, at + 24) << np.uint64(4)))
