@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from ggufx.kernels._jit import bits_to_float, float_to_bits, float_to_half, half_to_float, inline, kernel, subroutine
+from ggufx.kernels._jit import bits_to_float, float_to_bits, float_to_half, half_to_float, inline, kernel
 from ggufx.kernels._lanes import best_of_kinds, lane_sums, model_cost, nearest_codes, pick_lane, survey, windows
 
-__all__ = ["block_search", "codebook_search", "store_planes"]
+__all__ = ["block_search", "codebook_search"]
 
 _MAX_LANES = 128
 DEAD = 1e-9
@@ -43,21 +43,6 @@ def _exponent_scale(bits):
     """Return the power of two that brings a float of these bits near 1, and its inverse."""
     field = min(max(bits >> np.uint32(23), np.uint32(1)), np.uint32(253))
     return bits_to_float((np.uint32(254) - field) << np.uint32(23)), bits_to_float(field << np.uint32(23))
-
-
-@subroutine
-def store_planes(codes, at, count, n_bits, shift, run, out, start):
-    """Pack ``n_bits`` bits at ``shift`` of codes: runs of ``run`` bytes, first the lowest bits of each byte of a run."""
-    per_byte = 8 // n_bits
-    mask = (1 << n_bits) - 1
-    for first in range(0, count, run * per_byte):
-        to = start + first // per_byte
-        for j in range(run):
-            out[to + j] = (codes[at + first + j] >> shift) & mask
-        for p in range(1, per_byte):
-            source = at + first + p * run
-            for j in range(run):
-                out[to + j] |= ((codes[source + j] >> shift) & mask) << (p * n_bits)
 
 
 def _keeper(half: bool, ceiling: float, floor: float) -> Any:

@@ -26,6 +26,8 @@ from numba.core.runtime import rtsys
 from numba.core.typed_passes import NativeLowering
 from numba.extending import intrinsic
 
+from ggufx.kernels import uncollected
+
 __all__ = [
     "bits_to_float",
     "code_lookup",
@@ -126,6 +128,7 @@ def kernel(function: Callable[..., Any], key: str | None = None) -> Any:
     # Nobody calls kernels from C: the wrapper for that would only be compiled.
     dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, error_model="numpy")(function)
     if hasattr(dispatcher, "_cache"):  # NUMBA_DISABLE_JIT gives the plain function back
+        dispatcher._compiler.compile = uncollected()(dispatcher._compiler.compile)
         try:
             dispatcher._cache = _Cache(function, key)
         except RuntimeError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ggufx.kernels._jit import kernel, subroutine
+from ggufx.kernels._lanes import planes
 from ggufx.kernels._linear import (
     LANES,
     down,
@@ -177,14 +178,12 @@ def _settle(targets, weights, first, n, step, factor, top, low):
     return chosen
 
 
-@subroutine
-def _pack_two_bits(codes, row, at):
-    for half in range(2):
-        for j in range(32):
-            byte = np.uint8(0)
-            for k in range(4):
-                byte |= (codes[128 * half + 32 * k + j] & np.uint8(3)) << np.uint8(2 * k)
-            row[at + 32 * half + j] = byte
+_store_nibbles = planes(256, 4, 0, 32)
+_store_far_nibbles = planes(256, 4, 0, 64)
+_store_pairs = planes(256, 2, 0, 32)
+_store_high_pairs = planes(256, 2, 4, 32)
+_store_third_bits = planes(256, 1, 2, 32)
+_store_fifth_bits = planes(256, 1, 4, 32)
 
 
 @subroutine
@@ -193,7 +192,7 @@ def _pack_affine(bits, codes, scales, minima, row, start):
     if bits == 2:
         for k in range(16):
             row[start + k] = np.uint8(scales[k] | minima[k] << 4)
-        _pack_two_bits(codes, row, start + 16)
+        _store_pairs(codes, 0, row, start + 16)
         return
     for k in range(4):
         row[start + 4 + k] = np.uint8(scales[k] | (scales[k + 4] >> 4) << 6)
@@ -201,28 +200,17 @@ def _pack_affine(bits, codes, scales, minima, row, start):
         row[start + 12 + k] = np.uint8((scales[k + 4] & 15) | (minima[k + 4] & 15) << 4)
     at = start + 16
     if bits == 5:
-        for j in range(32):
-            byte = np.uint8(0)
-            for k in range(8):
-                byte |= (codes[32 * k + j] >> np.uint8(4)) << np.uint8(k)
-            row[at + j] = byte
+        _store_fifth_bits(codes, 0, row, at)
         at += 32
-    for quarter in range(4):
-        for j in range(32):
-            low, high = codes[64 * quarter + j], codes[64 * quarter + 32 + j]
-            row[at + 32 * quarter + j] = (low & np.uint8(15)) | (high << np.uint8(4))
+    _store_nibbles(codes, 0, row, at)
 
 
 @subroutine
 def _pack_plain(bits, codes, scales, row, start):
     """Write codes [256] and signed scales of Q3_K or Q6_K."""
     if bits == 3:
-        for j in range(32):
-            byte = np.uint8(0)
-            for k in range(8):
-                byte |= (codes[32 * k + j] >> np.uint8(2)) << np.uint8(k)
-            row[start + j] = byte
-        _pack_two_bits(codes, row, start + 32)
+        _store_third_bits(codes, 0, row, start)
+        _store_pairs(codes, 0, row, start + 32)
         for k in range(8):
             row[start + 96 + k] = np.uint8(((scales[k] + 32) & 15) | ((scales[k + 8] + 32) & 15) << 4)
         for k in range(4):
@@ -231,15 +219,8 @@ def _pack_plain(bits, codes, scales, row, start):
                 byte |= ((scales[4 * part + k] + 32) >> 4) << (2 * part)
             row[start + 104 + k] = np.uint8(byte)
         return
-    for half in range(2):
-        for j in range(64):
-            low, high = codes[128 * half + j], codes[128 * half + 64 + j]
-            row[start + 64 * half + j] = (low & np.uint8(15)) | (high << np.uint8(4))
-        for j in range(32):
-            byte = np.uint8(0)
-            for k in range(4):
-                byte |= (codes[128 * half + 32 * k + j] >> np.uint8(4)) << np.uint8(2 * k)
-            row[start + 128 + 32 * half + j] = byte
+    _store_far_nibbles(codes, 0, row, start)
+    _store_high_pairs(codes, 0, row, start + 128)
     for k in range(16):
         row[start + 192 + k] = np.uint8(scales[k] & 255)
 

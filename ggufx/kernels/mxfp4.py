@@ -8,12 +8,12 @@ from ggufx.kernels._jit import (
     bits_to_float,
     float_to_bits,
     halves_to_pairs,
+    inline,
     kernel,
     load64,
     nibble_lookup,
     pairs_to_halves,
     store64,
-    inline,
     subroutine,
 )
 
