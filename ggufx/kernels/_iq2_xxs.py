@@ -11,7 +11,7 @@ import numpy as np
 
 from ggufx import tables
 from ggufx.kernels._jit import float_to_bits, float_to_half, half_to_float, inline, kernel, subroutine
-from ggufx.kernels._linear import down, exponent_of, mean_square, up
+from ggufx.kernels._linear import down, exponent_of, mean_square, up, zeros
 
 _GRID = np.ascontiguousarray(tables.GRID_IQ2_XXS).astype(np.float32)
 # What the C library's encoder takes the magnitudes 8, 25 and 43 for.
@@ -122,7 +122,6 @@ def _evaluate(d, window, scales, line_a, line_b, lines, first, chosen):
     return total, ub, uua
 
 
-@kernel
 def encode_search(values, importance, out, by_energy, multiples, window, starts, passes, exact):
     """Encode by the exact search: sample scales, keep the points that win somewhere, then fit d and the sub-scales to them.
 
@@ -131,32 +130,38 @@ def encode_search(values, importance, out, by_energy, multiples, window, starts,
     refitted ``passes`` times. ``exact``: the final points are the best of the whole grid, not of those kept.
     """
     samples = multiples.shape[0]
+    scratch = (
+        *(zeros(8, _LANES) for _ in range(4)),
+        *(zeros(3, len(half), _LANES) for half in (_LEFT, _RIGHT)),
+        *(zeros(samples, _LANES) for _ in range(2)),
+        np.zeros((samples, _LANES), np.uint32),
+        *(zeros(_LANES) for _ in range(3)),
+        np.zeros(_LANES, np.uint32),
+        *(zeros(_LANES, samples) for _ in range(2)),
+        *(np.zeros((_LANES, samples), np.int64) for _ in range(2)),
+        np.zeros(_LANES, np.int64),
+        *(zeros(8) for _ in range(2)),
+        np.zeros(8, np.int64),
+        np.zeros((_BLOCKS, 8), np.int64),
+        zeros(64),
+        np.float32(0.72) + np.float32(0.01) * np.arange(64, dtype=np.float32),
+        zeros(256),
+        zeros(64),
+        *(zeros(_BLOCKS) for _ in range(2)),
+        *(zeros(1, _LANES) for _ in range(2)),
+        np.zeros((1, _LANES), np.uint32),
+    )
+    _encode_search(values, importance, out, scratch, by_energy, multiples, window, starts, passes, exact)
+
+
+@kernel
+def _encode_search(values, importance, out, scratch, by_energy, multiples, window, starts, passes, exact):
+    ax, wt, a8, b8, left, right, scale, lift, best, twice_odd, energy, tops, signs = scratch[:13]
+    line_a, line_b, line_g, line_of, lines, scales, curvature, chosen, kept = scratch[13:22]
+    model, ratio, w, buffer, factors, stored, last_scale, last_lift, last = scratch[22:]
+    samples = multiples.shape[0]
     blocks = values.shape[1] // 256
     count = values.shape[0] * blocks
-    ax, wt = np.zeros((8, _LANES), np.float32), np.zeros((8, _LANES), np.float32)
-    left = np.zeros((3, _LEFT.shape[0], _LANES), np.float32)
-    right = np.zeros((3, _RIGHT.shape[0], _LANES), np.float32)
-    a8, b8 = np.zeros((8, _LANES), np.float32), np.zeros((8, _LANES), np.float32)
-    scale, lift = np.zeros((samples, _LANES), np.float32), np.zeros((samples, _LANES), np.float32)
-    best = np.zeros((samples, _LANES), np.uint32)
-    twice_odd, energy, tops = (
-        np.zeros(_LANES, np.float32),
-        np.zeros(_LANES, np.float32),
-        np.zeros(_LANES, np.float32),
-    )
-    signs = np.zeros(_LANES, np.uint32)
-    line_a, line_b = np.zeros((_LANES, samples), np.float32), np.zeros((_LANES, samples), np.float32)
-    line_g, line_of = np.zeros((_LANES, samples), np.int64), np.zeros((_LANES, samples), np.int64)
-    lines = np.zeros(_LANES, np.int64)
-    scales, curvature = np.zeros(8, np.float32), np.zeros(8, np.float32)
-    chosen, kept = np.zeros(8, np.int64), np.zeros((_BLOCKS, 8), np.int64)
-    model, ratio = np.zeros(64, np.float32), np.zeros(64, np.float32)
-    w, buffer = np.zeros(256, np.float32), np.zeros(64, np.float32)
-    factors, stored = np.zeros(_BLOCKS, np.float32), np.zeros(_BLOCKS, np.float32)
-    last_scale, last_lift = np.zeros((1, _LANES), np.float32), np.zeros((1, _LANES), np.float32)
-    last = np.zeros((1, _LANES), np.uint32)
-    for k in range(64):
-        ratio[k] = np.float32(0.72) + np.float32(0.01) * np.float32(k)
     for start in range(0, count, _BLOCKS):
         n = min(_BLOCKS, count - start)
         for block in range(n):
@@ -246,7 +251,9 @@ def encode_search(values, importance, out, by_energy, multiples, window, starts,
                     model[k] = cost
                 least = _INF
                 for _ in range(starts):
-                    k = np.argmin(model)
+                    k = 0
+                    for near in range(1, 64):
+                        k = near if model[near] < model[k] else k
                     for near in range(max(k - 2, 0), min(k + 3, 64)):
                         model[near] = _INF
                     d = d0 * ratio[k]

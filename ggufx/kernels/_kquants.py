@@ -7,6 +7,8 @@ scales near the optimum, each with its exact error; the f16 scales are refitted,
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ggufx.kernels._jit import kernel, subroutine
@@ -21,6 +23,7 @@ from ggufx.kernels._linear import (
     mean_square,
     store_half,
     up,
+    zeros,
 )
 
 _MAGIC = np.float32(12582912)
@@ -154,7 +157,9 @@ def _rank(targets, weights, first, n, unit, top, low, cost):
             t = top if t > top else t
             off = target - step * ((t + _MAGIC) - _MAGIC)
             cost[k] += weight * off * off
-    k = np.argmin(cost)
+    k = 0
+    for i in range(1, cost.shape[0]):
+        k = i if cost[i] < cost[k] else k
     return unit * (np.float32(0.72) + np.float32(0.01) * np.float32(k)), cost[k]
 
 
@@ -225,7 +230,17 @@ def _pack_plain(bits, codes, scales, row, start):
         row[start + 192 + k] = np.uint8(scales[k] & 255)
 
 
-@kernel
+def _scratch(sub: int, n_rows: int, n_blocks: int) -> tuple[Any, ...]:
+    """Return what both searches work in: values, weights and products in lanes; lanes; cost, w, buffer, factors; codes."""
+    return (
+        *(zeros(sub, LANES) for _ in range(3)),
+        zeros(n_rows, LANES),
+        *(zeros(n) for n in (_RATIOS, 256, 64, n_blocks)),
+        np.zeros(256, np.uint8),
+        *(np.zeros(16, np.int64) for _ in range(2)),
+    )
+
+
 def encode_affine(values, importance, out, bits, block_nbytes, by_energy, steps, window, near, passes):
     """Encode Q2_K, Q4_K or Q5_K (by ``bits``).
 
@@ -233,6 +248,12 @@ def encode_affine(values, importance, out, bits, block_nbytes, by_energy, steps,
     the nearest, each with ``near`` minima to either side of the one that suits it. ``passes``: rounds of stage 3.
     """
     sub = 16 if bits == 2 else 32
+    scratch = _scratch(sub, 27, LANES * sub // 256)
+    _encode_affine(values, importance, out, scratch, sub, bits, block_nbytes, by_energy, steps, window, near, passes)
+
+
+@kernel
+def _encode_affine(values, importance, out, scratch, sub, bits, block_nbytes, by_energy, steps, window, near, passes):
     per_block = 256 // sub
     n_blocks = LANES // per_block
     top, limit = np.float32((1 << bits) - 1), np.float32(15 if bits == 2 else 63)
@@ -243,21 +264,12 @@ def encode_affine(values, importance, out, bits, block_nbytes, by_energy, steps,
         at_d, start_min = 0, 2
     blocks = values.shape[1] // 256
     count = values.shape[0] * blocks
-    xt, wt, wxt = (
-        np.zeros((sub, LANES), np.float32),
-        np.zeros((sub, LANES), np.float32),
-        np.zeros((sub, LANES), np.float32),
-    )
-    lanes = np.zeros((27, LANES), np.float32)
+    xt, wt, wxt, lanes, cost, w, buffer, factors, codes, scales, minima = scratch
     sw, sx, low, high, sq, sqq, sxq = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4], lanes[5], lanes[6]
     best, scale, shift, gain_q, gain_qq = lanes[7], lanes[8], lanes[9], lanes[10], lanes[11]
     inverse, offset, d, dmin, first_s = lanes[12], lanes[13], lanes[14], lanes[15], lanes[16]
     error, least, try_s, try_m, real_s, real_m = lanes[18], lanes[19], lanes[20], lanes[21], lanes[22], lanes[23]
     stiff, slope, target, chosen_m = lanes[24], lanes[25], lanes[26], lanes[17]
-    cost, w, buffer = np.zeros(_RATIOS, np.float32), np.zeros(256, np.float32), np.zeros(64, np.float32)
-    factors = np.ones(n_blocks, np.float32)
-    codes = np.zeros(256, np.uint8)
-    scales, minima = np.zeros(16, np.int64), np.zeros(16, np.int64)
     for start in range(0, count, n_blocks):
         n = min(n_blocks, count - start)
         _fill_lanes(values, importance, by_energy, start, n, sub, xt, wt, wxt, factors, w, buffer)
@@ -391,9 +403,14 @@ def encode_affine(values, importance, out, bits, block_nbytes, by_energy, steps,
             _pack_affine(bits, codes, scales, minima, out[r], b * block_nbytes)
 
 
-@kernel
 def encode_plain(values, importance, out, bits, block_nbytes, by_energy, steps, window, passes):
     """Encode Q3_K or Q6_K (by ``bits``); ``steps``: levels that the largest element of a sub-block is tried at."""
+    scratch = _scratch(16, 17, LANES // 16)
+    _encode_plain(values, importance, out, scratch, bits, block_nbytes, by_energy, steps, window, passes)
+
+
+@kernel
+def _encode_plain(values, importance, out, scratch, bits, block_nbytes, by_energy, steps, window, passes):
     sub, per_block = 16, 16
     n_blocks = LANES // per_block
     low, high = -np.float32(1 << (bits - 1)), np.float32((1 << (bits - 1)) - 1)
@@ -402,12 +419,7 @@ def encode_plain(values, importance, out, bits, block_nbytes, by_energy, steps, 
     at_d = 108 if bits == 3 else 208
     blocks = values.shape[1] // 256
     count = values.shape[0] * blocks
-    xt, wt, wxt = (
-        np.zeros((sub, LANES), np.float32),
-        np.zeros((sub, LANES), np.float32),
-        np.zeros((sub, LANES), np.float32),
-    )
-    lanes = np.zeros((17, LANES), np.float32)
+    xt, wt, wxt, lanes, cost, w, buffer, factors, codes, scales, _ = scratch
     extreme, inverse, s1, s2, best, best_inverse, scale = (
         lanes[0],
         lanes[1],
@@ -427,10 +439,6 @@ def encode_plain(values, importance, out, bits, block_nbytes, by_energy, steps, 
         lanes[13],
         lanes[14],
     )
-    cost, w, buffer = np.zeros(_RATIOS, np.float32), np.zeros(256, np.float32), np.zeros(64, np.float32)
-    factors = np.ones(n_blocks, np.float32)
-    codes = np.zeros(256, np.uint8)
-    scales = np.zeros(16, np.int64)
     for start in range(0, count, n_blocks):
         n = min(n_blocks, count - start)
         _fill_lanes(values, importance, by_energy, start, n, sub, xt, wt, wxt, factors, w, buffer)

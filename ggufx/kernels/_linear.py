@@ -7,6 +7,8 @@ largest of a block is near 1; sums then neither overflow nor vanish, whatever th
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ggufx.kernels._jit import bits_to_float, float_to_bits, float_to_half, half_to_float, inline, kernel, subroutine
@@ -188,7 +190,11 @@ def pack_block(codes, nibbles, lane, bits, row, at):
         row[at + 2 + j] = nibbles[j, lane]
 
 
-@kernel
+def zeros(*shape: int) -> Any:
+    """Return float32 scratch for a kernel. Allocating in kernels costs a tenth of a second of compiling per kind of array."""
+    return np.zeros(shape, np.float32)
+
+
 def encode_block32(values, importance, out, bits, block_nbytes, by_energy, steps, ends, refits):
     """Search the f16 scale of every block of 32 codes of ``bits`` bits around zero.
 
@@ -197,22 +203,28 @@ def encode_block32(values, importance, out, bits, block_nbytes, by_energy, steps
     that end at ``ends``. The best of each group by explained energy is refitted ``refits`` times; the best of these by its
     error as stored (beside a spike, energy tells nothing about the others) makes the codes.
     """
+    scratch = (
+        *(zeros(32, LANES) for _ in range(3)),
+        zeros(12, LANES),
+        zeros(32) + _ONE,
+        np.zeros((32, LANES), np.uint8),
+        np.zeros((16, LANES), np.uint8),
+    )
+    arrays = values, values.reshape(-1), importance, out.reshape(-1), scratch
+    _encode_block32(*arrays, bits, block_nbytes, by_energy, steps, ends, refits)
+
+
+@kernel
+def _encode_block32(values, flat, importance, flat_out, scratch, bits, block_nbytes, by_energy, steps, ends, refits):
     blocks = values.shape[1] // 32
     count = values.shape[0] * blocks
     low, high = -np.float32(1 << (bits - 1)), np.float32((1 << (bits - 1)) - 1)
     weighted = importance.shape[0] > 0
-    xt = np.zeros((32, LANES), np.float32)
-    wt = np.zeros((32, LANES), np.float32)
-    wxt = np.zeros((32, LANES), np.float32)
-    codes = np.zeros((32, LANES), np.uint8)
-    lanes = np.zeros((12, LANES), np.float32)
+    xt, wt, wxt, lanes, w, codes, nibbles = scratch
     extreme, inverse, s1, s2 = lanes[0], lanes[1], lanes[2], lanes[3]
     best, best_inverse, best_scale, factor, turned = lanes[4], lanes[5], lanes[6], lanes[7], lanes[8]
     error, least, chosen = lanes[9], lanes[10], lanes[11]
-    w = np.ones(32, np.float32)
-    flat, flat_out = values.reshape(-1), out.reshape(-1)
     row_factor, sigma2 = _ONE, _ZERO
-    nibbles = np.zeros((16, LANES), np.uint8)
     r, b = 0, -1
     for first in range(0, count, LANES):
         n = min(LANES, count - first)
@@ -285,15 +297,16 @@ def encode_block32(values, importance, out, bits, block_nbytes, by_energy, steps
             pack_block(codes, nibbles, lane, bits, flat_out, (first + lane) * block_nbytes)
 
 
-@kernel
 def encode_block32_reference(values, importance, out):
     """Q4_0's bytes as the C library makes them (FORMATS 6.2): plain rounding, or 19 scales by weighted explained energy."""
+    scratch = *(zeros(32, LANES) for _ in range(3)), zeros(7, LANES), np.zeros((32, LANES), np.uint8)
+    _encode_block32_reference(values, importance, out, scratch)
+
+
+@kernel
+def _encode_block32_reference(values, importance, out, scratch):
     low, high = np.float32(-8), np.float32(7)
-    xt = np.zeros((32, LANES), np.float32)
-    wt = np.zeros((32, LANES), np.float32)
-    wxt = np.zeros((32, LANES), np.float32)
-    codes = np.zeros((32, LANES), np.uint8)
-    lanes = np.zeros((7, LANES), np.float32)
+    xt, wt, wxt, lanes, codes = scratch
     extreme, inverse, s1, s2 = lanes[0], lanes[1], lanes[2], lanes[3]
     best, best_inverse, best_scale = lanes[4], lanes[5], lanes[6]
     blocks = values.shape[1] // 32
