@@ -18,7 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from ggufx.kernels._jit import bits_to_float, float_to_bits, float_to_half, half_to_float, inline, kernel
+from ggufx.kernels._jit import (
+    bits_to_float,
+    float_to_bits,
+    float_to_half,
+    half_to_float,
+    inline,
+    kernel,
+    larger,
+    smaller,
+)
 from ggufx.kernels._lanes import best_of_kinds, lane_sums, model_cost, nearest_codes, pick_lane, survey, windows
 
 __all__ = ["block_search", "codebook_search"]
@@ -41,7 +50,7 @@ def _total(terms, count):
 @inline
 def _exponent_scale(bits):
     """Return the power of two that brings a float of these bits near 1, and its inverse."""
-    field = min(max(bits >> np.uint32(23), np.uint32(1)), np.uint32(253))
+    field = smaller(larger(bits >> np.uint32(23), np.uint32(1)), np.uint32(253))
     return bits_to_float((np.uint32(254) - field) << np.uint32(23)), bits_to_float(field << np.uint32(23))
 
 
@@ -54,7 +63,7 @@ def _keeper(half: bool, ceiling: float, floor: float) -> Any:
     def stored(d, up, down):
         value = (-lowest if d < zero else lowest) if abs(d) < lowest else d
         value *= up
-        size = min(max(abs(value), least), most)
+        size = smaller(larger(abs(value), least), most)
         if half:
             size = half_to_float(float_to_half(size))
         return (-size if value < zero else size) * down
@@ -215,9 +224,9 @@ def codebook_search(
                     else:
                         best64(sum1, sum2, scale, curve, energy, 4 * k)
                     for p in range(4 * k, 4 * k + 4):
-                        widest = max(widest, abs(scale[p]))
+                        widest = larger(widest, abs(scale[p]))
                 # 2: D by the model.
-                base = max(widest / extreme, np.float32(1e-30))
+                base = larger(widest / extreme, np.float32(1e-30))
                 spread = np.float32(span_high - span_low)
                 for j in range(n_values):
                     if symmetric:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from ggufx import tables
-from ggufx.kernels._jit import float_to_bits, float_to_half, half_to_float, inline, kernel, subroutine
-from ggufx.kernels._linear import down, exponent_of, mean_square, up, zeros
+from ggufx.kernels._jit import float_to_bits, float_to_half, half_to_float, inline, kernel, larger, smaller, subroutine
+from ggufx.kernels._linear import down, exponent_of, floats, mean_square, scratch_of, up
 
 _GRID = np.ascontiguousarray(tables.GRID_IQ2_XXS).astype(np.float32)
 # What the C library's encoder takes the magnitudes 8, 25 and 43 for.
@@ -88,7 +88,7 @@ def _sweep(left, right, twice_odd, scale, lift, a8, b8, best):
 @inline
 def _line(g, lane, left, right, twice_odd):
     p, q = _LEFT_OF[g], _RIGHT_OF[g]
-    c = min(left[2, p, lane], right[2, q, lane])
+    c = smaller(left[2, p, lane], right[2, q, lane])
     return left[0, p, lane] + right[0, q, lane], left[1, p, lane] + right[1, q, lane] - twice_odd[lane] * c
 
 
@@ -98,9 +98,9 @@ def _evaluate(d, window, scales, line_a, line_b, lines, first, chosen):
     total, ub, uua = _ZERO, _ZERO, _ZERO
     for k in range(8):
         middle = np.rint((scales[k] / d * np.float32(8) - _ONE) * np.float32(0.5))
-        centre = np.int64(min(max(middle, _ZERO), np.float32(15)))
+        centre = np.int64(smaller(larger(middle, _ZERO), np.float32(15)))
         least, least_a, least_b, least_u = _INF, _ZERO, _ZERO, _ZERO
-        for a in range(max(centre - window, 0), min(centre + window, 15) + 1):
+        for a in range(larger(centre - window, 0), smaller(centre + window, 15) + 1):
             u = np.float32(2 * a + 1) * np.float32(0.125)
             s = d * u
             error, sum_a, sum_b = _ZERO, _ZERO, _ZERO
@@ -130,26 +130,16 @@ def encode_search(values, importance, out, by_energy, multiples, window, starts,
     refitted ``passes`` times. ``exact``: the final points are the best of the whole grid, not of those kept.
     """
     samples = multiples.shape[0]
-    scratch = (
-        *(zeros(8, _LANES) for _ in range(4)),
-        *(zeros(3, len(half), _LANES) for half in (_LEFT, _RIGHT)),
-        *(zeros(samples, _LANES) for _ in range(2)),
-        np.zeros((samples, _LANES), np.uint32),
-        *(zeros(_LANES) for _ in range(3)),
-        np.zeros(_LANES, np.uint32),
-        *(zeros(_LANES, samples) for _ in range(2)),
-        *(np.zeros((_LANES, samples), np.int64) for _ in range(2)),
-        np.zeros(_LANES, np.int64),
-        *(zeros(8) for _ in range(2)),
-        np.zeros(8, np.int64),
-        np.zeros((_BLOCKS, 8), np.int64),
-        zeros(64),
-        np.float32(0.72) + np.float32(0.01) * np.arange(64, dtype=np.float32),
-        zeros(256),
-        zeros(64),
-        *(zeros(_BLOCKS) for _ in range(2)),
-        *(zeros(1, _LANES) for _ in range(2)),
-        np.zeros((1, _LANES), np.uint32),
+    lane, each = floats(_LANES), floats(samples, _LANES)
+    scratch = scratch_of(
+        *[floats(8, _LANES)] * 4,
+        *(floats(3, len(half), _LANES) for half in (_LEFT, _RIGHT)),
+        *(each, each, (np.uint32, (samples, _LANES)), lane, lane, lane, (np.uint32, (_LANES,))),
+        *[floats(_LANES, samples)] * 2,
+        *[(np.int64, (_LANES, samples))] * 2,
+        *((np.int64, (_LANES,)), floats(8), floats(8), (np.int64, (8,)), (np.int64, (_BLOCKS, 8))),
+        *(floats(64), floats(64), floats(256), floats(64), floats(_BLOCKS), floats(_BLOCKS)),
+        *(floats(1, _LANES), floats(1, _LANES), (np.uint32, (1, _LANES))),
     )
     _encode_search(values, importance, out, scratch, by_energy, multiples, window, starts, passes, exact)
 
@@ -162,8 +152,10 @@ def _encode_search(values, importance, out, scratch, by_energy, multiples, windo
     samples = multiples.shape[0]
     blocks = values.shape[1] // 256
     count = values.shape[0] * blocks
+    for k in range(64):
+        ratio[k] = np.float32(0.72) + np.float32(0.01) * np.float32(k)
     for start in range(0, count, _BLOCKS):
-        n = min(_BLOCKS, count - start)
+        n = smaller(_BLOCKS, count - start)
         for block in range(n):
             r, b = divmod(start + block, blocks)
             x, m = values[r, b * 256 : b * 256 + 256], importance[b * 256 : b * 256 + 256]
@@ -191,7 +183,7 @@ def _encode_search(values, importance, out, scratch, by_energy, multiples, windo
                     ax[j, lane] = v
                     wt[j, lane] = w[at + j]
                     total += w[at + j] * v * v
-                    top = max(top, v)
+                    top = larger(top, v)
                 signs[lane] = negative
                 twice_odd[lane] = _TWO if odd else _ZERO
                 energy[lane] = total * np.float32(1.001) + np.float32(1e-30)
@@ -200,7 +192,7 @@ def _encode_search(values, importance, out, scratch, by_energy, multiples, windo
                 lane = 32 * block + 4 * group
                 top = np.float32(43e-12)
                 for i in range(lane, lane + 4):
-                    top = max(top, tops[i])
+                    top = larger(top, tops[i])
                 top = top / np.float32(43)
                 for k in range(samples):
                     s = multiples[k] * top
@@ -236,7 +228,7 @@ def _encode_search(values, importance, out, scratch, by_energy, multiples, windo
                         sum_b += line_b[i, line_of[i, k]]
                     if sum_a > _ZERO and sum_b > _ZERO and sum_b * (sum_b / sum_a) > most:
                         most, scales[group], curvature[group] = sum_b * (sum_b / sum_a), sum_b / sum_a, sum_a
-                largest = max(largest, scales[group])
+                largest = larger(largest, scales[group])
             d0 = largest * np.float32(8.0 / 31.0)
             stored[block] = _ZERO
             if d0 > _ZERO:
@@ -245,7 +237,7 @@ def _encode_search(values, importance, out, scratch, by_energy, multiples, windo
                     step = np.float32(8) / d
                     for group in range(8):
                         a = np.rint((scales[group] * step - _ONE) * np.float32(0.5))
-                        a = min(max(a, _ZERO), np.float32(15))
+                        a = smaller(larger(a, _ZERO), np.float32(15))
                         off = d * (_TWO * a + _ONE) * np.float32(0.125) - scales[group]
                         cost += curvature[group] * off * off
                     model[k] = cost
@@ -254,14 +246,14 @@ def _encode_search(values, importance, out, scratch, by_energy, multiples, windo
                     k = 0
                     for near in range(1, 64):
                         k = near if model[near] < model[k] else k
-                    for near in range(max(k - 2, 0), min(k + 3, 64)):
+                    for near in range(larger(k - 2, 0), smaller(k + 3, 64)):
                         model[near] = _INF
                     d = d0 * ratio[k]
                     for _ in range(passes):
                         _, ub, uua = _evaluate(d, window, scales, line_a, line_b, lines, 32 * block, chosen)
                         d = ub / uua if uua > _ZERO and ub > _ZERO else d
                     bits = float_to_half(d * factors[block])
-                    bits = min(bits, np.uint16(0x7BFF))
+                    bits = smaller(bits, np.uint16(0x7BFF))
                     # Half subnormals are far apart: the nearest one need not be the best.
                     reach = 3 if bits < np.uint16(0x0400) else 0
                     for shift in range(-reach, reach + 1):
@@ -277,7 +269,7 @@ def _encode_search(values, importance, out, scratch, by_energy, multiples, windo
             out[r, b * _NBYTES + 1] = np.uint8(bits >> np.uint16(8))
             for group in range(8):
                 s = stored[block] * np.float32(2 * kept[block, group] + 1) * np.float32(0.125)
-                s = max(s, np.float32(1e-12))
+                s = larger(s, np.float32(1e-12))
                 for i in range(32 * block + 4 * group, 32 * block + 4 * group + 4):
                     last_scale[0, i] = s
                     last_lift[0, i] = energy[i] / s
@@ -324,7 +316,7 @@ def _uniform_scale(x, w, levels):
     """Scale of a fit with levels 0..4 that the C library starts from; ``levels`` wrap as its unsigned bytes do."""
     top = x[0]
     for i in range(32):
-        top = max(top, x[i])
+        top = larger(top, x[i])
     inverse = np.float32(4) / top
     scale = _ONE / inverse
     best = _ZERO
@@ -340,13 +332,13 @@ def _uniform_scale(x, w, levels):
         scale = _ONE / tried
         error = _ZERO
         for i in range(32):
-            off = x[i] - scale * np.float32(min(_round(tried * x[i]), 4))
+            off = x[i] - scale * np.float32(smaller(_round(tried * x[i]), 4))
             error += w[i] * off * off
         if error < best:
             best, chosen = error, tried
     s1, s2 = _ZERO, _ZERO
     for i in range(32):
-        level = min(_round(chosen * x[i]), 4)
+        level = smaller(_round(chosen * x[i]), 4)
         levels[i] = np.uint8(level)
         s1 += w[i] * x[i] * np.float32(level)
         s2 += w[i] * np.float32(level) * np.float32(level)
@@ -356,7 +348,7 @@ def _uniform_scale(x, w, levels):
             old = np.float32(levels[i])
             t1, t2 = s1 - w[i] * x[i] * old, s2 - w[i] * old * old
             if t1 > _ZERO and t2 > _ZERO:
-                level = min(_round(x[i] * t2 / t1), 4)
+                level = smaller(_round(x[i] * t2 / t1), 4)
                 if level != np.int64(levels[i]):
                     new = np.float32(level)
                     t1 += w[i] * x[i] * new
@@ -378,7 +370,7 @@ def _nearest_points(x, roots, inverse, scale, starts, neighbours, levels, points
         code = 0
         for j in range(8):
             level = _round(np.float32(0.5) * (inverse * x[at + j] - _ONE))
-            levels[at + j] = min(max(level, 0), 2)
+            levels[at + j] = smaller(larger(level, 0), 2)
             code += levels[at + j] * 3**j
         first, last = starts[code], starts[code + 1]
         g = neighbours[first]
@@ -450,7 +442,7 @@ def encode_reference(values, importance, out, starts, neighbours):
                     signs[run] = negative & np.uint32(127)
                 top = x[0]
                 for i in range(32):
-                    top = max(top, x[i])
+                    top = larger(top, x[i])
                 if top < np.float32(1e-8):
                     continue
                 scale = _uniform_scale(x, w, bytes_)
@@ -478,19 +470,19 @@ def encode_reference(values, importance, out, starts, neighbours):
                     grid_points[group, run] = points[run]
                     words[group] |= signs[run] << np.uint32(7 * run)
                 scales[group] = scale
-                largest = max(largest, scale)
+                largest = larger(largest, scale)
             start = b * _NBYTES
             for k in range(_NBYTES):
                 out[r, start + k] = np.uint8(0)
             if largest <= _ZERO:
                 continue
             d = largest / np.float32(31)
-            bits = min(float_to_half(d), np.uint16(0x7BFF))
+            bits = smaller(float_to_half(d), np.uint16(0x7BFF))
             out[r, start] = np.uint8(bits & np.uint16(0xFF))
             out[r, start + 1] = np.uint8(bits >> np.uint16(8))
             inverse = _ONE / d
             for group in range(8):
-                a = min(max(_round(np.float32(0.5) * (inverse * scales[group] - _ONE)), 0), 15)
+                a = smaller(larger(_round(np.float32(0.5) * (inverse * scales[group] - _ONE)), 0), 15)
                 word = words[group] | np.uint32(a) << np.uint32(28)
                 for k in range(4):
                     out[r, start + 2 + 8 * group + k] = np.uint8(grid_points[group, k])

@@ -23,7 +23,8 @@ from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
 from numba.core.errors import TypingError
 from numba.core.runtime import rtsys
-from numba.core.typed_passes import NativeLowering
+from numba.core.typed_passes import InlineOverloads, NativeLowering, NopythonRewrites
+from numba.core.untyped_passes import InlineClosureLikes, InlineInlinables
 from numba.extending import intrinsic
 
 from ggufx.kernels import uncollected
@@ -39,6 +40,7 @@ __all__ = [
     "halves_to_pairs",
     "inline",
     "kernel",
+    "larger",
     "load16",
     "load32",
     "load64",
@@ -47,6 +49,7 @@ __all__ = [
     "pairs_to_halves",
     "scale_bytes16",
     "scale_signed16",
+    "smaller",
     "store64",
     "subroutine",
     "trits4",
@@ -126,7 +129,7 @@ def kernel(function: Callable[..., Any], key: str | None = None) -> Any:
     A function made by a factory that closes over other compiled functions needs a ``key``, its own among those of the factory.
     """
     # Nobody calls kernels from C: the wrapper for that would only be compiled.
-    dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, error_model="numpy")(function)
+    dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, error_model="numpy", pipeline_class=_Compiler)(function)
     if hasattr(dispatcher, "_cache"):  # NUMBA_DISABLE_JIT gives the plain function back
         dispatcher._compiler.compile = uncollected()(dispatcher._compiler.compile)
         try:
@@ -170,15 +173,29 @@ class _LowerPart(NativeLowering):  # type: ignore[misc]
         return True
 
 
-class _PartCompiler(CompilerBase):  # type: ignore[misc]
+_POINTLESS = frozenset((InlineClosureLikes, InlineOverloads, NopythonRewrites, InlineInlinables))
+"""Passes of Numba for closures, comprehensions and array expressions, of which kernels have none: they are told so."""
+
+
+class _Compiler(CompilerBase):  # type: ignore[misc]
+    """Numba's own pipeline for machine code without what kernels do not need."""
+
+    lowering: Any = NativeLowering
+
     def define_pipelines(self) -> list[Any]:
         manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
         manager.passes = [
-            (_LowerPart, why) if found is NativeLowering else (found, why) for found, why in manager.passes
+            (self.lowering if found is NativeLowering else found, why)
+            for found, why in manager.passes
+            if found not in _POINTLESS
         ]
         manager._finalized = False
         manager.finalize()
         return [manager]
+
+
+class _PartCompiler(_Compiler):
+    lowering = _LowerPart
 
 
 _PART = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "no_cpython_wrapper": True}
@@ -212,6 +229,29 @@ def _bitcast(source: Any, target: Any) -> Any:
 
     return cast
 
+
+def _extreme(comparison: str) -> Any:
+    @intrinsic
+    def pick(typing_context: Any, a: Any, b: Any) -> Any:
+        unified = typing_context.unify_types(types.unliteral(a), types.unliteral(b))
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            if isinstance(unified, types.Float):
+                second = builder.fcmp_ordered(comparison, args[1], args[0])
+            else:
+                compare = builder.icmp_signed if unified.signed else builder.icmp_unsigned
+                second = compare(comparison, args[1], args[0])
+            return builder.select(second, args[1], args[0])
+
+        return unified(unified, unified), codegen
+
+    return pick
+
+
+larger = _extreme(">")
+"""Return what ``max`` of two numbers does, which Numba compiles as a function of its own for every pair of types."""
+smaller = _extreme("<")
+"""Return what ``min`` of two numbers does."""
 
 bits_to_float = _bitcast(types.uint32, types.float32)
 """Reinterpret uint32 bits as float32."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ggufx.kernels._jit import kernel, subroutine
+from ggufx.kernels._jit import kernel, larger, smaller, subroutine
 from ggufx.kernels._lanes import planes
 from ggufx.kernels._linear import (
     LANES,
@@ -19,11 +19,12 @@ from ggufx.kernels._linear import (
     error_plain,
     explain,
     exponent_of,
+    floats,
     keep_best,
     mean_square,
+    scratch_of,
     store_half,
     up,
-    zeros,
 )
 
 _MAGIC = np.float32(12582912)
@@ -172,11 +173,11 @@ def _settle(targets, weights, first, n, step, factor, top, low):
     least, chosen = _INF, step
     below = np.floor(abs(real) * np.float32(2.0**24))
     for k in range(3):
-        unit = max(below + np.float32(k), _ONE) * np.float32(2.0**-24)
+        unit = larger(below + np.float32(k), _ONE) * np.float32(2.0**-24)
         unit = (-unit if real < _ZERO else unit) / factor
         cost = _ZERO
         for i in range(first, first + n):
-            off = targets[i] - unit * min(max(np.rint(targets[i] / unit), low), top)
+            off = targets[i] - unit * smaller(larger(np.rint(targets[i] / unit), low), top)
             cost += weights[i] * off * off
         if cost < least:
             least, chosen = cost, unit
@@ -232,12 +233,12 @@ def _pack_plain(bits, codes, scales, row, start):
 
 def _scratch(sub: int, n_rows: int, n_blocks: int) -> tuple[Any, ...]:
     """Return what both searches work in: values, weights and products in lanes; lanes; cost, w, buffer, factors; codes."""
-    return (
-        *(zeros(sub, LANES) for _ in range(3)),
-        zeros(n_rows, LANES),
-        *(zeros(n) for n in (_RATIOS, 256, 64, n_blocks)),
-        np.zeros(256, np.uint8),
-        *(np.zeros(16, np.int64) for _ in range(2)),
+    return scratch_of(
+        *[floats(sub, LANES)] * 3,
+        floats(n_rows, LANES),
+        *(floats(n) for n in (_RATIOS, 256, 64, n_blocks)),
+        (np.uint8, (256,)),
+        *[(np.int64, (16,))] * 2,
     )
 
 
@@ -271,7 +272,7 @@ def _encode_affine(values, importance, out, scratch, sub, bits, block_nbytes, by
     error, least, try_s, try_m, real_s, real_m = lanes[18], lanes[19], lanes[20], lanes[21], lanes[22], lanes[23]
     stiff, slope, target, chosen_m = lanes[24], lanes[25], lanes[26], lanes[17]
     for start in range(0, count, n_blocks):
-        n = min(n_blocks, count - start)
+        n = smaller(n_blocks, count - start)
         _fill_lanes(values, importance, by_energy, start, n, sub, xt, wt, wxt, factors, w, buffer)
         for i in range(LANES):
             sw[i] = _ZERO
@@ -312,7 +313,7 @@ def _encode_affine(values, importance, out, scratch, sub, bits, block_nbytes, by
             at, first = b * block_nbytes, block * per_block
             largest, deepest = _ZERO, _ZERO
             for i in range(first, first + per_block):
-                largest = max(largest, scale[i])
+                largest = larger(largest, scale[i])
             step = largest / limit
             if step > _ZERO:
                 step, _ = _rank(scale, stiff, first, per_block, step, limit, _ZERO, cost)
@@ -320,9 +321,9 @@ def _encode_affine(values, importance, out, scratch, sub, bits, block_nbytes, by
             step = store_half(step * factors[block], out[r], at + at_d) / factors[block]
             for i in range(first, first + per_block):
                 d[i] = step
-                first_s[i] = min(np.rint(scale[i] / step), limit) if step > _ZERO else _ZERO
-                target[i] = max(shift[i] + slope[i] * (step * first_s[i] - scale[i]), _ZERO)
-                deepest = max(deepest, target[i])
+                first_s[i] = smaller(np.rint(scale[i] / step), limit) if step > _ZERO else _ZERO
+                target[i] = larger(shift[i] + slope[i] * (step * first_s[i] - scale[i]), _ZERO)
+                deepest = larger(deepest, target[i])
             step = deepest / limit
             if step > _ZERO:
                 step, _ = _rank(target, sw, first, per_block, step, limit, _ZERO, cost)
@@ -398,7 +399,7 @@ def _encode_affine(values, importance, out, scratch, sub, bits, block_nbytes, by
                 i = block * per_block + k
                 scales[k], minima[k] = np.int64(first_s[i]), np.int64(chosen_m[i])
                 for j in range(sub):
-                    t = min(max((xt[j, i] + offset[i]) * inverse[i], _ZERO), top)
+                    t = smaller(larger((xt[j, i] + offset[i]) * inverse[i], _ZERO), top)
                     codes[k * sub + j] = np.uint8(np.int32((t + _MAGIC) - _MAGIC))
             _pack_affine(bits, codes, scales, minima, out[r], b * block_nbytes)
 
@@ -440,7 +441,7 @@ def _encode_plain(values, importance, out, scratch, bits, block_nbytes, by_energ
         lanes[14],
     )
     for start in range(0, count, n_blocks):
-        n = min(n_blocks, count - start)
+        n = smaller(n_blocks, count - start)
         _fill_lanes(values, importance, by_energy, start, n, sub, xt, wt, wxt, factors, w, buffer)
         for i in range(LANES):
             extreme[i] = _ZERO
@@ -479,7 +480,7 @@ def _encode_plain(values, importance, out, scratch, bits, block_nbytes, by_energ
             for i in range(first, first + per_block):
                 d[i] = step
                 t = np.rint(scale[i] / step) if step != _ZERO else _ZERO
-                first_s[i] = min(max(t, bottom), limit)
+                first_s[i] = smaller(larger(t, bottom), limit)
         for turn in range(passes):
             for i in range(LANES):
                 least[i] = _INF
@@ -521,6 +522,6 @@ def _encode_plain(values, importance, out, scratch, bits, block_nbytes, by_energ
                 i = block * per_block + k
                 scales[k] = np.int64(first_s[i])
                 for j in range(sub):
-                    t = min(max(xt[j, i] * inverse[i], low), high)
+                    t = smaller(larger(xt[j, i] * inverse[i], low), high)
                     codes[k * sub + j] = np.uint8(np.int32((t + _MAGIC) - _MAGIC - low))
             _pack_plain(bits, codes, scales, out[r], b * block_nbytes)
