@@ -2,8 +2,8 @@
 
     python tools/frontier.py [--model FILE.gguf] [--types IQ4_K,Q4_K] [--efforts fast,normal] [--json FILE]
 
-Errors are weighted squared errors over those of the reference encoder, with the weights that both minimise (the type's
-docstring names them): on the vectors of the C libraries (geometric mean over rows 0, 1, 4..11; the tiny row, whose scale the
+Errors are weighted squared errors over those of the reference encoder, with the weights that the type's
+docstring names (the C libraries' own where the codebook types and importance are concerned, else alike): on the vectors of the C libraries (geometric mean over rows 0, 1, 4..11; the tiny row, whose scale the
 references round to zero, counts as 1), on fresh Gaussian and Student t4 data, and on tensors of a real model (geometric mean,
 and the worst of them). References beyond the vectors: libgguf, which is llama.cpp's C code, or for ik_llama.cpp's types a port
 in NumPy (``tests/reference_encoders.py``); Q6_0 has neither. Importance columns of fresh and real data are drawn,
@@ -204,9 +204,11 @@ def markdown(report: dict[str, Any]) -> str:
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     note = (
         "Squared error over that of the C library's encoder (1 is as good, less is better), with importance and plain, "
-        "measured with the weights that both minimise: geometric mean over the C libraries' own test rows, fresh Gaussian "
+        "with the weights that the type's docstring names (the K types' and those without importance are like the C "
+        "libraries', not the same): geometric mean over the C libraries' own test rows, fresh Gaussian "
         f"and Student t4 rows, and {report['n_tensors']} tensors of gemma3-270m, decoded, with the worst of them "
-        "(without those that the file stores as the very type). "
+        "(without those that the file stores as the very type; all are quantized already, so that types finer than "
+        "theirs come close to reproducing them, which makes those ratios too good). "
         "Mw/s: million weights a second on one core, beside llama.cpp's C code in libgguf. Measured with "
         f"`python tools/frontier.py --model gemma-3-270m-q4_k_m.gguf --efforts {','.join(report['efforts'])}`."
     )
