@@ -2,12 +2,12 @@
 
     python tools/frontier.py [--model FILE.gguf] [--types IQ4_K,Q4_K] [--efforts fast,normal] [--json FILE]
 
-Errors are weighted squared errors over those of the reference encoder, with the weights that the type's
-docstring names (the C libraries' own where the codebook types and importance are concerned, else alike): on the vectors of the C libraries (geometric mean over rows 0, 1, 4..11; the tiny row, whose scale the
-references round to zero, counts as 1), on fresh Gaussian and Student t4 data, and on tensors of a real model (geometric mean,
-and the worst of them). References beyond the vectors: libgguf, which is llama.cpp's C code, or for ik_llama.cpp's types a port
-in NumPy (``tests/reference_encoders.py``); Q6_0 has neither. Importance columns of fresh and real data are drawn,
-uniform^2 + 0.001.
+Errors are weighted squared errors over those of the reference encoder, with the weights that the type's docstring names: the C
+libraries' own for the codebook types, like theirs for the others. They are taken on the vectors of the C libraries (geometric
+mean over rows 0, 1, 4..11; the tiny row, whose scale the references round to zero, counts as 1), on fresh Gaussian and Student
+t4 data, and on tensors of a real model (geometric mean, and the worst of them). References beyond the vectors: libgguf, which is
+llama.cpp's C code, or for the codebook types a port in NumPy (``tests/reference_encoders.py``); Q6_0 has neither. Importance
+columns of fresh and real data are drawn, uniform^2 + 0.001.
 
 The model is gemma3-270m of PyPI, which ``tools/demo_real.py DIRECTORY`` leaves in DIRECTORY.
 """
