@@ -5,7 +5,7 @@
 Errors are weighted squared errors over those of the reference encoder, with the weights that the type's docstring names: the C
 libraries' own for the codebook types, like theirs for the others. They are taken on the vectors of the C libraries (geometric
 mean over rows 0, 1, 4..11; the tiny row, whose scale the references round to zero, counts as 1), on fresh Gaussian and Student
-t4 data, and on tensors of a real model (geometric mean, and the worst of them). References beyond the vectors: libgguf, which is
+t4 data, and on tensors of a real model (geometric mean, and the worst of them). References beyond the vectors: libgguf,
 llama.cpp's C code, or for the codebook types a port in NumPy (``tests/reference_encoders.py``); Q6_0 has neither. Importance
 columns of fresh and real data are drawn, uniform^2 + 0.001.
 

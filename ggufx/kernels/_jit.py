@@ -60,6 +60,7 @@ __all__ = [
 
 
 _KNOWN_NUMBA = "0.68."
+"""Versions whose insides the shortcuts below were tried with; others go Numba's own, slower way."""
 
 
 @cache
@@ -129,7 +130,7 @@ def kernel(function: Callable[..., Any], key: str | None = None) -> Any:
     A function made by a factory that closes over other compiled functions needs a ``key``, its own among those of the factory.
     """
     # Nobody calls kernels from C: the wrapper for that would only be compiled.
-    dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, error_model="numpy", pipeline_class=_Compiler)(function)
+    dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, error_model="numpy", **_pipeline(_Compiler))(function)
     if hasattr(dispatcher, "_cache"):  # NUMBA_DISABLE_JIT gives the plain function back
         dispatcher._compiler.compile = uncollected()(dispatcher._compiler.compile)
         try:
@@ -198,6 +199,10 @@ class _PartCompiler(_Compiler):
     lowering = _LowerPart
 
 
+def _pipeline(compiler: Any) -> dict[str, Any]:
+    return {"pipeline_class": compiler} if numba.__version__.startswith(_KNOWN_NUMBA) else {}
+
+
 _PART = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "no_cpython_wrapper": True}
 
 
@@ -207,12 +212,12 @@ def subroutine(function: Callable[..., Any]) -> Any:
     It becomes part of their machine code. So it has no way in from Python and no place on disk: either costs as much to make
     as a small function itself.
     """
-    return numba.njit(pipeline_class=_PartCompiler, **_PART)(function)
+    return numba.njit(**_pipeline(_PartCompiler), **_PART)(function)
 
 
 def inline(function: Callable[..., Any]) -> Any:
     """Compile a function that becomes part of every kernel or subroutine that calls it, at every call: for small ones."""
-    return numba.njit(pipeline_class=_PartCompiler, forceinline=True, **_PART)(function)
+    return numba.njit(forceinline=True, **_pipeline(_PartCompiler), **_PART)(function)
 
 
 def _bitcast(source: Any, target: Any) -> Any:
