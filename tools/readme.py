@@ -6,6 +6,7 @@ A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``:
 
 - ``types``: the table of ``ggufx types --markdown``.
 - ``recipes``: sizes of the shipped recipes, planned on DeepSeek-V4-Flash's full tensor list (with ``--recipes``: a minute).
+- ``encode``: the table of ``tools/frontier.py --json FILE`` (``--frontier FILE``; stays as it is without one).
 - ``bench``: the tables of ``tools/bench.py all --json FILE`` (``--bench FILE ...``; the part stays as it is without one).
 
 ``--check`` writes nothing and exits with 1 when a part is not up to date.
@@ -57,6 +58,13 @@ def recipes() -> str:
     return "\n".join(lines) + "\n"
 
 
+def encode(data: dict[str, Any]) -> str:
+    """Return what ``tools/frontier.py --json`` wrote as the table that it prints."""
+    from frontier import markdown
+
+    return markdown(data)
+
+
 def rewritten(text: str, generators: Mapping[str, Callable[[], str]]) -> str:
     """Return ``text`` with the parts that have a generator made anew; raises ValueError when one has no place."""
     for name, generate in generators.items():
@@ -76,6 +84,7 @@ def main() -> None:
         "--bench", type=Path, metavar="FILE", nargs="+", help="what bench.py --json wrote, of one or more runs"
     )
     parser.add_argument("--recipes", action="store_true", help="plan the shipped recipes for their sizes")
+    parser.add_argument("--frontier", type=Path, metavar="FILE", help="what frontier.py --json wrote")
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when a part is not up to date")
     options = parser.parse_args()
     generators: dict[str, Callable[[], str]] = {"types": catalog.markdown}
@@ -84,6 +93,9 @@ def main() -> None:
     if options.bench:
         measured = {key: value for file in options.bench for key, value in json.loads(file.read_text("utf-8")).items()}
         generators["bench"] = lambda: bench(measured)
+    if options.frontier:
+        errors_and_speed = json.loads(options.frontier.read_text("utf-8"))
+        generators["encode"] = lambda: encode(errors_and_speed)
     before = options.readme.read_text(encoding="utf-8")
     after = rewritten(before, generators)
     if options.check:

@@ -18,10 +18,16 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import caching
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.compiler_machinery import register_pass
 from numba.core.errors import TypingError
 from numba.core.runtime import rtsys
+from numba.core.typed_passes import InlineOverloads, NativeLowering, NopythonRewrites
+from numba.core.untyped_passes import InlineClosureLikes, InlineInlinables
 from numba.extending import intrinsic
 
+from ggufx.kernels import uncollected
 from ggufx.kernels._floats import plain_nans, store_floats, widen_brains, widen_halves
 
 __all__ = [
@@ -32,7 +38,9 @@ __all__ = [
     "half_at",
     "half_to_float",
     "halves_to_pairs",
+    "inline",
     "kernel",
+    "larger",
     "load16",
     "load32",
     "load64",
@@ -42,7 +50,9 @@ __all__ = [
     "put",
     "scale_bytes16",
     "scale_signed16",
+    "smaller",
     "store64",
+    "subroutine",
     "trits4",
     "trits16",
     "widen_brains16",
@@ -51,6 +61,7 @@ __all__ = [
 
 
 _KNOWN_NUMBA = "0.68."
+"""Versions whose insides the shortcuts below were tried with; others go Numba's own, slower way."""
 
 
 @cache
@@ -119,8 +130,10 @@ def kernel(function: Callable[..., Any], key: str | None = None) -> Any:
 
     A function made by a factory that closes over other compiled functions needs a ``key``, its own among those of the factory.
     """
-    dispatcher = numba.njit(nogil=True)(function)
+    # Nobody calls kernels from C: the wrapper for that would only be compiled.
+    dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, error_model="numpy", **_pipeline(_Compiler))(function)
     if hasattr(dispatcher, "_cache"):  # NUMBA_DISABLE_JIT gives the plain function back
+        dispatcher._compiler.compile = uncollected()(dispatcher._compiler.compile)
         try:
             dispatcher._cache = _Cache(function, key)
         except RuntimeError:
@@ -141,6 +154,85 @@ def put(typing_context: Any, out: Any, index: Any, value: Any) -> Any:
     return types.void(out, types.intp, types.float32), codegen
 
 
+class _PartLibrary(JITCodeLibrary):  # type: ignore[misc]
+    """Code of a subroutine, which only kernels link: optimised and turned into machine code as a part of them, not before."""
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _LowerPart(NativeLowering):  # type: ignore[misc]
+    _name = "ggufx_lower_part"
+
+    def run_pass(self, state: Any) -> bool:
+        state.library = _PartLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+        # Without this Numba asks for the address of a wrapper that is not there.
+        state.flags.no_compile = True
+        super().run_pass(state)
+        lowered = state["cr"]
+        if not state.flags.forceinline:
+            # What LLVM copies into its callers it optimises in every place; and where the length of a loop becomes known
+            # there, unrolls it before it could vectorise it.
+            function = state.library.get_function(lowered.fndesc.llvm_func_name)
+            function.add_function_attribute("noinline")
+        # What identifies the function for its callers; Numba takes nothing but a built-in function. This one harms nobody.
+        entry = [state.func_id.func_qualname].count
+        state.targetctx.insert_user_function(entry, lowered.fndesc, [state.library])
+        state["cr"] = lowered._replace(cfunc=entry)
+        return True
+
+
+_POINTLESS = frozenset((InlineClosureLikes, InlineOverloads, NopythonRewrites, InlineInlinables))
+"""Passes of Numba for closures, comprehensions and array expressions, of which kernels have none: they are told so."""
+
+
+class _Compiler(CompilerBase):  # type: ignore[misc]
+    """Numba's own pipeline for machine code without what kernels do not need."""
+
+    lowering: Any = NativeLowering
+
+    def define_pipelines(self) -> list[Any]:
+        manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
+        manager.passes = [
+            (self.lowering if found is NativeLowering else found, why)
+            for found, why in manager.passes
+            if found not in _POINTLESS
+        ]
+        manager._finalized = False
+        manager.finalize()
+        return [manager]
+
+
+class _PartCompiler(_Compiler):
+    lowering = _LowerPart
+
+
+def _pipeline(compiler: Any) -> dict[str, Any]:
+    return {"pipeline_class": compiler} if numba.__version__.startswith(_KNOWN_NUMBA) else {}
+
+
+_PART = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "no_cpython_wrapper": True}
+
+
+def subroutine(function: Callable[..., Any]) -> Any:
+    """Compile a function that kernels call, so that its code is there once, however many calls there are.
+
+    It becomes part of their machine code. So it has no way in from Python and no place on disk: either costs as much to make
+    as a small function itself.
+    """
+    return numba.njit(**_pipeline(_PartCompiler), **_PART)(function)
+
+
+def inline(function: Callable[..., Any]) -> Any:
+    """Compile a function that becomes part of every kernel or subroutine that calls it, at every call: for small ones."""
+    return numba.njit(forceinline=True, **_pipeline(_PartCompiler), **_PART)(function)
+
+
 def _bitcast(source: Any, target: Any) -> Any:
     @intrinsic
     def cast(typing_context: Any, value: Any) -> Any:
@@ -156,6 +248,29 @@ def _bitcast(source: Any, target: Any) -> Any:
     return cast
 
 
+def _extreme(comparison: str) -> Any:
+    @intrinsic
+    def pick(typing_context: Any, a: Any, b: Any) -> Any:
+        unified = typing_context.unify_types(types.unliteral(a), types.unliteral(b))
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            if isinstance(unified, types.Float):
+                second = builder.fcmp_ordered(comparison, args[1], args[0])
+            else:
+                compare = builder.icmp_signed if unified.signed else builder.icmp_unsigned
+                second = compare(comparison, args[1], args[0])
+            return builder.select(second, args[1], args[0])
+
+        return unified(unified, unified), codegen
+
+    return pick
+
+
+larger = _extreme(">")
+"""Return what ``max`` of two numbers does, which Numba compiles as a function of its own for every pair of types."""
+smaller = _extreme("<")
+"""Return what ``min`` of two numbers does."""
+
 bits_to_float = _bitcast(types.uint32, types.float32)
 """Reinterpret uint32 bits as float32."""
 float_to_bits = _bitcast(types.float32, types.uint32)
@@ -166,7 +281,7 @@ float_to_bits = _bitcast(types.float32, types.uint32)
 # not there, which kills the process. They run once a block, so their cost does not show.
 
 
-@kernel
+@inline
 def half_to_float(bits):
     """Widen binary16 bits (uint16) to float32; exact for every input, subnormals, infinities and NaN included."""
     magnitude = np.uint32(bits & np.uint16(0x7FFF))
@@ -179,13 +294,13 @@ def half_to_float(bits):
     return bits_to_float(sign | float_to_bits(value))
 
 
-@kernel
+@inline
 def half_at(data, index):
     """Read the binary16 at byte ``index`` of a uint8 array as float32."""
     return half_to_float(np.uint16(data[index] | (np.uint16(data[index + 1]) << np.uint16(8))))
 
 
-@kernel
+@inline
 def float_at(data, index):
     """Read the little-endian float32 at byte ``index`` of a uint8 array."""
     low = data[index] | (np.uint32(data[index + 1]) << np.uint32(8))
@@ -193,7 +308,7 @@ def float_at(data, index):
     return bits_to_float(low | (high << np.uint32(16)))
 
 
-@kernel
+@inline
 def float_to_half(value):
     """Round a float32 to binary16 bits (uint16): to nearest, ties to even, subnormals kept, NaN to the quiet 0x7E00."""
     bits = np.uint32(float_to_bits(value))
