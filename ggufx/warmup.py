@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +21,7 @@ from ggufx import types
 from ggufx.types import Codec
 from ggufx.types.codec import EFFORTS, OBJECTIVES
 
-__all__ = ["Warmed", "kernels_of", "warm_up"]
+__all__ = ["Warmed", "compiling", "kernels_of", "warm_up"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,13 @@ def kernels_of(names: Iterable[str] | None = None) -> list[tuple[Codec, str]]:
         (codec, verb)
         for codec in codecs
         for verb, able in verbs.items()
-        if getattr(codec, able) and verb in codec._kernels
+        if getattr(codec, able) and (verb in codec._kernels or (verb == "encode" and _searches(codec)))
     ]
+
+
+def _searches(codec: Codec) -> bool:
+    """Return whether ``encode_rows`` calls kernels of its own: a search is no ``encode`` kernel (see ``ggufx.kernels``)."""
+    return codec.has_kernel and codec.layout.block_len > 1
 
 
 def warm_up(
@@ -83,18 +90,30 @@ def warm_up(
     for number, (codec, verb) in enumerate(pairs):
         if progress is not None:
             progress(number, len(pairs))
-        misses = _misses(codec)
         start = time.perf_counter()
-        _CALLS[verb](codec)
-        yield Warmed(codec.name, verb, time.perf_counter() - start, _misses(codec) > misses)
+        with compiling() as compiled:
+            _CALLS[verb](codec)
+        yield Warmed(codec.name, verb, time.perf_counter() - start, bool(compiled))
     if progress is not None:
         progress(len(pairs), len(pairs))
 
 
-def _misses(codec: Codec) -> int:
-    """Count what was compiled so far; NUMBA_DISABLE_JIT leaves plain functions, which never are."""
-    dispatchers = [kernel for kernel in codec._kernels.values() if hasattr(kernel, "stats")]
-    return sum(sum(kernel.stats.cache_misses.values()) for kernel in dispatchers)
+@contextmanager
+def compiling() -> Iterator[list[str]]:
+    """Collect the names of functions that Numba compiles in a with statement."""
+    from numba.core import event
+
+    compiled: list[str] = []
+
+    class Listener(event.Listener):  # type: ignore[misc]
+        def on_start(self, event: Any) -> None:
+            compiled.append(str(event.data["dispatcher"]))
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    with event.install_listener("numba:compile", Listener()):
+        yield compiled
 
 
 def _decode(codec: Codec) -> None:
