@@ -502,7 +502,10 @@ def quantize(
     ] = None,
     tensor_type_file: Annotated[Path | None, typer.Option(help="File of such rules, before --tensor-type.")] = None,
     imatrix: Annotated[
-        str | None, typer.Option(help="Importance matrix (.gguf or .dat), or energy: the weights' own column energy.")
+        str | None,
+        typer.Option(
+            help="Importance matrix (.gguf or .dat); or ones, or energy (the weights' own), where a type demands one."
+        ),
     ] = None,
     target: Annotated[
         Target | None, typer.Option(help="Dialect to write. Default: the first that holds all types.")
@@ -672,7 +675,7 @@ def recipe_lint(
     target: Annotated[
         Target | None, typer.Option(help="Dialect to write. Default: the first that holds all types.")
     ] = None,
-    imatrix: Annotated[str | None, typer.Option(help="Importance matrix, or energy.")] = None,
+    imatrix: Annotated[str | None, typer.Option(help="Importance matrix; or ones, or energy.")] = None,
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Quantize tensors that are lossy already.")
     ] = False,

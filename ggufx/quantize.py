@@ -30,10 +30,12 @@ from ggufx.imatrix import ImportanceMatrix, Place
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform, Weights
 from ggufx.recipe import NATIVE, Finding, Recipe, Rule
 
-__all__ = ["ENERGY", "Choice", "Quantization", "Source", "Tally", "plan_quantize", "prepare", "quantize"]
+__all__ = ["ENERGY", "ONES", "Choice", "Quantization", "Source", "Tally", "plan_quantize", "prepare", "quantize"]
 
 ENERGY: Final = "energy"
 """In place of an importance matrix: the mean squares of a matrix's own columns, for types that demand importance."""
+ONES: Final = "ones"
+"""In place of an importance matrix: all columns weigh the same, for types that demand importance."""
 
 NATIVE_KINDS: Final = frozenset({"FP8", "FP4", "F8_E4M3_B128", "MXFP4", "NVFP4", "F64", "F32", "F16", "BF16"})
 """What models are trained or published in: quantizing these is what quantizing is for."""
@@ -254,7 +256,7 @@ def prepare(
     default
         Type of what no rule decides; without one it keeps its own bits.
     imatrix
-        Importance of the columns: a file, or ``"energy"`` (see :data:`ENERGY`).
+        Importance of the columns: a file, or ``"ones"`` or ``"energy"`` (see :data:`ONES`, :data:`ENERGY`).
     target
         Dialect to write. By default the first that holds every type asked for: the source's own, llama.cpp, ik_llama.cpp,
         nisparks.
@@ -390,10 +392,12 @@ def _open(source: str | Path, dialect: str | None) -> File | Checkpoint:
     return open(path, dialect=dialect)
 
 
-def _matrix(given: ImportanceMatrix | str | Path | None) -> ImportanceMatrix | Literal["energy"] | None:
+def _matrix(given: ImportanceMatrix | str | Path | None) -> ImportanceMatrix | Literal["energy", "ones"] | None:
     if given is None or isinstance(given, ImportanceMatrix):
         return given
-    return "energy" if str(given) == ENERGY else imatrix_module.load(given)
+    if str(given) in (ENERGY, ONES):
+        return "energy" if str(given) == ENERGY else "ones"
+    return imatrix_module.load(given)
 
 
 def _target(rules: Recipe, wanted: Sequence[str], source: File | Checkpoint, target: str | None) -> Dialect:
@@ -534,7 +538,7 @@ class _Decider:
         rules: Recipe,
         default: str | None,
         target: Dialect,
-        matrix: ImportanceMatrix | Literal["energy"] | None,
+        matrix: ImportanceMatrix | Literal["energy", "ones"] | None,
         *,
         pure: bool,
         output_type: str | None,
@@ -671,6 +675,8 @@ class _Decider:
         codec = types.get(target)
         if self.matrix == "energy":
             return (), "energy" if codec.needs_importance else ""
+        if self.matrix == "ones":
+            return (), "matrix" if codec.needs_importance else ""
         name = source.name
         if self.matrix is not None:
             found = self.matrix.places(_upstream_name(name), source.shape) or self.matrix.places(name, source.shape)
@@ -687,7 +693,7 @@ class _Decider:
             self.say(
                 "error", "importance",
                 f"Missing importance matrix for tensor {{}} in a very low-bit quantization ({target}): {what}; pass --imatrix "
-                f"FILE, or --imatrix {ENERGY} to make do with the weights' own column energy", name,
+                f"FILE, or make do with --imatrix {ONES} (all columns alike) or {ENERGY} (the weights' own)", name,
             )  # fmt: skip
         elif self.matrix is not None and codec.lossy:
             self.say(

@@ -201,6 +201,13 @@ def test_energy_is_the_mean_square_of_the_columns_of_each_expert(model: Path, tm
     assert np.array_equal(written(out, "blk.0.ffn_down_exps.weight"), plain)
 
 
+def test_ones_weigh_all_columns_alike(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    quantize.quantize(model, out, recipe=recipe.Recipe.parse("ffn_up_exps=iq2_xxs"), imatrix="ones")
+    values, packed = values_of(model, "blk.0.ffn_up_exps.weight"), written(out, "blk.0.ffn_up_exps.weight")
+    assert np.array_equal(packed, types.get("IQ2_XXS").encode(values, np.ones(256)))
+
+
 def test_energy_over_many_tiles_is_that_of_the_whole_matrix(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,7 +224,7 @@ def test_importance_that_is_missing_or_of_another_model(model: Path, tmp_path: P
     run = cli("quantize", model, *rules, "--outfile", tmp_path / "o.gguf")
     assert run.code == 1
     assert "Missing importance matrix for tensor blk.0.ffn_up_exps.weight" in run.err
-    assert "--imatrix energy" in run.err
+    assert "--imatrix ones" in run.err
     other = legacy(tmp_path / "i.dat", {"blk.0.ffn_up_exps.weight": np.ones(128)})
     run = cli("quantize", model, *rules, "--outfile", tmp_path / "o.gguf", "--imatrix", other)
     assert run.code == 1
@@ -370,8 +377,8 @@ def test_killed_and_resumed_bytes_are_those_of_an_undisturbed_run(
     checkpoint_path: PathOf, tmp_path: Path, cli: Cli
 ) -> None:
     arguments = [
-        "quantize", checkpoint_path("flash"), "--custom-q", "ffn_(gate|up)_exps=iq2_xxs,ffn_down_exps=iq4_nl", "--imatrix", "energy",
-        "--effort", "high",
+        "quantize", checkpoint_path("flash"), "--custom-q", "ffn_(gate|up)_exps=iq2_xxs,ffn_down_exps=iq4_nl",
+        "--imatrix", "energy", "--effort", "high",
     ]  # fmt: skip
     whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
     assert cli(*arguments, "--outfile", whole).code == 0
@@ -479,7 +486,8 @@ def test_recipe_commands(model: Path, tmp_path: Path, cli: Cli) -> None:
     ("arguments", "message"),
     [
         ([], "nothing to do"), (["q4_0"], "--outfile is missing"), (["q4_k_m", "--dry-run"], "Q4_K"),
-        (["zzz", "--dry-run"], "Invalid quantization type 'zzz'"), (["--recipe", "nope", "--dry-run"], "no recipe of that name"),
+        (["zzz", "--dry-run"], "Invalid quantization type 'zzz'"),
+        (["--recipe", "nope", "--dry-run"], "no recipe of that name"),
         (["--custom-q", "(=q4_0", "--dry-run"], "not a regular expression"), (["q4_0", "--json"], "--json goes with --dry-run"),
         (["q4_0", "--dry-run", "--imatrix", "nope.dat"], "nope.dat"),
         (["q4_0", "--dry-run", "--split-max-size", "1G", "--keep-split"], "exclude each other"),
