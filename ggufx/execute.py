@@ -252,7 +252,7 @@ def _run_tile(job: _Job, opened: dict[tuple[str, int], int]) -> _Done:
         _fill_buffer(path, descriptor_of(path, os.O_RDONLY), span.offset, buffer)
         inputs.append(buffer)
     try:
-        outcome = apply(job.transform, tile.rows, inputs, out)
+        outcome = apply(job.transform, tile.rows, inputs, out, tile.phase)
     except CodecError as error:
         return _Done(0, 0, Outcome(), resumed=False, problem=str(error))
     if _refused(job.transform, outcome):
@@ -638,11 +638,12 @@ def _codes_error(plan: Plan, job: _Job, outcome: Outcome) -> GGUFError:
     for tile in tensor.tiles:
         if tile.item == job.tile.item:
             out = scratch("out", tile.nbytes)
-            found = apply(tensor.transform, tile.rows, read_spans(plan.source_files, tile), out)
+            found = apply(tensor.transform, tile.rows, read_spans(plan.source_files, tile), out, tile.phase)
             bad_codes += found.bad_codes
             bad_scales += found.bad_scales
     found_codes = f"{bad_codes} E4M3 NaN codes (0x7F, 0xFF) in tensor {names[0]!r}" if bad_codes else ""
-    found_scales = f"{bad_scales} E8M0 scales 255 (NaN) in tensor {names[-1]!r}" if bad_scales else ""
+    what = "float32 scales that are not finite" if tensor.transform.kind == "FP8_F32" else "E8M0 scales 255 (NaN)"
+    found_scales = f"{bad_scales} {what} in tensor {names[-1]!r}" if bad_scales else ""
     return SourceCodesError(
         f"{path}: found {' and '.join(filter(None, (found_codes, found_scales)))}: runtimes disagree on what they mean, so "
         "they are not written; the checkpoint is damaged, download it again"

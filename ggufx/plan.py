@@ -34,8 +34,10 @@ __all__ = [
 TILE_LEN = 1 << 21
 """Elements of a tile, about: big enough to hide the cost of a task, small enough for the processor's cache."""
 
-SOURCE_BITS: Mapping[str, int] = {"FP8": 8, "FP4": 4, "BF16": 16, "F16": 16, "F32": 32, "I32": 32, "I64": 64}
-"""Bits per element of the kinds of checkpoint tensors; FP8 and FP4 carry E8M0 scales beside them."""
+SOURCE_BITS: Mapping[str, int] = {
+    "FP8": 8, "FP8_F32": 8, "FP4": 4, "BF16": 16, "F16": 16, "F32": 32, "I32": 32, "I64": 64
+}  # fmt: skip
+"""Bits per element of the kinds of checkpoint tensors; FP8 and FP4 carry E8M0 scales beside them, FP8_F32 float32 ones."""
 
 
 class Span(NamedTuple):
@@ -48,10 +50,10 @@ class Span(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A source tensor seen as rows, with its scales if it has any.
+    """A source tensor seen as rows, or some of its rows, with its scales if it has any.
 
-    ``rows_per_scale`` x ``len_per_scale`` elements share one scale byte; scales are row-major
-    [ceil(rows / rows_per_scale), ceil(row_len / len_per_scale)].
+    ``rows_per_scale`` x ``len_per_scale`` elements share one scale; scales are row-major
+    [ceil(rows / rows_per_scale), ceil(row_len / len_per_scale)]. Both spans start where the first row's bytes do.
     """
 
     name: str
@@ -64,6 +66,12 @@ class Matrix(NamedTuple):
     scales: Span | None = None
     rows_per_scale: int = 1
     len_per_scale: int = 1
+    phase: int = 0
+    """Rows of the first row of scales that lie before the first row."""
+    step: int = 1
+    """Every ``step``-th row is meant; only of rows that share no scales."""
+    transposed: bool = False
+    """The rows become columns: the output has ``row_len`` rows of ``rows``."""
 
     @property
     def row_nbytes(self) -> int:
@@ -73,18 +81,42 @@ class Matrix(NamedTuple):
         return types.get(self.kind).layout.row_nbytes(self.row_len)
 
     @property
-    def scales_per_row(self) -> int:
-        """Scale bytes of a row of scales."""
-        return -(-self.row_len // self.len_per_scale)
+    def scales_nbytes(self) -> int:
+        """Bytes of a row of scales."""
+        return -(-self.row_len // self.len_per_scale) * (4 if self.kind == "FP8_F32" else 1)
+
+    def take(self, start: int, rows: int, step: int = 1, *, transposed: bool = False) -> Matrix:
+        """Return some rows: those from ``start``, every ``step``-th, ``rows`` of them.
+
+        Raises
+        ------
+        PlanError
+            Rows that share scales cannot be taken with gaps.
+        """
+        if step > 1 and self.rows_per_scale > 1:
+            raise PlanError(
+                f"tensor {self.name!r}: every {step}th row of rows that share scales; this is a bug in ggufx"
+            )
+        part = self._replace(rows=rows, step=step, transposed=transposed, phase=start % self.rows_per_scale)
+        codes = Span(
+            self.codes.file, self.codes.offset + start * self.row_nbytes, ((rows - 1) * step + 1) * self.row_nbytes
+        )
+        if self.scales is None:
+            return part._replace(codes=codes)
+        first, end = start // self.rows_per_scale, -(-(start + (rows - 1) * step + 1) // self.rows_per_scale)
+        offset = self.scales.offset + first * self.scales_nbytes
+        return part._replace(codes=codes, scales=Span(self.scales.file, offset, (end - first) * self.scales_nbytes))
 
     def cut(self, start: int, stop: int) -> tuple[Span, ...]:
-        """Return the spans of rows ``start`` to ``stop``; ``start`` must be a multiple of ``rows_per_scale``."""
-        codes = Span(self.codes.file, self.codes.offset + start * self.row_nbytes, (stop - start) * self.row_nbytes)
+        """Return the spans of rows ``start`` to ``stop``."""
+        count = (stop - start - 1) * self.step + 1
+        codes = Span(self.codes.file, self.codes.offset + start * self.step * self.row_nbytes, count * self.row_nbytes)
         if self.scales is None:
             return (codes,)
-        first, end = start // self.rows_per_scale, -(-stop // self.rows_per_scale)
-        width = self.scales_per_row
-        return codes, Span(self.scales.file, self.scales.offset + first * width, (end - first) * width)
+        first = (self.phase + start * self.step) // self.rows_per_scale
+        end = -(-(self.phase + start * self.step + count) // self.rows_per_scale)
+        offset = self.scales.offset + first * self.scales_nbytes
+        return codes, Span(self.scales.file, offset, (end - first) * self.scales_nbytes)
 
 
 class Transform(NamedTuple):
@@ -107,6 +139,10 @@ class Transform(NamedTuple):
         Refuse codes that consumers disagree on (E4M3 NaN, E8M0 255).
     limit
         ``cast`` to an integer type: values must lie in [0, limit).
+    step
+        The spans hold the rows between, too: every ``step``-th is meant.
+    transposed
+        The spans hold the columns: ``parts[0]`` source rows of as many elements as the tile has rows.
     """
 
     op: Literal["copy", "pack", "cast", "encode"]
@@ -117,6 +153,8 @@ class Transform(NamedTuple):
     exact: bool = False
     strict: bool = True
     limit: int | None = None
+    step: int = 1
+    transposed: bool = False
 
 
 class Tile(NamedTuple):
@@ -129,6 +167,8 @@ class Tile(NamedTuple):
     """Byte offset within the tensor."""
     nbytes: int
     spans: tuple[Span, ...]
+    phase: int = 0
+    """Rows of the first row of scales that lie before the tile."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +203,8 @@ class PlannedTensor:
 
     @property
     def sources(self) -> list[str]:
-        """All sources, in order."""
-        return [name for item in self.items for name in item]
+        """All sources, in order, each once."""
+        return list(dict.fromkeys(name for item in self.items for name in item))
 
     @property
     def lossless(self) -> bool:
@@ -189,7 +229,8 @@ def plan_tensor(
     transform
         What every tile does.
     stack
-        Source matrices: the outer sequence is stacked (experts), the inner one concatenated along the row.
+        Source matrices: the outer sequence is stacked (experts), the inner one concatenated along the row. A transposed
+        matrix is one tile, so it has to be small.
 
     Raises
     ------
@@ -202,7 +243,15 @@ def plan_tensor(
     tiles = []
     offset = 0
     for item, parts in enumerate(stack):
-        rows = parts[0].rows
+        first = parts[0]
+        if first.transposed:
+            if len(parts) > 1 or first.rows != row_len:
+                raise PlanError(f"tensor {name!r} {list(shape)}: its sources do not add up to rows of {row_len}")
+            nbytes = first.row_len * row_nbytes
+            tiles.append(Tile(item, first.row_len, offset, nbytes, first.cut(0, first.rows), first.phase))
+            offset += nbytes
+            continue
+        rows = first.rows
         if sum(part.row_len for part in parts) != row_len or any(part.rows != rows for part in parts):
             raise PlanError(f"tensor {name!r} {list(shape)}: its sources do not add up to rows of {row_len}")
         # Tiles start on a row of scales, so that no scale row is read for two tiles' sake by halves.
@@ -212,7 +261,7 @@ def plan_tensor(
             stop = min(rows, start + step)
             spans = tuple(span for part in parts for span in part.cut(start, stop))
             nbytes = (stop - start) * row_nbytes
-            tiles.append(Tile(item, stop - start, offset, nbytes, spans))
+            tiles.append(Tile(item, stop - start, offset, nbytes, spans, first.phase))
             offset += nbytes
     nbytes = layout.nbytes(shape)
     if offset != nbytes:
