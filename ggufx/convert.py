@@ -180,8 +180,9 @@ class _Choice:
     architecture: Architecture
     dialect: dialects.Dialect
     requested: str | None
+    exact: set[str] = field(default_factory=set)
     inexact: dict[str, list[str]] = field(default_factory=dict)
-    """Names of the tensors of each family whose scales are no powers of two, though the target could hold such."""
+    """Of the tensors whose scales were read: the names of those with powers of two, and of the others by their family."""
 
     @property
     def dense(self) -> str:
@@ -205,6 +206,7 @@ class _Choice:
         names = dict.fromkeys(part.scale.name for part in output.parts if part.scale is not None)
         # The first that is none decides: a checkpoint of other scales costs one small read a tensor.
         if all(exponents(checkpoint.read(name).view("<f4"))[1] == 0 for name in names):
+            self.exact.add(output.name)
             return True
         family = re.sub(r"^blk\.\d+\.", "", output.name)
         self.inexact.setdefault(family, []).append(output.name)
@@ -213,10 +215,12 @@ class _Choice:
     def inexact_notes(self) -> list[str]:
         """Say which tensors' scales are no powers of two, a line for each family."""
         then = f"stored as {self.dense}, not as F8_E4M3_B128" if self.holds_fp8 else f"rounded to {self.dense}"
+        if self.inexact and not self.exact:
+            count = sum(map(len, self.inexact.values()))
+            return [f"none of the {count} FP8 tensors has scales that are all powers of two; {then}"]
         return [
-            f"{family} of {len(names)} layers ({names[0]} first): its FP8 scales are not all powers of two; {then}"
-            if len(names) > 1
-            else f"{names[0]}: its FP8 scales are not all powers of two; {then}"
+            f"{family}{f' of {len(names)} layers' if names[0] != family else ''} (first {names[0]}): not all FP8 scales are "
+            f"powers of two; {then}"
             for family, names in self.inexact.items()
         ]
 
