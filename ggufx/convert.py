@@ -252,6 +252,8 @@ def _tensor(output: Output, choice: _Choice, *, strict: bool, notes: list[str]) 
 def _matrix(part: Part) -> Matrix:
     tensor = part.tensor
     rows, row_len = prod(part.shape[:-1]), part.shape[-1]
+    if part.elements:
+        rows, row_len = rows * row_len, 1
     if part.transposed:
         rows, row_len = row_len, rows
     matrix = Matrix(tensor.name, part.kind, rows, row_len, Span(tensor.shard, tensor.offset, tensor.nbytes))

@@ -109,14 +109,15 @@ class Matrix(NamedTuple):
 
     def cut(self, start: int, stop: int) -> tuple[Span, ...]:
         """Return the spans of rows ``start`` to ``stop``."""
-        count = (stop - start - 1) * self.step + 1
-        codes = Span(self.codes.file, self.codes.offset + start * self.step * self.row_nbytes, count * self.row_nbytes)
+        begin, count = start * self.step, (stop - start - 1) * self.step + 1
+        width = self.row_nbytes
+        codes = Span(self.codes.file, self.codes.offset + begin * width, count * width)
         if self.scales is None:
             return (codes,)
-        first = (self.phase + start * self.step) // self.rows_per_scale
-        end = -(-(self.phase + start * self.step + count) // self.rows_per_scale)
-        offset = self.scales.offset + first * self.scales_nbytes
-        return codes, Span(self.scales.file, offset, (end - first) * self.scales_nbytes)
+        first = (self.phase + begin) // self.rows_per_scale
+        end = -(-(self.phase + begin + count) // self.rows_per_scale)
+        width = self.scales_nbytes
+        return codes, Span(self.scales.file, self.scales.offset + first * width, (end - first) * width)
 
 
 class Transform(NamedTuple):
@@ -239,6 +240,8 @@ def plan_tensor(
     """
     layout = types.get(target).layout
     row_len = shape[-1] if shape else 1
+    if layout.block_len == 1 and stack and stack[0][0].row_len == 1:
+        row_len = 1  # elements from here and there; a type without blocks does not care where a row ends
     row_nbytes = layout.row_nbytes(row_len)
     tiles = []
     offset = 0

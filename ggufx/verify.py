@@ -276,7 +276,7 @@ def _compare(pool: ThreadPoolExecutor, plan: Plan, planned: PlannedTensor, tenso
 def _compare_tile(plan: Plan, planned: PlannedTensor, tensor: Tensor, tile: Tile, first_row: int, coded: bool) -> _Sum:
     codec = tensor.codec
     assert codec is not None
-    row_len = tensor.shape[-1] if tensor.shape else 1
+    row_len = sum(planned.transform.parts)  # as the plan sees rows
     row_nbytes = codec.layout.row_nbytes(row_len)
     packed = execute.scratch("file", tile.rows * row_nbytes)
     execute.read_into(str(tensor.path), tensor.file_offset + first_row * row_nbytes, packed)

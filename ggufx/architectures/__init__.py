@@ -5,12 +5,17 @@ from __future__ import annotations
 from ggufx.architectures.base import Architecture, Output, Part, Role
 from ggufx.architectures.deepseek_v3 import DeepSeekV3
 from ggufx.architectures.deepseek_v4 import DeepSeekV4
+from ggufx.architectures.gpt_oss import GptOss
 from ggufx.checkpoint import Checkpoint
 from ggufx.errors import CheckpointError
 
-__all__ = ["Architecture", "DeepSeekV3", "DeepSeekV4", "Output", "Part", "Role", "find"]
+__all__ = ["Architecture", "DeepSeekV3", "DeepSeekV4", "GptOss", "Output", "Part", "Role", "find"]
 
-_BY_MODEL_TYPE: dict[str, type[Architecture]] = {"deepseek_v3": DeepSeekV3, "deepseek_v4": DeepSeekV4}
+_BY_MODEL_TYPE: dict[str, type[Architecture]] = {
+    "deepseek_v3": DeepSeekV3,
+    "deepseek_v4": DeepSeekV4,
+    "gpt_oss": GptOss,
+}
 
 
 def find(checkpoint: Checkpoint) -> Architecture:

@@ -52,6 +52,8 @@ class Part:
         Of the source's rows (outer axes flattened) those from ``start``, every ``step``-th.
     transposed
         The rows become columns: ``shape`` is [source row length, source rows].
+    elements
+        ``start`` and ``step`` count elements instead.
     """
 
     tensor: SourceTensor
@@ -63,6 +65,7 @@ class Part:
     start: int = 0
     step: int = 1
     transposed: bool = False
+    elements: bool = False
 
 
 @dataclass(frozen=True)
