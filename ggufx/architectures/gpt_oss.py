@@ -222,6 +222,8 @@ class GptOss(Architecture):
 
         key = gguf.Keys
         dims = self.dimensions
+        # The released config has both spellings.
+        used = "num_experts_per_tok" if "num_experts_per_tok" in self.config else "experts_per_token"
         keys = {
             key.LLM.BLOCK_COUNT: Value.u32(self.n_layers),
             key.LLM.CONTEXT_LENGTH: Value.u32(self.integer("max_position_embeddings")),
@@ -233,7 +235,7 @@ class GptOss(Architecture):
             key.Rope.FREQ_BASE: Value.f32(self.rope_theta()),
             key.Attention.LAYERNORM_RMS_EPS: Value.f32(self.number("rms_norm_eps")),
             key.LLM.EXPERT_COUNT: Value.u32(self.n_experts),
-            key.LLM.EXPERT_USED_COUNT: Value.u32(self.integer("num_experts_per_tok")),
+            key.LLM.EXPERT_USED_COUNT: Value.u32(self.integer(used)),
             key.Attention.KEY_LENGTH: Value.u32(dims["head"]),
             key.Attention.VALUE_LENGTH: Value.u32(dims["head"]),
             key.General.FILE_TYPE: Value.u32(file_type),
