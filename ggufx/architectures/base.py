@@ -23,6 +23,9 @@ FLOAT32_MAX: Final = float(2**128 - 2**104)
 FP8_TILE: Final = 128
 FP4_BLOCK: Final = 32
 
+_MANY: Final = 1_000_000
+"""Missing tensors that are enough to say that they are missing."""
+
 FLOATS: Final = ("BF16", "F16", "F32")
 PLAIN: Final[Mapping[Role, tuple[str, ...]]] = {
     "dense": FLOATS,
@@ -178,6 +181,19 @@ class Architecture(ABC):
     def count(self, key: str) -> int:
         """Return an integer of config.json that may be 0, or missing, which is 0; raises CheckpointError."""
         return self._integer(self.config.get(key) or 0, key, 0)
+
+    def counted(self, key: str) -> int:
+        """Return a number of things that have tensors of their own each; raises CheckpointError.
+
+        A damaged config's billions would have billions of missing tensors looked for.
+        """
+        value = self.integer(key)
+        if value > len(self.checkpoint):
+            raise CheckpointError(
+                f"{self.checkpoint.path / 'config.json'}: {key} is {value}, but the checkpoint has {len(self.checkpoint)} "
+                "tensors in all: the config and the weights are of different models"
+            )
+        return value
 
     def _integer(self, value: object, key: str, least: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**32:
@@ -356,12 +372,17 @@ class Architecture(ABC):
 
     def complete(self, expected: Iterable[str], skip: Callable[[str], bool]) -> None:
         """Raise CheckpointError when a tensor that the config implies is not in the checkpoint."""
-        names = list(expected)
-        missing = [name for name in names if name not in self.checkpoint and not skip(name)]
+        missing: list[str] = []
+        count = 0
+        for name in expected:
+            count += 1
+            if name not in self.checkpoint and not skip(name):
+                missing.append(name)
+                if len(missing) == _MANY:
+                    break
         if missing:
             raise CheckpointError(
-                f"{self.checkpoint.path}: Missing tensors: {missing[:3]} ({len(missing)} of {len(names)} that "
-                "config.json implies)"
+                f"{self.checkpoint.path}: Missing tensors: {missing[:3]} ({len(missing)} of {count} that config.json implies)"
             )
 
 

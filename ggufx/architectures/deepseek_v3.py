@@ -92,7 +92,7 @@ class DeepSeekV3(Architecture):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
-        self.n_layers = self.integer("num_hidden_layers")
+        self.n_layers = self.counted("num_hidden_layers")
         self.n_mtp = self.count("num_nextn_predict_layers")
         self.n_dense = self.count("first_k_dense_replace")
         self.q_lora = self.count("q_lora_rank")
@@ -101,7 +101,7 @@ class DeepSeekV3(Architecture):
     @property
     def n_experts(self) -> int:
         """Number of routed experts."""
-        return self.integer("n_routed_experts")
+        return self.counted("n_routed_experts")
 
     @cached_property
     def dimensions(self) -> dict[str, int]:

@@ -165,7 +165,7 @@ class DeepSeekV4(Architecture):
     @property
     def n_experts(self) -> int:
         """Number of routed experts."""
-        return self.integer("n_routed_experts")
+        return self.counted("n_routed_experts")
 
     # The config -------------------------------------------------------------------------------------------------
 
@@ -360,7 +360,7 @@ class DeepSeekV4(Architecture):
             )
         if mtp and not blocks:
             raise CheckpointError(f"{self.checkpoint.path}: config.json counts no MTP block (num_nextn_predict_layers)")
-        count = self.integer("n_routed_experts")
+        count = self.n_experts
         for block, number, ratio in blocks:
             families = [*LAYER, *(MTP + MTP_GLOBAL if block == "mtp" else ())]
             hashed = block == "layers" and number < self.n_hash

@@ -73,7 +73,7 @@ class GptOss(Architecture):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
-        self.n_layers = self.integer("num_hidden_layers")
+        self.n_layers = self.counted("num_hidden_layers")
         self.families = {family.source: family for family in (*LAYER, *BLOCKS)}
         self.everywhere = {family.source: family for family in GLOBAL}
 

@@ -320,6 +320,8 @@ def _config(**changes: object) -> Callable[[Source], None]:
         (_config(kv_lora_rank=256), ["has shape", "config.json says", "kv_lora"]),
         (_config(scoring_func="tanh"), ["scoring_func is 'tanh'", "sigmoid"]),
         (_config(n_routed_experts=9), ["config.json"]),
+        (_config(n_routed_experts=2**32 - 1), ["n_routed_experts is 4294967295", "tensors in all"]),
+        (_config(num_hidden_layers=2**32 - 1), ["num_hidden_layers is 4294967295", "tensors in all"]),
         (_config(first_k_dense_replace=2), ["Can not map tensor 'model.layers.1.mlp."]),
         (_config(rope_scaling={"type": "linear", "factor": 2}), ["rope_scaling", "'linear'", "yarn"]),
     ],
