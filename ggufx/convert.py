@@ -22,7 +22,7 @@ from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
 from ggufx.types.f8_e4m3_b128 import exponents
 from ggufx.version import __version__
 
-__all__ = ["DENSE_TYPES", "OUTTYPES", "TARGETS", "convert", "plan_convert"]
+__all__ = ["DENSE_TYPES", "OUTTYPES", "TARGETS", "convert", "plan_convert", "plan_output"]
 
 TARGETS: Final = tuple(dialects.DIALECTS)
 OUTTYPES: Final = ("native", "moe-f8-e4m3-mxfp4")
@@ -226,27 +226,58 @@ class _Choice:
 
 
 def _tensor(output: Output, choice: _Choice, *, strict: bool, notes: list[str]) -> PlannedTensor:
-    stack = [[_matrix(part) for part in parts] for parts in output.stack]
-    shape = output.shape
     first = output.stack[0][0]
     exact_scales = first.kind in ("FP8", "FP8_F32") and choice.powers_of_two(output)
     target = _target_type(output, first, choice, notes, exact_scales=exact_scales)
+    limit = choice.architecture.n_experts if output.role == "table" else None
+    return plan_output(output, target, choice.dialect, exact_scales=exact_scales, strict=strict, limit=limit)
+
+
+def plan_output(
+    output: Output,
+    target: str,
+    dialect: dialects.Dialect,
+    *,
+    exact_scales: bool = False,
+    strict: bool = True,
+    limit: int | None = None,
+) -> PlannedTensor:
+    """Plan a tensor of a given type, by the way that loses least.
+
+    Parameters
+    ----------
+    output
+        What it is made of.
+    target, dialect
+        Its type, which the dialect must hold.
+    exact_scales
+        Its FP8 scales are known to be powers of two: BF16 holds the products, which is then tested. F8_E4M3_B128 may be
+        asked for only then, and of transposed parts only where tiles of scales end with them.
+    strict, limit
+        As in :class:`ggufx.plan.Transform`.
+
+    Raises
+    ------
+    PlanError
+        The dialect has no such type, or the type does not divide the tensor's rows.
+    """
+    stack = [[_matrix(part) for part in parts] for parts in output.stack]
+    first = output.stack[0][0]
     codec = types.get(target)
-    type_id = choice.dialect.type_id(codec)
+    type_id = dialect.type_id(codec)
     if type_id is None:
-        raise PlanError(f"tensor {output.name!r}: {choice.dialect.name} cannot hold {target}")
+        raise PlanError(f"tensor {output.name!r}: {dialect.name} cannot hold {target}")
     op = _operation(first, target)
     # BF16 and F32 have FP8's mantissa and a wider exponent; that every value survives is tested, not assumed.
     exact = op == "encode" and (target == "F32" or (target == "BF16" and (exact_scales or first.kind == "BF16")))
     parts = tuple(matrix.rows if matrix.transposed else matrix.row_len for matrix in stack[0])
     transform = Transform(
-        op, first.kind, target, parts, first.rows_per_scale, exact, strict,
-        choice.architecture.n_experts if output.role == "table" else None, first.step, first.transposed,
-    )  # fmt: skip
+        op, first.kind, target, parts, first.rows_per_scale, exact, strict, limit, first.step, first.transposed
+    )
     try:
-        return plan.plan_tensor(output.name, shape, target, type_id, transform, stack)
+        return plan.plan_tensor(output.name, output.shape, target, type_id, transform, stack)
     except CodecError as error:
-        raise PlanError(f"tensor {output.name!r} {list(shape)} as {target}: {error}") from None
+        raise PlanError(f"tensor {output.name!r} {list(output.shape)} as {target}: {error}") from None
 
 
 def _matrix(part: Part) -> Matrix:

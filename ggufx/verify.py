@@ -180,7 +180,7 @@ def _matching_plan(file: File, checkpoint: Checkpoint, skip: Sequence[str]) -> t
     names = set(file)
     # Where two targets share their names, the file's dialect says which it was made for; ik_llama.cpp's names differ for
     # some architectures only.
-    targets = [(name, False) for name in ("nisparks", "llama.cpp", "ik_llama.cpp")]
+    targets = [(name, False) for name in ("llama.cpp", "ik_llama.cpp", "nisparks")]
     targets.sort(key=lambda pair: pair[0] != file.dialect)
     for target, mtp in (*targets, ("llama.cpp", True)):
         try:

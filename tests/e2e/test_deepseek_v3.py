@@ -281,6 +281,23 @@ def test_a_stopped_run_goes_on(path_of: Callable[[str], Path], tmp_path: Path, m
     assert 0 < len(again) < plan.n_tiles
 
 
+def test_e8m0_scales_as_such(path_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """The same powers of two in one byte each give the same tensors, and none has to be looked at for the plan."""
+    shutil.copytree(path_of("ue8m0"), tmp_path / "Copy")
+    source = Source(tmp_path / "Copy")
+    for name, tensor in source.tensors.items():
+        if name.endswith("_scale_inv") and ".o_proj." not in name:
+            exponent = np.frexp(tensor.data.view("<f4"))[1] + 126
+            source.put(name, "F8_E8M0", tensor.shape, exponent.astype(np.uint8))
+    source.save()
+    one, other = (
+        Gguf(convert(path, tmp_path / f"{path.name}.gguf", target="nisparks")[0]).tensors
+        for path in (source.path, path_of("ue8m0"))
+    )
+    assert {name: t.data.tobytes() for name, t in one.items()} == {n: t.data.tobytes() for n, t in other.items()}
+    assert {tensor.status for tensor in verify(tmp_path / "Copy.gguf", source.path).tensors} == {"exact", "rounded"}
+
+
 # What can be wrong ----------------------------------------------------------------------------------------------
 
 
