@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from ggufx import architectures, dialects, execute, plan, types, vocabulary
 from ggufx.architectures import Architecture, Output, Part
@@ -22,7 +22,17 @@ from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
 from ggufx.types.f8_e4m3_b128 import exponents
 from ggufx.version import __version__
 
-__all__ = ["DENSE_TYPES", "OUTTYPES", "TARGETS", "convert", "plan_convert", "plan_output"]
+__all__ = [
+    "DENSE_TYPES",
+    "OUTTYPES",
+    "TARGETS",
+    "Conversion",
+    "convert",
+    "fill_file_type",
+    "operation",
+    "plan_convert",
+    "plan_output",
+]
 
 TARGETS: Final = tuple(dialects.DIALECTS)
 OUTTYPES: Final = ("native", "moe-f8-e4m3-mxfp4")
@@ -38,6 +48,70 @@ _NISPARKS_GENERAL: Final = (
     "general.type", "general.sampling.top_p", "general.sampling.temp", "general.name", "general.size_label",
     "general.license",
 )  # fmt: skip
+
+
+class Conversion:
+    """A checkpoint seen as the tensors and keys of a dialect: what :func:`plan_convert` and quantizing start from.
+
+    Parameters
+    ----------
+    As of :func:`plan_convert`.
+
+    Attributes
+    ----------
+    outputs
+        The tensors, in the target's order.
+    skipped
+        (source tensor, reason) of everything that is left out.
+    notes
+        Sentences the user should read; grows as tensors and metadata are asked for.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path | Checkpoint,
+        target: str,
+        *,
+        outtype: str = "native",
+        dense: str | None = None,
+        mtp: bool = False,
+        model_name: str | None = None,
+        chat_template: str | None = None,
+        skip: Sequence[str] = (),
+        allow_nan: bool = False,
+    ) -> None:
+        self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+        self.dialect = dialects.get(target)
+        if outtype.lower() not in OUTTYPES:
+            raise PlanError(f"--outtype {outtype} is not supported; supported: {', '.join(OUTTYPES)}")
+        if dense is not None and dense.lower() not in DENSE_TYPES:
+            raise PlanError(f"--dense {dense} is not supported; supported: {', '.join(DENSE_TYPES)}")
+        if mtp and target == "nisparks":
+            raise PlanError("the nisparks dialect has no form for the MTP block; use --target llama.cpp for --mtp")
+        self.architecture = architectures.find(self.checkpoint)
+        self.outputs, self.skipped = self.architecture.outputs(target, mtp=mtp, skip=_matcher(skip))
+        self.notes: list[str] = []
+        self._mtp, self._strict = mtp, not allow_nan
+        self.choice = _Choice(self.architecture, self.dialect, dense)
+        self._model_name, self._template = model_name, chat_template
+
+    def stack(self, output: Output) -> tuple[tuple[Matrix, ...], ...]:
+        """Return an output's sources: stacked (outer) and concatenated along the row (inner)."""
+        return tuple(tuple(_matrix(part) for part in parts) for parts in output.stack)
+
+    def tensor(self, output: Output) -> PlannedTensor:
+        """Plan an output with its native bits, or in the ``dense`` type where the target has none for them."""
+        return _tensor(output, self.choice, strict=self._strict, notes=self.notes)
+
+    def metadata(self, tensors: Sequence[PlannedTensor], file_type: int | None) -> dict[str, Value]:
+        """Return the keys of a file of these tensors, without ``general.file_type`` if that is ``None``."""
+        keys = _metadata(
+            self.architecture, tensors, target=self.dialect.name, mtp=self._mtp, file_type=file_type or 0,
+            model_name=self._model_name, template=self._template, notes=self.notes,
+        )  # fmt: skip
+        if file_type is None:
+            del keys["general.file_type"]
+        return keys
 
 
 def plan_convert(
@@ -91,25 +165,14 @@ def plan_convert(
     CheckpointError, PlanError
         The checkpoint does not hold what its config says, or the target has no form for what was asked.
     """
-    source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
-    dialect = dialects.get(target)
-    if outtype.lower() not in OUTTYPES:
-        raise PlanError(f"--outtype {outtype} is not supported; supported: {', '.join(OUTTYPES)}")
-    if dense is not None and dense.lower() not in DENSE_TYPES:
-        raise PlanError(f"--dense {dense} is not supported; supported: {', '.join(DENSE_TYPES)}")
-    if mtp and target == "nisparks":
-        raise PlanError("the nisparks dialect has no form for the MTP block; use --target llama.cpp for --mtp")
-    architecture = architectures.find(source)
-    outputs, skipped = architecture.outputs(target, mtp=mtp, skip=_matcher(skip))
-    notes: list[str] = []
-    choice = _Choice(architecture, dialect, dense)
-    tensors = [_tensor(output, choice, strict=not allow_nan, notes=notes) for output in outputs]
-    notes += choice.inexact_notes()
-    file_type = _file_type(tensors, architecture, target, choice.dense)
-    metadata = _metadata(
-        architecture, tensors, target=target, mtp=mtp, file_type=file_type, model_name=model_name,
-        template=chat_template, notes=notes,
+    conversion = Conversion(
+        checkpoint, target, outtype=outtype, dense=dense, mtp=mtp, model_name=model_name, chat_template=chat_template,
+        skip=skip, allow_nan=allow_nan,
     )  # fmt: skip
+    source, dialect = conversion.checkpoint, conversion.dialect
+    tensors = [conversion.tensor(output) for output in conversion.outputs]
+    file_type = _file_type(tensors, conversion.architecture, target, conversion.choice.dense)
+    metadata = conversion.metadata(tensors, file_type)
     if stamp:
         metadata["ggufx.version"] = Value.string(__version__)
         metadata["ggufx.dialect"] = Value.string(target)
@@ -122,8 +185,8 @@ def plan_convert(
         source_states=source.shard_states,
         dialect=target,
         split_max_nbytes=split_max_nbytes,
-        skipped=skipped,
-        notes=list(dict.fromkeys(notes)),
+        skipped=conversion.skipped,
+        notes=list(dict.fromkeys([*conversion.notes, *conversion.choice.inexact_notes()])),
         file_type=ftype_name,
     )
     try:
@@ -267,7 +330,7 @@ def plan_output(
     type_id = dialect.type_id(codec)
     if type_id is None:
         raise PlanError(f"tensor {output.name!r}: {dialect.name} cannot hold {target}")
-    op = _operation(first, target)
+    op = operation(first.kind, target, transposed=first.transposed)
     # BF16 and F32 have FP8's mantissa and a wider exponent; that every value survives is tested, not assumed.
     exact = op == "encode" and (target == "F32" or (target == "BF16" and (exact_scales or first.kind == "BF16")))
     parts = tuple(matrix.rows if matrix.transposed else matrix.row_len for matrix in stack[0])
@@ -337,11 +400,14 @@ def _squarely(output: Output) -> bool:
     )
 
 
-def _operation(first: Part, target: str) -> Any:
-    kind = first.kind
+def operation(kind: str, target: str, *, transposed: bool = False) -> Literal["copy", "pack", "cast", "encode"]:
+    """Return what makes ``target`` of a source of ``kind`` (see :class:`ggufx.plan.Transform`).
+
+    Of FP8 under float32 scales F8_E4M3_B128 is packed only when these are powers of two: to be known beforehand.
+    """
     if (kind, target) in (("FP8", "F8_E4M3_B128"), ("FP8_F32", "F8_E4M3_B128"), ("FP4", "MXFP4")):
         return "pack"
-    if first.transposed:
+    if transposed:
         return "encode"
     if kind == target and target != "I32":
         return "copy"
@@ -444,6 +510,17 @@ def _from_gguf(value: Any) -> Value:
     return Value.f32(value.value) if kind is ValueType.FLOAT32 else Value(kind, value.value)
 
 
+def fill_file_type(outfile: str, file_type: str) -> str:
+    """Return a path with ``{ftype}`` of its last part replaced; raises PlanError for another placeholder."""
+    import gguf
+
+    path = Path(outfile)
+    try:
+        return str(path.with_name(gguf.fill_templated_filename(path.name, file_type)))
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise PlanError(f"--outfile {outfile}: {error!r} is no placeholder; {{ftype}} is") from None
+
+
 def _output_path(
     outfile: str | Path | None, checkpoint: Checkpoint, metadata: dict[str, Value], file_type: str, *, mtp: bool
 ) -> Path:
@@ -451,11 +528,7 @@ def _output_path(
 
     text = str(checkpoint.path if outfile is None else outfile)
     if outfile is not None and not Path(text).is_dir() and not text.endswith("/"):
-        path = Path(text)
-        try:
-            return path.with_name(gguf.fill_templated_filename(path.name, file_type))
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
-            raise PlanError(f"--outfile {text}: {error!r} is no placeholder; {{ftype}} is") from None
+        return Path(fill_file_type(text, file_type))
     label = {key: metadata[f"general.{key}"].data for key in ("basename", "finetune", "version", "size_label") if
              f"general.{key}" in metadata}  # fmt: skip
     name = gguf.naming_convention(

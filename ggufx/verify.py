@@ -24,7 +24,7 @@ from ggufx.errors import GGUFError, PlanError
 from ggufx.execute import Progress
 from ggufx.file import File, Tensor, open
 from ggufx.plan import Plan, PlannedTensor, Tile
-from ggufx.transforms import native_codes, source_values
+from ggufx.transforms import decode_parts, native_codes
 
 __all__ = ["Report", "TensorReport", "verify"]
 
@@ -293,7 +293,7 @@ def _compare_tile(plan: Plan, planned: PlannedTensor, tensor: Tensor, tile: Tile
         _note(result, codec.decode(rows) != source, first_row)
         return result
     values = codec.decode(rows, threads=1, dtype=np.float32)
-    source = source_values(planned.transform, tile.rows, inputs, tile.phase)[0]
+    source = decode_parts(planned.transform, tile.rows, inputs, tile.phase)[0]
     unequal = values.view(np.uint32) != source.view(np.uint32)
     if not coded:
         _note(result, unequal, first_row)
