@@ -35,7 +35,9 @@ __all__ = ["ENERGY", "Choice", "Quantization", "Source", "Tally", "plan_quantize
 ENERGY: Final = "energy"
 """In place of an importance matrix: the mean squares of a matrix's own columns, for types that demand importance."""
 
-NATIVE_KINDS: Final = frozenset({"FP8", "FP4", "F8_E4M3_B128", "MXFP4", "NVFP4", "F64", "F32", "F16", "BF16"})
+NATIVE_KINDS: Final = frozenset(
+    {"FP8", "FP8_F32", "FP4", "F8_E4M3_B128", "MXFP4", "NVFP4", "F64", "F32", "F16", "BF16"}
+)
 """What models are trained or published in: quantizing these is what quantizing is for."""
 _INTEGERS: Final = frozenset({"I8", "I16", "I32", "I64"})
 

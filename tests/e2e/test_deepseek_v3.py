@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import ggufx
 from ggufx import transforms
 from ggufx.checkpoint import Checkpoint
 from ggufx.convert import convert, plan_convert
@@ -419,3 +420,23 @@ def test_the_plan_as_json(path_of: Callable[[str], Path], cli: Cli) -> None:
     assert by_name["blk.1.attn_k_b.weight"]["lossless"]
     assert not by_name["blk.1.attn_output.weight"]["lossless"]
     assert "attn_output.weight of 3 layers" in " ".join(plan["notes"])
+
+
+@pytest.mark.parametrize("target", ["llama.cpp", "ik_llama.cpp"])
+def test_quantize_from_the_checkpoint(target: str, path_of: Callable[[str], Path], cli: Cli, tmp_path: Path) -> None:
+    """The turned keys, the values and the experts are what the type's encoder makes of the very values."""
+    path, out = path_of("float"), tmp_path / "out.gguf"
+    run = cli("quantize", path, "q8_0", "--custom-q", "attn_k_b=q4_0", "--target", target, "--outfile", out)
+    assert run.code == 0, run
+    expected = wanted(Source(path), target)
+    with ggufx.open(out) as file:
+        assert set(file) == set(expected)
+        for name, kind in (
+            ("blk.1.attn_k_b.weight", "Q4_0"),
+            ("blk.2.attn_v_b.weight", "Q8_0"),
+            ("blk.1.ffn_up_exps.weight", "Q8_0"),
+        ):
+            tensor, codec = file[name], ggufx.types.get(kind)
+            values = np.ascontiguousarray(expected[name])
+            assert (tensor.type, tensor.shape) == (kind, values.shape)
+            assert np.array_equal(tensor.numpy(), codec.decode(codec.encode(values), values.shape))
