@@ -68,7 +68,6 @@ EffortChoice = StrEnum("EffortChoice", {name: name for name in get_args(types.Ef
 _NORMAL = EffortChoice("normal")
 _REFERENCE = ObjectiveChoice("reference")
 _NISPARKS = Target("nisparks")
-_Q8_0 = Dense("q8_0")
 
 # A table is as wide as it needs to be: a narrow terminal wraps its lines, and nothing is cut off.
 _out = Console(soft_wrap=True, highlight=False, width=400)
@@ -166,8 +165,12 @@ def convert(
         str, typer.Option(help="native (alias moe-f8-e4m3-mxfp4): every native code is kept.")
     ] = "native",
     dense: Annotated[
-        Dense, typer.Option(help="What FP8 becomes where the target has no FP8 type; bf16 and f32 are exact.")
-    ] = _Q8_0,
+        Dense | None,
+        typer.Option(
+            help="What FP8 becomes where the target has no FP8 type. Default: q8_0 for DeepSeek-V4 (bf16 and f32 are exact), "
+            "bf16 for DeepSeek-V3."
+        ),
+    ] = None,
     mtp: Annotated[bool, typer.Option("--mtp", help="Write the multi-token-prediction block's own file.")] = False,
     model_name: Annotated[
         str | None, typer.Option(help="general.name. Default: the card's or the directory's.")
@@ -197,7 +200,7 @@ def convert(
         outfile,
         target=target.value,
         outtype=outtype,
-        dense=dense.value,
+        dense=None if dense is None else dense.value,
         mtp=mtp,
         model_name=model_name,
         chat_template=template,

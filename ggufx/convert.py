@@ -7,26 +7,39 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from ggufx import architectures, dialects, execute, plan, types, vocabulary
-from ggufx.architectures.deepseek_v4 import DeepSeekV4, Output, Part
+from ggufx.architectures import Architecture, Output, Part
 from ggufx.checkpoint import Checkpoint
 from ggufx.container import Value, ValueType
 from ggufx.errors import CheckpointError, CodecError, PlanError
 from ggufx.execute import Progress
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
+from ggufx.types.f8_e4m3_b128 import exponents
 from ggufx.version import __version__
 
-__all__ = ["DENSE_TYPES", "OUTTYPES", "TARGETS", "Conversion", "convert", "fill_file_type", "operation", "plan_convert"]
+__all__ = [
+    "DENSE_TYPES",
+    "OUTTYPES",
+    "TARGETS",
+    "Conversion",
+    "convert",
+    "fill_file_type",
+    "operation",
+    "plan_convert",
+    "plan_output",
+]
 
 TARGETS: Final = tuple(dialects.DIALECTS)
 OUTTYPES: Final = ("native", "moe-f8-e4m3-mxfp4")
 """Spellings of the only output type: every native code is kept."""
 DENSE_TYPES: Final = ("q8_0", "bf16", "f32")
-"""What FP8 tensors become where the target has no FP8 type; all but q8_0 are exact."""
+"""What FP8 tensors become where the target has no FP8 type; the default is the architecture's. Of codes under powers of
+two all but q8_0 are exact; a product with another scale is rounded to float32 and then to the type."""
 
 QUANTIZATION_VERSION: Final = 2  # ggml.h's GGML_QNT_VERSION
 _FILE_TYPES: Final = {"MXFP4_MOE": 38, "Q8_0": 7, "BF16": 32, "F32": 0}
@@ -60,7 +73,7 @@ class Conversion:
         target: str,
         *,
         outtype: str = "native",
-        dense: str = "q8_0",
+        dense: str | None = None,
         mtp: bool = False,
         model_name: str | None = None,
         chat_template: str | None = None,
@@ -71,14 +84,15 @@ class Conversion:
         self.dialect = dialects.get(target)
         if outtype.lower() not in OUTTYPES:
             raise PlanError(f"--outtype {outtype} is not supported; supported: {', '.join(OUTTYPES)}")
-        if dense.lower() not in DENSE_TYPES:
+        if dense is not None and dense.lower() not in DENSE_TYPES:
             raise PlanError(f"--dense {dense} is not supported; supported: {', '.join(DENSE_TYPES)}")
         if mtp and target == "nisparks":
             raise PlanError("the nisparks dialect has no form for the MTP block; use --target llama.cpp for --mtp")
         self.architecture = architectures.find(self.checkpoint)
         self.outputs, self.skipped = self.architecture.outputs(target, mtp=mtp, skip=_matcher(skip))
         self.notes: list[str] = []
-        self._dense, self._mtp, self._strict = dense, mtp, not allow_nan
+        self._mtp, self._strict = mtp, not allow_nan
+        self.choice = _Choice(self.architecture, self.dialect, dense)
         self._model_name, self._template = model_name, chat_template
 
     def stack(self, output: Output) -> tuple[tuple[Matrix, ...], ...]:
@@ -87,10 +101,7 @@ class Conversion:
 
     def tensor(self, output: Output) -> PlannedTensor:
         """Plan an output with its native bits, or in the ``dense`` type where the target has none for them."""
-        limit = self.architecture.integer("n_routed_experts")
-        return _tensor(
-            output, self.stack(output), self.dialect, self._dense, strict=self._strict, limit=limit, notes=self.notes
-        )
+        return _tensor(output, self.choice, strict=self._strict, notes=self.notes)
 
     def metadata(self, tensors: Sequence[PlannedTensor], file_type: int | None) -> dict[str, Value]:
         """Return the keys of a file of these tensors, without ``general.file_type`` if that is ``None``."""
@@ -109,7 +120,7 @@ def plan_convert(
     *,
     target: str = "nisparks",
     outtype: str = "native",
-    dense: str = "q8_0",
+    dense: str | None = None,
     mtp: bool = False,
     model_name: str | None = None,
     chat_template: str | None = None,
@@ -118,7 +129,7 @@ def plan_convert(
     skip: Sequence[str] = (),
     allow_nan: bool = False,
 ) -> Plan:
-    """Plan the conversion of a checkpoint; reads headers and the tokenizer, no tensor.
+    """Plan the conversion of a checkpoint; reads headers, the tokenizer, and FP8 scales that may be powers of two.
 
     Parameters
     ----------
@@ -132,7 +143,8 @@ def plan_convert(
     outtype
         ``native``, or its alias ``moe-f8-e4m3-mxfp4``.
     dense
-        Type of FP8 tensors for targets without FP8: ``q8_0`` (rounded), ``bf16`` or ``f32`` (exact).
+        Type of FP8 tensors for targets without FP8, one of :data:`DENSE_TYPES`; by default the architecture's. For
+        DeepSeek-V3 and gpt-oss a type that is given is the unquantized matrices', too, as llama.cpp's ``--outtype`` is.
     mtp
         Write the multi-token-prediction block's own file.
     model_name
@@ -159,7 +171,7 @@ def plan_convert(
     )  # fmt: skip
     source, dialect = conversion.checkpoint, conversion.dialect
     tensors = [conversion.tensor(output) for output in conversion.outputs]
-    file_type = _file_type(tensors, target, dense)
+    file_type = _file_type(tensors, conversion.architecture, target, conversion.choice.dense)
     metadata = conversion.metadata(tensors, file_type)
     if stamp:
         metadata["ggufx.version"] = Value.string(__version__)
@@ -174,7 +186,7 @@ def plan_convert(
         dialect=target,
         split_max_nbytes=split_max_nbytes,
         skipped=conversion.skipped,
-        notes=list(dict.fromkeys(conversion.notes)),
+        notes=list(dict.fromkeys([*conversion.notes, *conversion.choice.inexact_notes()])),
         file_type=ftype_name,
     )
     try:
@@ -224,74 +236,179 @@ def _matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
 # Tensors --------------------------------------------------------------------------------------------------------
 
 
-def _tensor(
-    output: Output,
-    stack: Sequence[Sequence[Matrix]],
-    dialect: dialects.Dialect,
-    dense: str,
-    *,
-    strict: bool,
-    limit: int,
-    notes: list[str],
-) -> PlannedTensor:
-    shape = output.shape
+@dataclass
+class _Choice:
+    """How a conversion chooses types: by the target, the architecture, and what FP8 scales turn out to be."""
+
+    architecture: Architecture
+    dialect: dialects.Dialect
+    requested: str | None
+    exact: set[str] = field(default_factory=set)
+    inexact: dict[str, list[str]] = field(default_factory=dict)
+    """Of the tensors whose scales were read: the names of those with powers of two, and of the others by their family."""
+
+    @property
+    def dense(self) -> str:
+        """What FP8 becomes where it cannot stay, in upper case."""
+        return (self.requested or self.architecture.dense).upper()
+
+    @property
+    def holds_fp8(self) -> bool:
+        """Whether the target has the FP8 type."""
+        return self.dialect.type_id(types.get("F8_E4M3_B128")) is not None
+
+    def powers_of_two(self, output: Output) -> bool:
+        """Return whether all FP8 scales of a tensor are powers of two; reads them where it makes a difference."""
+        if all(part.kind == "FP8" for part in output.parts):
+            return True
+        quantization = self.architecture.config.get("quantization_config")
+        announced = isinstance(quantization, dict) and quantization.get("scale_fmt") == "ue8m0"
+        if not (self.holds_fp8 or announced):
+            return False
+        checkpoint = self.architecture.checkpoint
+        names = dict.fromkeys(part.scale.name for part in output.parts if part.scale is not None)
+        # The first that is none decides: a checkpoint of other scales costs one small read a tensor.
+        if all(exponents(checkpoint.read(name).view("<f4"))[1] == 0 for name in names):
+            self.exact.add(output.name)
+            return True
+        family = re.sub(r"^blk\.\d+\.", "", output.name)
+        self.inexact.setdefault(family, []).append(output.name)
+        return False
+
+    def inexact_notes(self) -> list[str]:
+        """Say which tensors' scales are no powers of two, a line for each family."""
+        then = f"stored as {self.dense}, not as F8_E4M3_B128" if self.holds_fp8 else f"rounded to {self.dense}"
+        if self.inexact and not self.exact:
+            count = sum(map(len, self.inexact.values()))
+            return [f"none of the {count} FP8 tensors has scales that are all powers of two; {then}"]
+        return [
+            f"{family}{f' of {len(names)} layers' if names[0] != family else ''} (first {names[0]}): not all FP8 scales are "
+            f"powers of two; {then}"
+            for family, names in self.inexact.items()
+        ]
+
+
+def _tensor(output: Output, choice: _Choice, *, strict: bool, notes: list[str]) -> PlannedTensor:
     first = output.stack[0][0]
-    target = _target_type(output, first.kind, dialect, dense, notes)
+    exact_scales = first.kind in ("FP8", "FP8_F32") and choice.powers_of_two(output)
+    target = _target_type(output, first, choice, notes, exact_scales=exact_scales)
+    limit = choice.architecture.n_experts if output.role == "table" else None
+    return plan_output(output, target, choice.dialect, exact_scales=exact_scales, strict=strict, limit=limit)
+
+
+def plan_output(
+    output: Output,
+    target: str,
+    dialect: dialects.Dialect,
+    *,
+    exact_scales: bool = False,
+    strict: bool = True,
+    limit: int | None = None,
+) -> PlannedTensor:
+    """Plan a tensor of a given type, by the way that loses least.
+
+    Parameters
+    ----------
+    output
+        What it is made of.
+    target, dialect
+        Its type, which the dialect must hold.
+    exact_scales
+        Its FP8 scales are known to be powers of two: BF16 holds the products, which is then tested. F8_E4M3_B128 may be
+        asked for only then, and of transposed parts only where tiles of scales end with them.
+    strict, limit
+        As in :class:`ggufx.plan.Transform`.
+
+    Raises
+    ------
+    PlanError
+        The dialect has no such type, or the type does not divide the tensor's rows.
+    """
+    stack = [[_matrix(part) for part in parts] for parts in output.stack]
+    first = output.stack[0][0]
     codec = types.get(target)
     type_id = dialect.type_id(codec)
     if type_id is None:
         raise PlanError(f"tensor {output.name!r}: {dialect.name} cannot hold {target}")
-    op = operation(first.kind, target)
+    op = operation(first.kind, target, transposed=first.transposed)
     # BF16 and F32 have FP8's mantissa and a wider exponent; that every value survives is tested, not assumed.
-    exact = op == "encode" and target in ("BF16", "F32")
+    exact = op == "encode" and (target == "F32" or (target == "BF16" and (exact_scales or first.kind == "BF16")))
+    parts = tuple(matrix.rows if matrix.transposed else matrix.row_len for matrix in stack[0])
     transform = Transform(
-        op, first.kind, target, tuple(part.shape[-1] for part in output.stack[0]), first.rows_per_scale, exact, strict,
-        limit if output.role == "table" else None,
-    )  # fmt: skip
+        op, first.kind, target, parts, first.rows_per_scale, exact, strict, limit, first.step, first.transposed
+    )
     try:
-        return plan.plan_tensor(output.name, shape, target, type_id, transform, stack)
+        return plan.plan_tensor(output.name, output.shape, target, type_id, transform, stack)
     except CodecError as error:
-        raise PlanError(f"tensor {output.name!r} {list(shape)} as {target}: {error}") from None
+        raise PlanError(f"tensor {output.name!r} {list(output.shape)} as {target}: {error}") from None
 
 
 def _matrix(part: Part) -> Matrix:
     tensor = part.tensor
-    rows = prod(part.shape[:-1])
-    codes = Span(tensor.shard, tensor.offset, tensor.nbytes)
-    if part.scale is None:
-        return Matrix(tensor.name, part.kind, rows, part.shape[-1], codes)
-    scales = Span(part.scale.shard, part.scale.offset, part.scale.nbytes)
-    return Matrix(
-        tensor.name, part.kind, rows, part.shape[-1], codes, part.scale.name, scales, part.rows_per_scale,
-        part.len_per_scale,
-    )  # fmt: skip
+    rows, row_len = prod(part.shape[:-1]), part.shape[-1]
+    if part.elements:
+        rows, row_len = rows * row_len, 1
+    if part.transposed:
+        rows, row_len = row_len, rows
+    matrix = Matrix(tensor.name, part.kind, rows, row_len, Span(tensor.shard, tensor.offset, tensor.nbytes))
+    if part.scale is not None:
+        scales = Span(part.scale.shard, part.scale.offset, part.scale.nbytes)
+        matrix = matrix._replace(
+            scale_name=part.scale.name, scales=scales, rows_per_scale=part.rows_per_scale,
+            len_per_scale=part.len_per_scale,
+        )  # fmt: skip
+    return matrix.take(part.start, rows, part.step, transposed=part.transposed)
 
 
-def _target_type(output: Output, kind: str, dialect: dialects.Dialect, dense: str, notes: list[str]) -> str:
+def _target_type(output: Output, first: Part, choice: _Choice, notes: list[str], *, exact_scales: bool) -> str:
     row_len = output.shape[-1]
+    architecture, kind = choice.architecture, first.kind
     if kind == "FP4":
         return "MXFP4"
-    if kind == "FP8":
-        wanted = "F8_E4M3_B128" if dialect.name == "nisparks" else dense.upper()
-        block_len = types.get(wanted).layout.block_len
-        if row_len % block_len:
+    if kind in ("FP8", "FP8_F32"):
+        wanted = "F8_E4M3_B128" if choice.holds_fp8 and exact_scales else choice.dense
+        if wanted == "F8_E4M3_B128" and first.transposed and not _squarely(output):
             notes.append(
-                f"{output.name} {list(output.shape)}: rows of {row_len} are not divisible by {block_len}, required for "
-                f"{wanted} - using BF16, which is exact"
+                f"{output.name}: its scales' tiles of 128x128 do not end with its heads - using BF16, which is exact"
             )
             return "BF16"
-        return wanted
-    if output.role == "table":
+    elif output.role == "table":
         return "I32"
-    if output.role == "vector" or (output.role == "router" and dialect.name == "nisparks"):
+    elif output.role == "vector" or (
+        output.role == "router" and (choice.dialect.name == "nisparks" or architecture.router_in_float32)
+    ):
         return "F32"
-    return kind
+    elif choice.requested is not None and architecture.dense_is_outtype:
+        wanted = choice.dense
+    else:
+        return kind
+    block_len = types.get(wanted).layout.block_len
+    if row_len % block_len:
+        exactness = "which is exact" if exact_scales or kind == "BF16" else "which keeps more than any quant type"
+        notes.append(
+            f"{output.name} {list(output.shape)}: rows of {row_len} are not divisible by {block_len}, required for "
+            f"{wanted} - using BF16, {exactness}"
+        )
+        return "BF16"
+    return wanted
 
 
-def operation(kind: str, target: str) -> Literal["copy", "pack", "cast", "encode"]:
-    """Return what makes ``target`` of a source of ``kind`` (see :class:`ggufx.plan.Transform`)."""
-    if (kind, target) in (("FP8", "F8_E4M3_B128"), ("FP4", "MXFP4")):
+def _squarely(output: Output) -> bool:
+    """Return whether every transposed part begins and ends with a tile of scales: it can be turned as codes only then."""
+    return all(
+        part.start % part.rows_per_scale == 0 and part.shape[-1] % part.rows_per_scale == 0 for part in output.parts
+    )
+
+
+def operation(kind: str, target: str, *, transposed: bool = False) -> Literal["copy", "pack", "cast", "encode"]:
+    """Return what makes ``target`` of a source of ``kind`` (see :class:`ggufx.plan.Transform`).
+
+    Of FP8 under float32 scales F8_E4M3_B128 is packed only when these are powers of two: to be known beforehand.
+    """
+    if (kind, target) in (("FP8", "F8_E4M3_B128"), ("FP8_F32", "F8_E4M3_B128"), ("FP4", "MXFP4")):
         return "pack"
+    if transposed:
+        return "encode"
     if kind == target and target != "I32":
         return "copy"
     if target in ("F32", "I32") and kind in ("BF16", "F16", "I64", "I32"):
@@ -302,16 +419,18 @@ def operation(kind: str, target: str) -> Literal["copy", "pack", "cast", "encode
 # Metadata -------------------------------------------------------------------------------------------------------
 
 
-def _file_type(tensors: Sequence[PlannedTensor], target: str, dense: str) -> int:
-    if target == "nisparks":
+def _file_type(tensors: Sequence[PlannedTensor], architecture: Architecture, target: str, dense: str) -> int:
+    found = {tensor.type for tensor in tensors}
+    if target == "nisparks" and (architecture.nisparks_form or "F8_E4M3_B128" in found):
         return _NISPARKS_FILE_TYPE
-    if any(tensor.type == "MXFP4" for tensor in tensors):
+    # As upstream, which calls a file with quantized dense tensors after these, whatever its experts are.
+    if "MXFP4" in found and not (architecture.dense_is_outtype and dense == "Q8_0"):
         return _FILE_TYPES["MXFP4_MOE"]
-    return _FILE_TYPES[dense.upper()]
+    return _FILE_TYPES[dense]
 
 
 def _metadata(
-    architecture: DeepSeekV4,
+    architecture: Architecture,
     tensors: Sequence[PlannedTensor],
     *,
     target: str,
@@ -327,20 +446,24 @@ def _metadata(
         template = vocabulary.chat_template(checkpoint)
     if template is None:
         template = architecture.chat_template
-        notes.append("the checkpoint has no chat template; a built-in one of the family is written")
+        then = "none is written" if template is None else "a built-in one of the family is written"
+        notes.append(f"the checkpoint has no chat template; {then}")
     keys = {"general.architecture": Value.string(architecture.name)}
-    if target == "nisparks":
+    if target == "nisparks" and architecture.nisparks_form:
         for name in _NISPARKS_GENERAL:
             if name in general:
                 keys[name] = general[name]
             else:
                 notes.append(f"{name} is not written: the checkpoint does not say it")
     else:
-        keys["tokenizer.chat_template"] = Value.string(template)
+        if architecture.template_first and template is not None:
+            keys["tokenizer.chat_template"] = Value.string(template)
         keys.update(general)
     keys.update(architecture.keys(target, mtp=mtp, file_type=file_type, chat_template=template))
     keys["general.quantization_version"] = Value.u32(QUANTIZATION_VERSION)
     keys.update(vocabulary.tokenizer_keys(checkpoint, architecture.tokenizer_pre, architecture.integer("vocab_size")))
+    if template is not None:
+        keys.setdefault("tokenizer.chat_template", Value.string(template))
     return keys
 
 

@@ -283,7 +283,7 @@ def _run_tile(job: _Job, opened: dict[tuple[str, int], int]) -> _Done:
 
     try:
         weights, dead_blocks = _importance(job, read)
-        outcome = apply(job.transform, tile.rows, inputs, out, weights)
+        outcome = apply(job.transform, tile.rows, inputs, out, weights, tile.phase)
     except CodecError as error:
         return _Done(0, 0, Outcome(), resumed=False, problem=str(error))
     if _refused(job.transform, outcome):
@@ -301,7 +301,9 @@ def _importance(job: _Job, read: Callable[[Span, npt.NDArray[np.uint8]], None]) 
     codec = types.get(transform.target)
     if transform.importance == "energy":
         key = (job.sources, tile.matrix)
-        return codec.usable_importance(_energies.get(key, lambda: _column_energy(transform, tile.matrix, read)))
+        return codec.usable_importance(
+            _energies.get(key, lambda: _column_energy(transform, tile.matrix, tile.phase, read))
+        )
     if tile.weights is None:
         return np.ones(row_len, np.float32), 0
     found = np.empty(row_len, np.float32)
@@ -342,6 +344,7 @@ _energies = _Energies(4 * MAX_WORKERS)
 def _column_energy(
     transform: Transform,
     matrix: Iterable[tuple[int, Sequence[Span]]],
+    phase: int,
     read: Callable[[Span, npt.NDArray[np.uint8]], None],
 ) -> F32:
     """Decode a whole matrix, some rows at a time, for the mean squares of its columns."""
@@ -352,7 +355,7 @@ def _column_energy(
             buffer = scratch(f"energy{slot}", span.nbytes)
             read(span, buffer)
             inputs.append(buffer)
-        values, _, _ = decode_parts(transform, rows, inputs)
+        values, _, _ = decode_parts(transform, rows, inputs, phase)
         # NaN is refused, and named, when its own tile is encoded: what the columns weigh does not matter then.
         energy.add(np.nan_to_num(values, nan=0, posinf=0, neginf=0, copy=False))
     return energy.result()
@@ -738,13 +741,15 @@ def _codes_error(plan: Plan, tensor: PlannedTensor, job: _Job, outcome: Outcome)
         if tile.item == job.tile.item:
             inputs = read_spans(plan.source_files, tile)
             if tensor.transform.op == "encode":
-                _, codes, scales = decode_parts(tensor.transform, tile.rows, inputs)
+                _, codes, scales = decode_parts(tensor.transform, tile.rows, inputs, tile.phase)
             else:
-                codes, scales, *_ = apply(tensor.transform, tile.rows, inputs, scratch("out", tile.nbytes))
+                out = scratch("out", tile.nbytes)
+                codes, scales, *_ = apply(tensor.transform, tile.rows, inputs, out, phase=tile.phase)
             bad_codes += codes
             bad_scales += scales
     found_codes = f"{bad_codes} E4M3 NaN codes (0x7F, 0xFF) in tensor {names[0]!r}" if bad_codes else ""
-    found_scales = f"{bad_scales} E8M0 scales 255 (NaN) in tensor {names[-1]!r}" if bad_scales else ""
+    what = "float32 scales that are not finite" if tensor.transform.kind == "FP8_F32" else "E8M0 scales 255 (NaN)"
+    found_scales = f"{bad_scales} {what} in tensor {names[-1]!r}" if bad_scales else ""
     return SourceCodesError(
         f"{path}: found {' and '.join(filter(None, (found_codes, found_scales)))}: runtimes disagree on what they mean, so "
         "they are not written; the checkpoint is damaged, download it again"

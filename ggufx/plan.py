@@ -35,8 +35,10 @@ __all__ = [
 TILE_LEN = 1 << 21
 """Elements of a tile, about: big enough to hide the cost of a task, small enough for the processor's cache."""
 
-SOURCE_BITS: Mapping[str, int] = {"FP8": 8, "FP4": 4, "BF16": 16, "F16": 16, "F32": 32, "I32": 32, "I64": 64}
-"""Bits per element of the kinds of checkpoint tensors; FP8 and FP4 carry E8M0 scales beside them."""
+SOURCE_BITS: Mapping[str, int] = {
+    "FP8": 8, "FP8_F32": 8, "FP4": 4, "BF16": 16, "F16": 16, "F32": 32, "I32": 32, "I64": 64
+}  # fmt: skip
+"""Bits per element of the kinds of checkpoint tensors; FP8 and FP4 carry E8M0 scales beside them, FP8_F32 float32 ones."""
 
 
 class Span(NamedTuple):
@@ -49,10 +51,10 @@ class Span(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A source tensor seen as rows, with its scales if it has any.
+    """A source tensor seen as rows, or some of its rows, with its scales if it has any.
 
-    ``rows_per_scale`` x ``len_per_scale`` elements share one scale byte; scales are row-major
-    [ceil(rows / rows_per_scale), ceil(row_len / len_per_scale)].
+    ``rows_per_scale`` x ``len_per_scale`` elements share one scale; scales are row-major
+    [ceil(rows / rows_per_scale), ceil(row_len / len_per_scale)]. Both spans start where the first row's bytes do.
     """
 
     name: str
@@ -65,6 +67,12 @@ class Matrix(NamedTuple):
     scales: Span | None = None
     rows_per_scale: int = 1
     len_per_scale: int = 1
+    phase: int = 0
+    """Rows of the first row of scales that lie before the first row."""
+    step: int = 1
+    """Every ``step``-th row is meant; only of rows that share no scales."""
+    transposed: bool = False
+    """The rows become columns: the output has ``row_len`` rows of ``rows``."""
 
     @property
     def row_nbytes(self) -> int:
@@ -74,17 +82,42 @@ class Matrix(NamedTuple):
         return types.get(self.kind).layout.row_nbytes(self.row_len)
 
     @property
-    def scales_per_row(self) -> int:
-        """Scale bytes of a row of scales."""
-        return -(-self.row_len // self.len_per_scale)
+    def scales_nbytes(self) -> int:
+        """Bytes of a row of scales."""
+        return -(-self.row_len // self.len_per_scale) * (4 if self.kind == "FP8_F32" else 1)
+
+    def take(self, start: int, rows: int, step: int = 1, *, transposed: bool = False) -> Matrix:
+        """Return some rows: those from ``start``, every ``step``-th, ``rows`` of them.
+
+        Raises
+        ------
+        PlanError
+            Rows that share scales cannot be taken with gaps.
+        """
+        if step > 1 and self.rows_per_scale > 1:
+            raise PlanError(
+                f"tensor {self.name!r}: every {step}th row of rows that share scales; this is a bug in ggufx"
+            )
+        part = self._replace(rows=rows, step=step, transposed=transposed, phase=start % self.rows_per_scale)
+        codes = Span(
+            self.codes.file, self.codes.offset + start * self.row_nbytes, ((rows - 1) * step + 1) * self.row_nbytes
+        )
+        if self.scales is None:
+            return part._replace(codes=codes)
+        first, end = start // self.rows_per_scale, -(-(start + (rows - 1) * step + 1) // self.rows_per_scale)
+        offset = self.scales.offset + first * self.scales_nbytes
+        return part._replace(codes=codes, scales=Span(self.scales.file, offset, (end - first) * self.scales_nbytes))
 
     def cut(self, start: int, stop: int) -> tuple[Span, ...]:
-        """Return the spans of rows ``start`` to ``stop``; ``start`` must be a multiple of ``rows_per_scale``."""
-        codes = Span(self.codes.file, self.codes.offset + start * self.row_nbytes, (stop - start) * self.row_nbytes)
+        """Return the spans of rows ``start`` to ``stop``."""
+        begin, count = start * self.step, (stop - start - 1) * self.step + 1
+        width = self.row_nbytes
+        codes = Span(self.codes.file, self.codes.offset + begin * width, count * width)
         if self.scales is None:
             return (codes,)
-        first, end = start // self.rows_per_scale, -(-stop // self.rows_per_scale)
-        width = self.scales_per_row
+        first = (self.phase + begin) // self.rows_per_scale
+        end = -(-(self.phase + begin + count) // self.rows_per_scale)
+        width = self.scales_nbytes
         return codes, Span(self.scales.file, self.scales.offset + first * width, (end - first) * width)
 
 
@@ -108,6 +141,10 @@ class Transform(NamedTuple):
         Refuse codes that consumers disagree on (E4M3 NaN, E8M0 255).
     limit
         ``cast`` to an integer type: values must lie in [0, limit).
+    step
+        The spans hold the rows between, too: every ``step``-th is meant.
+    transposed
+        The spans hold the columns: ``parts[0]`` source rows of as many elements as the tile has rows.
     effort, objective
         ``encode``: as in :meth:`ggufx.types.Codec.encode`. No effort: the C library's bytes where the type promises them,
         else ``normal``.
@@ -126,6 +163,8 @@ class Transform(NamedTuple):
     exact: bool = False
     strict: bool = True
     limit: int | None = None
+    step: int = 1
+    transposed: bool = False
     effort: Literal["", "fast", "normal", "high", "reference"] = ""
     objective: Literal["reference", "mse"] = "reference"
     importance: Literal["", "matrix", "energy"] = ""
@@ -149,6 +188,8 @@ class Tile(NamedTuple):
     """Byte offset within the tensor."""
     nbytes: int
     spans: tuple[Span, ...]
+    phase: int = 0
+    """Rows of the first row of scales that lie before the tile."""
     weights: Weights | None = None
     matrix: tuple[tuple[int, tuple[Span, ...]], ...] = ()
     """(rows, spans) of all tiles of the matrix that the rows are of, for importance that the whole of it decides."""
@@ -186,8 +227,8 @@ class PlannedTensor:
 
     @property
     def sources(self) -> list[str]:
-        """All sources, in order."""
-        return [name for item in self.items for name in item]
+        """All sources, in order, each once."""
+        return list(dict.fromkeys(name for item in self.items for name in item))
 
     @property
     def lossless(self) -> bool:
@@ -213,7 +254,8 @@ def plan_tensor(
     transform
         What every tile does.
     stack
-        Source matrices: the outer sequence is stacked (experts), the inner one concatenated along the row.
+        Source matrices: the outer sequence is stacked (experts), the inner one concatenated along the row. A transposed
+        matrix is one tile, so it has to be small.
     weights
         Importance of each matrix of the stack, for a transform that wants ``matrix`` importance.
 
@@ -224,11 +266,24 @@ def plan_tensor(
     """
     layout = types.get(target).layout
     row_len = shape[-1] if shape else 1
+    if layout.block_len == 1 and stack and stack[0][0].row_len == 1:
+        row_len = 1  # elements from here and there; a type without blocks does not care where a row ends
     row_nbytes = layout.row_nbytes(row_len)
     tiles = []
     offset = 0
     for item, parts in enumerate(stack):
-        rows = parts[0].rows
+        first = parts[0]
+        if first.transposed:
+            if len(parts) > 1 or first.rows != row_len:
+                raise PlanError(f"tensor {name!r} {list(shape)}: its sources do not add up to rows of {row_len}")
+            nbytes = first.row_len * row_nbytes
+            spans = first.cut(0, first.rows)
+            turned = ((first.row_len, spans),) if transform.importance == "energy" else ()
+            weight = weights[item] if weights else None
+            tiles.append(Tile(item, first.row_len, offset, nbytes, spans, first.phase, weight, turned))
+            offset += nbytes
+            continue
+        rows = first.rows
         if sum(part.row_len for part in parts) != row_len or any(part.rows != rows for part in parts):
             raise PlanError(f"tensor {name!r} {list(shape)}: its sources do not add up to rows of {row_len}")
         # Tiles start on a row of scales, so that no scale row is read for two tiles' sake by halves.
@@ -239,7 +294,9 @@ def plan_tensor(
         whole = cuts if transform.importance == "energy" else ()
         for count, spans in cuts:
             nbytes = count * row_nbytes
-            tiles.append(Tile(item, count, offset, nbytes, spans, weights[item] if weights else None, whole))
+            tiles.append(
+                Tile(item, count, offset, nbytes, spans, first.phase, weights[item] if weights else None, whole)
+            )
             offset += nbytes
     nbytes = layout.nbytes(shape)
     if offset != nbytes:

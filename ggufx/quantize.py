@@ -37,7 +37,9 @@ ENERGY: Final = "energy"
 ONES: Final = "ones"
 """In place of an importance matrix: all columns weigh the same, for types that demand importance."""
 
-NATIVE_KINDS: Final = frozenset({"FP8", "FP4", "F8_E4M3_B128", "MXFP4", "NVFP4", "F64", "F32", "F16", "BF16"})
+NATIVE_KINDS: Final = frozenset(
+    {"FP8", "FP8_F32", "FP4", "F8_E4M3_B128", "MXFP4", "NVFP4", "F64", "F32", "F16", "BF16"}
+)
 """What models are trained or published in: quantizing these is what quantizing is for."""
 _INTEGERS: Final = frozenset({"I8", "I16", "I32", "I64"})
 
@@ -209,10 +211,13 @@ class Quantization:
         type_id = self.dialect.type_id(codec)
         assert type_id is not None, choice
         first = source.stack[0][0]
-        op = convert.operation(source.kind, choice.type)
+        # Whether float32 scales are powers of two is not looked up here: their products are encoded.
+        scaled = source.kind == "FP8_F32"
+        op = "encode" if scaled else convert.operation(source.kind, choice.type, transposed=first.transposed)
         effort = self.effort if self.effort != "reference" or codec.reproduces else "normal"
         transform = Transform(
-            op, source.kind, choice.type, tuple(part.row_len for part in source.stack[0]), first.rows_per_scale,
+            op, source.kind, choice.type, tuple(part.rows if part.transposed else part.row_len for part in source.stack[0]),
+            first.rows_per_scale, step=first.step, transposed=first.transposed,
             # BF16 and F32 have the mantissa of FP8 and FP4 and a wider exponent; that every value survives is tested.
             exact=op == "encode" and source.kind in ("FP8", "FP4") and choice.type in ("BF16", "F32"),
             effort=effort if op == "encode" else "", objective=self.objective, importance=choice.importance,

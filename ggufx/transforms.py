@@ -10,8 +10,9 @@ import numpy.typing as npt
 from ggufx import types
 from ggufx.errors import CodecError
 from ggufx.plan import Transform
+from ggufx.types.f8_e4m3_b128 import decode_scaled, exponents
 
-__all__ = ["ColumnEnergy", "Outcome", "apply", "decode_parts", "decode_source"]
+__all__ = ["ColumnEnergy", "Outcome", "apply", "decode_parts", "decode_source", "native_codes"]
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
@@ -39,7 +40,9 @@ class Outcome(NamedTuple):
     error_sum: float = 0.0
 
 
-def apply(transform: Transform, rows: int, inputs: list[U8], out: U8, weights: F32 | None = None) -> Outcome:
+def apply(
+    transform: Transform, rows: int, inputs: list[U8], out: U8, weights: F32 | None = None, phase: int = 0
+) -> Outcome:
     """Turn the source bytes of ``rows`` rows into output bytes.
 
     Parameters
@@ -54,6 +57,8 @@ def apply(transform: Transform, rows: int, inputs: list[U8], out: U8, weights: F
         1-D uint8 of exactly the output's length; filled.
     weights
         Importance of the columns, float32 [row_len]; only ``encode`` uses it.
+    phase
+        Rows of the first row of scales that lie before the tile.
 
     Raises
     ------
@@ -61,20 +66,86 @@ def apply(transform: Transform, rows: int, inputs: list[U8], out: U8, weights: F
         A value does not fit the target (an integer out of range, NaN or infinity).
     """
     if transform.op == "copy":
-        out[:] = inputs[0]
+        out[:] = _every(transform, rows, inputs)[0]
         return Outcome()
     if transform.op == "pack":
         codec = types.get(transform.target)
-        codes = inputs[0].reshape(rows, -1)
-        scales = inputs[1].reshape(-(-rows // transform.rows_per_scale), -1)
-        _, bad_codes, bad_scales = codec.pack(
-            codes, scales, rows_per_scale=transform.rows_per_scale, out=out.reshape(rows, -1)
-        )
+        codes, scales, rows_per_scale, lost = native_codes(transform, rows, inputs, phase)
+        if lost:
+            return Outcome(lost=lost)
+        _, bad_codes, bad_scales = codec.pack(codes, scales, rows_per_scale=rows_per_scale, out=out.reshape(rows, -1))
         return Outcome(bad_codes, bad_scales)
     if transform.op == "cast":
-        _cast(transform, inputs[0], out)
+        _cast(transform, _every(transform, rows, inputs)[0], out)
         return Outcome()
-    return _encode(transform, rows, inputs, out, weights)
+    return _encode(transform, rows, inputs, out, weights, phase)
+
+
+def _every(transform: Transform, rows: int, inputs: list[U8]) -> list[U8]:
+    """Leave out the rows between; 1-D arrays in and out."""
+    if transform.step == 1:
+        return inputs
+    count = (rows - 1) * transform.step + 1
+    return [np.ascontiguousarray(data.reshape(count, -1)[:: transform.step]).reshape(-1) for data in inputs]
+
+
+def native_codes(transform: Transform, rows: int, inputs: list[U8], phase: int = 0) -> tuple[U8, U8, int, int]:
+    """Return a tile's native codes and scale bytes as rows of the output.
+
+    Parameters
+    ----------
+    transform, rows, inputs, phase
+        As in :func:`apply`; ``op`` is ``pack``, or could be.
+
+    Returns
+    -------
+    (codes uint8 [rows, ...], scales uint8 [ceil(rows / n), ...], n, number of scales that are no E8M0 number)
+    """
+    source_rows = transform.parts[0] if transform.transposed else rows
+    data, scale_data = _every(transform, rows, inputs)
+    codes, rows_per_scale, lost = data.reshape(source_rows, -1), transform.rows_per_scale, 0
+    scale_rows = -(-(phase + source_rows) // rows_per_scale)
+    if transform.kind == "FP8_F32":
+        scales, lost = exponents(scale_data.view("<f4").reshape(scale_rows, -1))
+    else:
+        scales = scale_data.reshape(scale_rows, -1)
+    if transform.transposed:
+        # Square tiles stay square tiles; the plan asks for it only where they end with the rows.
+        return np.ascontiguousarray(codes.T), np.ascontiguousarray(scales.T), rows_per_scale, lost
+    if phase:
+        return codes, scales[(phase + np.arange(rows)) // rows_per_scale], 1, lost
+    return codes, scales, rows_per_scale, lost
+
+
+def decode_parts(transform: Transform, rows: int, inputs: list[U8], phase: int = 0) -> tuple[F32, int, int]:
+    """Decode a tile's source, whatever will become of it.
+
+    Parameters
+    ----------
+    transform, rows, inputs, phase
+        As in :func:`apply`.
+
+    Returns
+    -------
+    (float32 [rows, row_len], number of NaN codes, number of scales that are not finite)
+    """
+    inputs = _every(transform, rows, inputs)
+    if transform.transposed:
+        values, bad_codes, bad_scales = decode_source(
+            transform.kind, transform.parts[0], rows, inputs, transform.rows_per_scale, phase
+        )
+        return np.ascontiguousarray(values.T), bad_codes, bad_scales
+    columns = []
+    bad_codes = bad_scales = 0
+    per_part = len(inputs) // len(transform.parts)
+    for number, part_len in enumerate(transform.parts):
+        part = inputs[number * per_part : (number + 1) * per_part]
+        decoded, codes, scales = decode_source(transform.kind, rows, part_len, part, transform.rows_per_scale, phase)
+        columns.append(decoded)
+        bad_codes += codes
+        bad_scales += scales
+    values = np.ascontiguousarray(columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1))
+    return values, bad_codes, bad_scales
 
 
 def _cast(transform: Transform, source: U8, out: U8) -> None:
@@ -96,9 +167,9 @@ def _cast(transform: Transform, source: U8, out: U8) -> None:
     raise CodecError(f"no exact cast from {transform.kind} to {transform.target}")
 
 
-def _encode(transform: Transform, rows: int, inputs: list[U8], out: U8, weights: F32 | None) -> Outcome:
+def _encode(transform: Transform, rows: int, inputs: list[U8], out: U8, weights: F32 | None, phase: int) -> Outcome:
     codec = types.get(transform.target)
-    values, bad_codes, bad_scales = decode_parts(transform, rows, inputs)
+    values, bad_codes, bad_scales = decode_parts(transform, rows, inputs, phase)
     if bad_codes or bad_scales:
         # NaN cannot be encoded; whatever the strictness, the caller must hear of it.
         return Outcome(bad_codes, bad_scales)
@@ -124,46 +195,39 @@ def _square_sum(values: F32) -> float:
     return sum(float(np.dot(row, row)) for row in (line.astype(np.float64) for line in values))
 
 
-def decode_parts(transform: Transform, rows: int, inputs: list[U8]) -> tuple[F32, int, int]:
-    """Decode the parts of some rows, side by side; see :func:`decode_source`."""
-    if len(transform.parts) == 1:
-        return decode_source(transform.kind, rows, transform.parts[0], inputs, transform.rows_per_scale)
-    values = np.empty((rows, sum(transform.parts)), np.float32)
-    bad_codes = bad_scales = column = 0
-    per_part = len(inputs) // len(transform.parts)
-    for number, part_len in enumerate(transform.parts):
-        part = inputs[number * per_part : (number + 1) * per_part]
-        values[:, column : column + part_len], codes, scales = decode_source(
-            transform.kind, rows, part_len, part, transform.rows_per_scale
-        )
-        column += part_len
-        bad_codes += codes
-        bad_scales += scales
-    return values, bad_codes, bad_scales
-
-
-def decode_source(kind: str, rows: int, row_len: int, inputs: list[U8], rows_per_scale: int) -> tuple[F32, int, int]:
-    """Decode rows of a checkpoint tensor to float32, exactly.
+def decode_source(
+    kind: str, rows: int, row_len: int, inputs: list[U8], rows_per_scale: int, phase: int = 0
+) -> tuple[F32, int, int]:
+    """Decode rows of a checkpoint tensor to float32, exactly; the product with a float32 scale is rounded to float32.
 
     Parameters
     ----------
     kind
-        ``FP8``, ``FP4``, ``BF16``, ``F16``, ``F32`` or a codec's name.
+        ``FP8``, ``FP8_F32``, ``FP4``, ``BF16``, ``F16``, ``F32`` or a codec's name.
     rows, row_len
         Shape of the result.
     inputs
         Codes, and scales where the kind has them.
     rows_per_scale
         Rows that share a row of scales.
+    phase
+        Rows of the first row of scales that lie before the first row.
 
     Returns
     -------
-    (float32 [rows, row_len], number of NaN codes, number of scales 255)
+    (float32 [rows, row_len], number of NaN codes, number of scales that are not finite)
     """
+    if kind == "FP8_F32":
+        scale_rows = -(-(phase + rows) // rows_per_scale)
+        return decode_scaled(
+            inputs[0].reshape(rows, row_len), inputs[1].view("<f4").reshape(scale_rows, -1), rows_per_scale, phase
+        )
     if kind in ("FP8", "FP4"):
         codec = types.get("F8_E4M3_B128" if kind == "FP8" else "MXFP4")
         codes = inputs[0].reshape(rows, -1)
-        scales = inputs[1].reshape(-(-rows // rows_per_scale), -1)
+        scales = inputs[1].reshape(-(-(phase + rows) // rows_per_scale), -1)
+        if phase:
+            scales, rows_per_scale = scales[(phase + np.arange(rows)) // rows_per_scale], 1
         width = scales.shape[1] * codec.layout.block_len
         if width != row_len:
             # The last block of a row is ragged; the block format is not, so pad it with zeros.

@@ -24,7 +24,7 @@ from ggufx.errors import GGUFError, PlanError
 from ggufx.execute import Progress
 from ggufx.file import File, Tensor, open
 from ggufx.plan import Plan, PlannedTensor, Tile
-from ggufx.transforms import decode_source
+from ggufx.transforms import decode_parts, native_codes
 
 __all__ = ["Report", "TensorReport", "verify"]
 
@@ -33,7 +33,7 @@ Status = Literal["exact", "rounded", "different", "missing", "extra", "undecided
 FAR: Final = 0.5
 """Relative RMS error that no quantization explains: noise of the source's own size has 1.4."""
 
-_NATIVE: Final = {("FP8", "F8_E4M3_B128"), ("FP4", "MXFP4")}
+_NATIVE: Final = {("FP8", "F8_E4M3_B128"), ("FP8_F32", "F8_E4M3_B128"), ("FP4", "MXFP4")}
 
 
 @dataclass
@@ -178,8 +178,11 @@ def _matching_plan(file: File, checkpoint: Checkpoint, skip: Sequence[str]) -> t
     best: tuple[int, Plan, str] | None = None
     refusal: GGUFError | None = None
     names = set(file)
-    # ik_llama.cpp's names are llama.cpp's.
-    for target, mtp in (("nisparks", False), ("llama.cpp", False), ("llama.cpp", True)):
+    # Where two targets share their names, the file's dialect says which it was made for; ik_llama.cpp's names differ for
+    # some architectures only.
+    targets = [(name, False) for name in ("llama.cpp", "ik_llama.cpp", "nisparks")]
+    targets.sort(key=lambda pair: pair[0] != file.dialect)
+    for target, mtp in (*targets, ("llama.cpp", True)):
         try:
             plan = plan_convert(checkpoint, file.path, target=target, mtp=mtp, skip=skip)
         except GGUFError as error:
@@ -221,7 +224,10 @@ def _short(value: Value) -> str:
 
 
 def _compare(pool: ThreadPoolExecutor, plan: Plan, planned: PlannedTensor, tensor: Tensor) -> TensorReport:
-    coded = (planned.transform.kind, tensor.type) in _NATIVE
+    transform = planned.transform
+    coded = (transform.kind, tensor.type) in _NATIVE and (
+        transform.op == "pack" or not (transform.kind == "FP8_F32" or transform.transposed)
+    )
     result = TensorReport(tensor.name, tensor.type, "exact", native=_native(planned))
     if tensor.shape != planned.shape:
         result.status = "different"
@@ -270,7 +276,7 @@ def _compare(pool: ThreadPoolExecutor, plan: Plan, planned: PlannedTensor, tenso
 def _compare_tile(plan: Plan, planned: PlannedTensor, tensor: Tensor, tile: Tile, first_row: int, coded: bool) -> _Sum:
     codec = tensor.codec
     assert codec is not None
-    row_len = tensor.shape[-1] if tensor.shape else 1
+    row_len = sum(planned.transform.parts)  # as the plan sees rows
     row_nbytes = codec.layout.row_nbytes(row_len)
     packed = execute.scratch("file", tile.rows * row_nbytes)
     execute.read_into(str(tensor.path), tensor.file_offset + first_row * row_nbytes, packed)
@@ -278,7 +284,7 @@ def _compare_tile(plan: Plan, planned: PlannedTensor, tensor: Tensor, tile: Tile
     inputs = execute.read_spans(plan.source_files, tile)
     result = _Sum()
     if coded:
-        _compare_codes(codec, rows, inputs, planned.transform.rows_per_scale, first_row, result)
+        _compare_codes(codec, rows, planned, tile, inputs, first_row, result)
         if not result.differing:
             return result
     kind = planned.transform.kind
@@ -287,7 +293,7 @@ def _compare_tile(plan: Plan, planned: PlannedTensor, tensor: Tensor, tile: Tile
         _note(result, codec.decode(rows) != source, first_row)
         return result
     values = codec.decode(rows, threads=1, dtype=np.float32)
-    source = _source_values(planned, tile, inputs)
+    source = decode_parts(planned.transform, tile.rows, inputs, tile.phase)[0]
     unequal = values.view(np.uint32) != source.view(np.uint32)
     if not coded:
         _note(result, unequal, first_row)
@@ -308,14 +314,17 @@ def _compare_tile(plan: Plan, planned: PlannedTensor, tensor: Tensor, tile: Tile
 def _compare_codes(
     codec: types.Codec,
     rows: npt.NDArray[np.uint8],
+    planned: PlannedTensor,
+    tile: Tile,
     inputs: list[npt.NDArray[np.uint8]],
-    rows_per_scale: int,
     first_row: int,
     result: _Sum,
 ) -> None:
     codes, scales = codec.unpack(rows)
-    wanted_codes = inputs[0].reshape(codes.shape)
-    wanted_scales = inputs[1].reshape(-1, scales.shape[1])
+    wanted_codes, wanted_scales, rows_per_scale, lost = native_codes(planned.transform, tile.rows, inputs, tile.phase)
+    if lost:
+        _note(result, np.ones((1, lost), bool), first_row, "scale ")
+        return
     if not np.array_equal(codes, wanted_codes):
         _note(result, codes != wanted_codes, first_row)
     repeated = np.repeat(wanted_scales, rows_per_scale, axis=0)[: rows.shape[0]]
@@ -329,13 +338,3 @@ def _note(result: _Sum, unequal: npt.NDArray[np.bool_], first_row: int, what: st
         row, column = (int(n) for n in np.argwhere(unequal)[0])
         result.first = f"{what}row {first_row + row}, column {column}"
     result.differing += count
-
-
-def _source_values(planned: PlannedTensor, tile: Tile, inputs: list[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
-    transform = planned.transform
-    per_part = len(inputs) // len(transform.parts)
-    columns = []
-    for number, part_len in enumerate(transform.parts):
-        part = inputs[number * per_part : (number + 1) * per_part]
-        columns.append(decode_source(transform.kind, tile.rows, part_len, part, transform.rows_per_scale)[0])
-    return np.ascontiguousarray(columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1))

@@ -34,7 +34,7 @@ import numpy as np
 OFFICIAL_CONFIG = Path(__file__).resolve().parent.parent / "fixtures" / "dsv4" / "config.json"
 
 # Safetensors dtype -> bytes per element. The order is the one in which the official shards list their tensors.
-DTYPE_BYTES = {"I64": 8, "F32": 4, "BF16": 2, "F8_E8M0": 1, "F8_E4M3": 1, "I8": 1}
+DTYPE_BYTES = {"I64": 8, "F32": 4, "BF16": 2, "F8_E8M0": 1, "F8_E4M3": 1, "I8": 1, "U8": 1}
 DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BYTES)}
 
 FP8_BLOCK = 128  # one scale per 128x128 weights

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from ggufx.architectures.base import Architecture, Output, Part, Role
+from ggufx.architectures.deepseek_v3 import DeepSeekV3
 from ggufx.architectures.deepseek_v4 import DeepSeekV4
+from ggufx.architectures.gpt_oss import GptOss
 from ggufx.checkpoint import Checkpoint
 from ggufx.errors import CheckpointError
 
-__all__ = ["DeepSeekV4", "find"]
+__all__ = ["Architecture", "DeepSeekV3", "DeepSeekV4", "GptOss", "Output", "Part", "Role", "find"]
 
-_BY_MODEL_TYPE = {"deepseek_v4": DeepSeekV4}
+_BY_MODEL_TYPE: dict[str, type[Architecture]] = {
+    "deepseek_v3": DeepSeekV3,
+    "deepseek_v4": DeepSeekV4,
+    "gpt_oss": GptOss,
+}
 
 
-def find(checkpoint: Checkpoint) -> DeepSeekV4:
+def find(checkpoint: Checkpoint) -> Architecture:
     """Return the architecture of a checkpoint by ``model_type`` of its config.json; raises CheckpointError."""
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str) or model_type not in _BY_MODEL_TYPE:

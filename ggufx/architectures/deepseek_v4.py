@@ -7,19 +7,15 @@ The checkpoint is natively FP8 (dense projections, E8M0 scales of 128x128 tiles)
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Final, NamedTuple
 
-from ggufx.checkpoint import Checkpoint, SourceTensor
+from ggufx.architectures.base import Architecture, Output, Part, Role
+from ggufx.checkpoint import Checkpoint
 from ggufx.container import Value, ValueType
 from ggufx.errors import CheckpointError
 
-__all__ = ["DeepSeekV4", "Output", "Part"]
-
-Role = Literal["dense", "expert", "matrix", "router", "vector", "table"]
-"""What decides a tensor's type: FP8 projections; routed experts; BF16 matrices; the router's matrix; norms, scales,
-biases and hyper-connections (F32 everywhere: BF16 there costs accuracy); the token-to-expert table."""
+__all__ = ["DeepSeekV4"]
 
 
 class Family(NamedTuple):
@@ -136,49 +132,11 @@ CHAT_TEMPLATE: Final = (
 )
 """One line, for checkpoints without a template of their own (the official one ships Python code instead)."""
 
-FLOAT32_MAX: Final = float(2**128 - 2**104)
-FP8_TILE: Final = 128
-FP4_BLOCK: Final = 32
-
 _LAYER_NAME = re.compile(r"^(?P<block>layers|mtp)\.(?P<number>\d+)\.(?P<rest>.+)$")
 _EXPERT_NAME = re.compile(r"^ffn\.experts\.(?P<expert>\d+)\.(?P<proj>w[123])\.(?P<part>weight|scale)$")
 
 
-@dataclass(frozen=True)
-class Part:
-    """A source tensor with its scales, checked against the config.
-
-    ``kind`` is the plan's (FP8, FP4, BF16 ...); ``shape`` the logical one, with FP4 counted in elements.
-    """
-
-    tensor: SourceTensor
-    kind: str
-    shape: tuple[int, ...]
-    scale: SourceTensor | None = None
-    rows_per_scale: int = 1
-    len_per_scale: int = 1
-
-
-@dataclass(frozen=True)
-class Output:
-    """A tensor of the output: its name, role, and the sources that are stacked (outer) and concatenated (inner)."""
-
-    name: str
-    role: Role
-    stack: tuple[tuple[Part, ...], ...]
-    stacked: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Logical shape, numpy order."""
-        first = self.stack[0]
-        shape = first[0].shape
-        if len(first) > 1:
-            shape = (*shape[:-1], sum(part.shape[-1] for part in first))
-        return (len(self.stack), *shape) if self.stacked else shape
-
-
-class DeepSeekV4:
+class DeepSeekV4(Architecture):
     """The architecture over one checkpoint.
 
     Raises
@@ -190,45 +148,26 @@ class DeepSeekV4:
     name = "deepseek4"
     tokenizer_pre = "joyai-llm"
     """llama.cpp's name of the pre-tokenizer; its regular expressions are those of DeepSeek-V3's tokenizer."""
-    chat_template = CHAT_TEMPLATE
+    chat_template: ClassVar[str | None] = CHAT_TEMPLATE
+    dense: ClassVar[str] = "q8_0"
+    dense_is_outtype: ClassVar[bool] = False
+    router_in_float32: ClassVar[bool] = False
+    nisparks_form: ClassVar[bool] = True
+    template_first: ClassVar[bool] = True
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self.config = checkpoint.config
+        super().__init__(checkpoint)
         self.n_layers = self.integer("num_hidden_layers")
         self.ratios = self._ratios()
         self.n_mtp = self.count("num_nextn_predict_layers")
         self.n_hash = self.count("num_hash_layers")
 
+    @property
+    def n_experts(self) -> int:
+        """Number of routed experts."""
+        return self.counted("n_routed_experts")
+
     # The config -------------------------------------------------------------------------------------------------
-
-    def integer(self, key: str) -> int:
-        """Return a positive integer of config.json that metadata can hold; raises CheckpointError."""
-        return self._integer(self.config.get(key), key, 1)
-
-    def count(self, key: str) -> int:
-        """Return an integer of config.json that may be 0, or missing, which is 0; raises CheckpointError."""
-        return self._integer(self.config.get(key) or 0, key, 0)
-
-    def _integer(self, value: object, key: str, least: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**32:
-            expected = "a positive integer" if least else "an integer of at least 0"
-            raise CheckpointError(
-                f"{self.checkpoint.path / 'config.json'}: {key} is {value!r}, expected {expected} of 32 bits"
-            )
-        return value
-
-    def number(self, key: str) -> float:
-        """Return a number of config.json that float32 can hold; raises CheckpointError."""
-        return self._number(self.config.get(key), key)
-
-    def _number(self, value: object, key: str) -> float:
-        real = isinstance(value, int | float) and not isinstance(value, bool)
-        if not real or not abs(value) <= FLOAT32_MAX:  # type: ignore[arg-type] # and NaN is not less
-            raise CheckpointError(
-                f"{self.checkpoint.path / 'config.json'}: {key} is {value!r}, expected a number that float32 can hold"
-            )
-        return float(value)  # type: ignore[arg-type]
 
     def _ratios(self) -> list[int]:
         ratios = self.config.get("compress_ratios")
@@ -299,14 +238,14 @@ class DeepSeekV4:
         places: dict[tuple[str, str], int] = {}
         projections: dict[str, dict[str, Part]] = {}
         unknown: list[str] = []
-        for tensor in self._in_order():
+        for tensor in self.in_order():
             name = tensor.name
             if name.endswith(".scale") and f"{name.removesuffix('.scale')}.weight" in self.checkpoint:
                 continue  # goes with its weight
             reason = "left out by --skip" if skip(name) else self._side_reason(name, target, mtp=mtp)
             if reason is not None:
                 skipped.append((name, reason))
-                if (scale := _scale_name(name)) in self.checkpoint:
+                if (scale := self.scale_name(name)) in self.checkpoint:
                     skipped.append((scale, reason))
                 continue
             located = self._locate(name)
@@ -314,8 +253,8 @@ class DeepSeekV4:
                 unknown.append(name)
                 continue
             family, block, ratio, expert = located
-            part = self._part(tensor, family, ratio)
-            if part.scale is None and (scale := _scale_name(name)) in self.checkpoint:
+            part = self.part(tensor, family.role, family.shape, self.dimensions(ratio))
+            if part.scale is None and (scale := self.scale_name(name)) in self.checkpoint:
                 skipped.append((scale, f"{name} is {tensor.dtype}, which takes no scales"))
             gguf_name = block + (family.nisparks if dialect == "nisparks" else family.upstream)
             if expert is not None:
@@ -326,11 +265,7 @@ class DeepSeekV4:
                 projections.setdefault(gguf_name, {})[family.source] = part
             else:
                 found.append(Output(gguf_name, family.role, ((part,),)))
-        if unknown:
-            raise CheckpointError(
-                f"{self.checkpoint.path}: Can not map tensor {unknown[0]!r} ({len(unknown)} such tensors); if they are not "
-                "needed, leave them out with --skip GLOB"
-            )
+        self.unmapped(unknown)
         self._complete(mtp=mtp, skip=skip)
         stacks = {key: self._stacked(key, parts, dialect) for key, parts in experts.items()}
         if dialect == "nisparks":
@@ -344,10 +279,6 @@ class DeepSeekV4:
         stacked = [stacks[b, proj] for b in blocks for proj in EXPERT_ORDER[dialect] if (b, proj) in stacks]
         joined = [self._joined(name, parts) for name, parts in projections.items()]
         return [*tables, *stacked, *joined, *rest], skipped
-
-    def _in_order(self) -> Iterator[SourceTensor]:
-        """Shards in order, names sorted within: the order that both dialects' files have."""
-        return iter(sorted(self.checkpoint.values(), key=lambda t: (t.shard, t.name)))
 
     def _side_reason(self, name: str, target: str, *, mtp: bool) -> str | None:
         for pattern, reason in SIDE:
@@ -400,62 +331,16 @@ class DeepSeekV4:
         family = _LAYER_BY_SOURCE.get(rest)
         return None if family is None else (family, prefix, ratio, None)
 
-    def _part(self, tensor: SourceTensor, family: Family, ratio: int) -> Part:
-        dims = self.dimensions(ratio)
-        expected = tuple(_evaluate(expression, dims) for expression in family.shape.split())
-        where = f"{self.checkpoint.shards[tensor.shard]}: tensor {tensor.name!r}"
-        shape = tensor.shape
-        if tensor.dtype in ("I8", "U8", "F4") and family.role == "expert" and shape:
-            if tensor.dtype != "F4":
-                shape = (*shape[:-1], shape[-1] * 2)
-            kind, rows, width = "FP4", 1, FP4_BLOCK
-        elif tensor.dtype == "F8_E4M3" and family.role in ("dense", "expert"):
-            kind, rows, width = "FP8", FP8_TILE, FP8_TILE
-        elif tensor.dtype in _PLAIN[family.role]:
-            kind, rows, width = tensor.dtype, 1, 1
-        else:
-            raise CheckpointError(
-                f"{where} has dtype {tensor.dtype}; expected {' or '.join(_ACCEPTED[family.role])} for this tensor"
-            )
-        if shape != expected:
-            raise CheckpointError(
-                f"{where} has shape {list(shape)}, config.json says {list(expected)} ({family.shape}): the config and the "
-                "weights are of different models"
-            )
-        if kind not in ("FP8", "FP4"):
-            return Part(tensor, kind, shape)
-        if kind == "FP4" and shape[-1] % FP4_BLOCK:
-            raise CheckpointError(f"{where} has rows of {shape[-1]} FP4 codes, not a multiple of {FP4_BLOCK}")
-        scale_name = _scale_name(tensor.name)
-        scale = self.checkpoint.get(scale_name)
-        if scale is None:
-            raise CheckpointError(f"{where} is {kind} but its scales {scale_name!r} are missing")
-        scale_shape = (-(-shape[0] // rows), -(-shape[1] // width))
-        if scale.dtype not in ("F8_E8M0", "U8") or scale.shape != scale_shape:
-            raise CheckpointError(
-                f"{self.checkpoint.shards[scale.shard]}: scales {scale_name!r} are {scale.dtype}{list(scale.shape)}, "
-                f"expected F8_E8M0{list(scale_shape)}: one for each {rows}x{width} of {list(shape)}"
-            )
-        return Part(tensor, kind, shape, scale, rows, width)
+    def scale_name(self, name: str) -> str:
+        """Return the name of a weight's scales; empty for a name that does not end in ``.weight``: it has none."""
+        stem = name.removesuffix(".weight")
+        return "" if stem == name else f"{stem}.scale"
 
     def _stacked(self, key: tuple[str, str], parts: Mapping[int, Part], dialect: str) -> Output:
         block, proj = key
-        count = self.integer("n_routed_experts")
-        missing = [expert for expert in range(count) if expert not in parts]
-        extra = [expert for expert in parts if expert >= count]
-        if missing or extra:
-            raise CheckpointError(
-                f"{self.checkpoint.path}: {block}ffn experts ({proj}): config.json says {count} experts, the checkpoint has "
-                f"{len(parts)}; missing {missing[:5]}, beyond the count {extra[:5]}"
-            )
-        kinds = {part.kind for part in parts.values()}
-        if len(kinds) > 1:
-            raise CheckpointError(
-                f"{self.checkpoint.path}: {block}ffn experts ({proj}) mix {' and '.join(sorted(kinds))}"
-            )
         family = _LAYER_BY_SOURCE[f"ffn.experts.{{E}}.{proj}.weight"]
         name = block + (family.nisparks if dialect == "nisparks" else family.upstream)
-        return Output(name, "expert", tuple((parts[expert],) for expert in range(count)), stacked=True)
+        return self.stacked(name, f"{block}ffn experts ({proj})", parts)
 
     def _joined(self, name: str, parts: Mapping[str, Part]) -> Output:
         pair = [parts.get(source) for source in ("e_proj.weight", "h_proj.weight")]
@@ -475,7 +360,7 @@ class DeepSeekV4:
             )
         if mtp and not blocks:
             raise CheckpointError(f"{self.checkpoint.path}: config.json counts no MTP block (num_nextn_predict_layers)")
-        count = self.integer("n_routed_experts")
+        count = self.n_experts
         for block, number, ratio in blocks:
             families = [*LAYER, *(MTP + MTP_GLOBAL if block == "mtp" else ())]
             hashed = block == "layers" and number < self.n_hash
@@ -492,46 +377,17 @@ class DeepSeekV4:
                     expected += [pattern.replace("{E}", str(expert)) for expert in range(count)]
                 else:
                     expected.append(f"{block}.{number}.{family.source}")
-        missing = [name for name in expected if name not in self.checkpoint and not skip(name)]
-        if missing:
-            raise CheckpointError(
-                f"{self.checkpoint.path}: Missing tensors: {missing[:3]} ({len(missing)} of {len(expected)} that "
-                "config.json implies)"
-            )
+        self.complete(expected, skip)
 
     # Metadata ---------------------------------------------------------------------------------------------------
 
-    def keys(self, target: str, *, mtp: bool, file_type: int, chat_template: str) -> dict[str, Value]:
+    def keys(self, target: str, *, mtp: bool, file_type: int, chat_template: str | None) -> dict[str, Value]:
         """Return the architecture's metadata in the target's order, ``general.file_type`` among it."""
         return (
-            self._nisparks_keys(file_type, chat_template)
+            self._nisparks_keys(file_type, chat_template or CHAT_TEMPLATE)
             if target == "nisparks"
             else self._upstream_keys(mtp, file_type)
         )
-
-    def _rope_scaling(self) -> dict[str, Value]:
-        scaling = self.config.get("rope_scaling") or {}
-        if not isinstance(scaling, dict):
-            raise CheckpointError(
-                f"{self.checkpoint.path / 'config.json'}: rope_scaling is {scaling!r}, expected an object"
-            )
-        kind = scaling.get("rope_type", scaling.get("type"))
-        if kind is None:
-            return {}
-        if kind != "yarn":
-            raise CheckpointError(
-                f"{self.checkpoint.path / 'config.json'}: rope_scaling of type {kind!r}; expected yarn"
-            )
-        context = "original_max_position_embeddings"
-        return {
-            "rope.scaling.type": Value.string(kind),
-            "rope.scaling.factor": Value.f32(self._number(scaling.get("factor"), "rope_scaling.factor")),
-            "rope.scaling.original_context_length": Value.u32(
-                self._integer(scaling.get(context), f"rope_scaling.{context}", 1)
-            ),
-            "rope.scaling.yarn_beta_fast": Value.f32(self._number(scaling.get("beta_fast"), "rope_scaling.beta_fast")),
-            "rope.scaling.yarn_beta_slow": Value.f32(self._number(scaling.get("beta_slow"), "rope_scaling.beta_slow")),
-        }
 
     def _head(self) -> dict[str, Value]:
         return {
@@ -539,7 +395,7 @@ class DeepSeekV4:
             "embedding_length": Value.u32(self.integer("hidden_size")),
             "attention.head_count": Value.u32(self.integer("num_attention_heads")),
             "attention.head_count_kv": Value.u32(self.integer("num_key_value_heads")),
-            **self._rope_scaling(),
+            **self.rope_scaling(),
             "rope.freq_base": Value.f32(self.number("rope_theta")),
             "attention.layer_norm_rms_epsilon": Value.f32(self.number("rms_norm_eps")),
         }
@@ -580,7 +436,7 @@ class DeepSeekV4:
             "swiglu_clamp_exp": self._clamp(self.n_layers),
             **self._indexer(),
         }
-        return self._prefixed(keys)
+        return self.prefixed(keys)
 
     def _upstream_keys(self, mtp: bool, file_type: int) -> dict[str, Value]:
         scoring = self.config.get("scoring_func")
@@ -621,45 +477,7 @@ class DeepSeekV4:
         }
         if mtp:
             keys["nextn_predict_layers"] = Value.u32(self.n_mtp)
-        return self._prefixed(keys)
-
-    def _prefixed(self, keys: Mapping[str, Value]) -> dict[str, Value]:
-        shared = ("general.", "tokenizer.")
-        return {(key if key.startswith(shared) else f"{self.name}.{key}"): value for key, value in keys.items()}
+        return self.prefixed(keys)
 
 
 _LAYER_BY_SOURCE = {family.source: family for family in LAYER}
-
-_FLOATS = ("BF16", "F16", "F32")
-_PLAIN: Final[Mapping[Role, tuple[str, ...]]] = {
-    "dense": _FLOATS,
-    "expert": _FLOATS,
-    "matrix": _FLOATS,
-    "router": _FLOATS,
-    "vector": _FLOATS,
-    "table": ("I64", "I32"),
-}
-_ACCEPTED: Final[Mapping[Role, tuple[str, ...]]] = {
-    **_PLAIN,
-    "dense": ("F8_E4M3", *_FLOATS),
-    "expert": ("I8", "F8_E4M3", *_FLOATS),
-}
-
-
-def _scale_name(name: str) -> str:
-    """Return the name of a weight's scales; empty for a name that does not end in ``.weight``: it has none."""
-    stem = name.removesuffix(".weight")
-    return "" if stem == name else f"{stem}.scale"
-
-
-def _evaluate(expression: str, dims: Mapping[str, int]) -> int:
-    """Evaluate one of the tables' own shape expressions: products, a quotient, and ``(hc+2)``."""
-    total = 1
-    for sign, factor in re.findall(r"([*/]?)(\(\w+\+\d+\)|\w+)", expression):
-        if factor.startswith("("):
-            name, addend = factor.strip("()").split("+")
-            value = dims[name] + int(addend)
-        else:
-            value = int(factor) if factor.isdigit() else dims[factor]
-        total = total // value if sign == "/" else total * value
-    return total

@@ -40,6 +40,34 @@ def decode(rows, out, block_len):
 
 
 @kernel
+def decode_scaled(codes, scales, out, block_len, rows_per_scale, phase):
+    bad_codes = 0
+    row_len = codes.shape[1]
+    for r in range(codes.shape[0]):
+        row, y = codes[r], out[r]
+        scale_row = scales[(phase + r) // rows_per_scale]
+        for b in range(scale_row.shape[0]):
+            scale = scale_row[b]
+            end = min((b + 1) * block_len, row_len)
+            x = row[b * block_len : end]
+            z = y[b * block_len : end]
+            bad = np.uint8(0)  # at most block_len = 128 fit
+            for i in range(x.shape[0]):
+                c = np.uint32(x[i])
+                m = c & np.uint32(0x7F)
+                # The code's value first, exactly, so that the product is the only rounding. E4M3 exponent x means 2^(x-7),
+                # float32's 2^(x-127): move the field and add 120; exponent 0 is 2^-6 without the leading one.
+                normal = (m << np.uint32(20)) + np.uint32(120 << 23)
+                low = bits_to_float(normal + np.uint32(1 << 23)) - np.float32(2.0**-6)
+                magnitude = np.uint32(float_to_bits(low)) if m < np.uint32(8) else np.uint32(normal)
+                magnitude = np.uint32(0x7FC00000) if m == np.uint32(0x7F) else magnitude
+                bad += np.uint8(m == np.uint32(0x7F))
+                z[i] = bits_to_float(magnitude | ((c & np.uint32(0x80)) << np.uint32(24))) * scale
+            bad_codes += np.int64(bad)
+    return bad_codes
+
+
+@kernel
 def encode(values, out, block_len):
     block_nbytes = block_len + 1
     for r in range(values.shape[0]):

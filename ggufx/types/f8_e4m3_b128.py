@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from ggufx import kernels
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
 
 BLOCK_LEN = 128
@@ -31,6 +32,56 @@ E4M3 = _e4m3_values()
 """float32 [256]: value of every E4M3FN code; 0x7F and 0xFF are NaN, 0x80 is -0.0."""
 E8M0 = _e8m0_values()
 """float32 [256]: 2^(e-127); 255 is NaN (OCP microscaling formats)."""
+
+
+def exponents(scales: F32) -> tuple[U8, int]:
+    """Turn float32 scales into E8M0 bytes.
+
+    Parameters
+    ----------
+    scales
+        Any shape.
+
+    Returns
+    -------
+    (uint8 of the same shape, number of scales that are no power of two that E8M0 holds; their bytes mean nothing)
+    """
+    bits = np.ascontiguousarray(scales).view(np.uint32)
+    e = bits >> 23
+    # A sign lifts e above 255. 255 itself is infinity; 0 is a zero or a subnormal, of which 2^-127 alone has a byte.
+    good = ((bits & 0x7FFFFF) == 0) & (e >= 1) & (e <= 254) | (bits == 0x00400000)
+    return e.astype(np.uint8), int(good.size - np.count_nonzero(good))
+
+
+def decode_scaled(
+    codes: U8, scales: F32, rows_per_scale: int, phase: int = 0, *, use_kernel: bool = True
+) -> tuple[F32, int, int]:
+    """Decode E4M3FN codes under float32 scales: ``E4M3[code] * scale``, rounded to float32 once.
+
+    Parameters
+    ----------
+    codes
+        uint8 [rows, row_len]; the last 128 elements of a row may be fewer.
+    scales
+        float32 [ceil((phase + rows) / rows_per_scale), ceil(row_len / 128)].
+    rows_per_scale, phase
+        Rows that share a row of scales, and how many of the first one's lie before ``codes``.
+    use_kernel
+        ``False`` runs this specification.
+
+    Returns
+    -------
+    (float32 [rows, row_len], number of NaN codes, number of scales that are not finite)
+    """
+    module = kernels.find("F8_E4M3_B128") if use_kernel else None
+    bad_scales = int(scales.size - np.count_nonzero(np.isfinite(scales)))
+    if module is not None:
+        out = np.empty(codes.shape, np.float32)
+        return out, int(module.decode_scaled(codes, scales, out, BLOCK_LEN, rows_per_scale, phase)), bad_scales
+    full = np.repeat(scales[(phase + np.arange(codes.shape[0])) // rows_per_scale], BLOCK_LEN, axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = E4M3[codes] * full[:, : codes.shape[1]]
+    return values, int(np.count_nonzero((codes & 0x7F) == 0x7F)), bad_scales
 
 
 class F8_E4M3_B128(Codec):  # noqa: N801 (upstream's spelling)

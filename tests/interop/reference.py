@@ -48,7 +48,7 @@ def dequantize_fp4(pairs: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 def read_tensors(checkpoint: Path) -> dict[str, tuple[str, np.ndarray]]:
     """Every tensor of a checkpoint: name -> safetensors dtype and raw values (one-byte types as uint8)."""
-    kinds = {"I64": "<i8", "F32": "<f4", "BF16": "<u2", "F8_E8M0": "u1", "F8_E4M3": "u1", "I8": "u1"}
+    kinds = {"I64": "<i8", "F32": "<f4", "BF16": "<u2", "F8_E8M0": "u1", "F8_E4M3": "u1", "I8": "u1", "U8": "u1"}
     tensors: dict[str, tuple[str, np.ndarray]] = {}
     for path in sorted(checkpoint.glob("*.safetensors")):
         data = np.memmap(path, np.uint8, "r")

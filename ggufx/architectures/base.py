@@ -1,0 +1,396 @@
+"""What the architectures share: reading config.json, checking a tensor against it, stacking experts, completeness."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, Literal
+
+from ggufx.checkpoint import Checkpoint, SourceTensor
+from ggufx.container import Value
+from ggufx.errors import CheckpointError
+
+__all__ = ["Architecture", "Output", "Part", "Role", "evaluate"]
+
+Role = Literal["dense", "expert", "matrix", "router", "vector", "table"]
+"""What decides a tensor's type: projections; routed experts; matrices that no release quantizes (embeddings); the router's
+matrix; norms, scales, biases and hyper-connections (F32 everywhere: BF16 there costs accuracy); the token-to-expert
+table."""
+
+FLOAT32_MAX: Final = float(2**128 - 2**104)
+FP8_TILE: Final = 128
+FP4_BLOCK: Final = 32
+
+_MANY: Final = 1_000_000
+"""Missing tensors that are enough to say that they are missing."""
+
+FLOATS: Final = ("BF16", "F16", "F32")
+PLAIN: Final[Mapping[Role, tuple[str, ...]]] = {
+    "dense": FLOATS,
+    "expert": FLOATS,
+    "matrix": FLOATS,
+    "router": FLOATS,
+    "vector": FLOATS,
+    "table": ("I64", "I32"),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a source tensor with their scales, checked against the config.
+
+    Attributes
+    ----------
+    tensor
+        The source.
+    kind
+        The plan's (FP8, FP8_F32, FP4, BF16 ...).
+    shape
+        Logical shape of what the part contributes, numpy order, with FP4 counted in elements.
+    scale, rows_per_scale, len_per_scale
+        The scales and what one of them covers.
+    start, step
+        Of the source's rows (outer axes flattened) those from ``start``, every ``step``-th.
+    transposed
+        The rows become columns: ``shape`` is [source row length, source rows].
+    elements
+        ``start`` and ``step`` count elements instead.
+    """
+
+    tensor: SourceTensor
+    kind: str
+    shape: tuple[int, ...]
+    scale: SourceTensor | None = None
+    rows_per_scale: int = 1
+    len_per_scale: int = 1
+    start: int = 0
+    step: int = 1
+    transposed: bool = False
+    elements: bool = False
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor of the output: its name, role, and the sources that are stacked (outer) and concatenated (inner).
+
+    Without ``stacked`` the outer sequence follows each other along the first axis instead of making a new one.
+    """
+
+    name: str
+    role: Role
+    stack: tuple[tuple[Part, ...], ...]
+    stacked: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape, numpy order."""
+        first = self.stack[0]
+        shape = first[0].shape
+        if len(first) > 1:
+            shape = (*shape[:-1], sum(part.shape[-1] for part in first))
+        if self.stacked:
+            return (len(self.stack), *shape)
+        return (sum(parts[0].shape[0] for parts in self.stack), *shape[1:]) if len(self.stack) > 1 else shape
+
+    @property
+    def parts(self) -> Iterator[Part]:
+        """All parts, in order."""
+        return (part for parts in self.stack for part in parts)
+
+
+class Architecture(ABC):
+    """An architecture over one checkpoint: what its tensors are called, and what they become.
+
+    Raises
+    ------
+    CheckpointError
+        config.json lacks a value, or its values contradict each other.
+    """
+
+    name: ClassVar[str]
+    """``general.architecture``."""
+    tokenizer_pre: ClassVar[str]
+    """llama.cpp's name of the pre-tokenizer."""
+    chat_template: ClassVar[str | None] = None
+    """Written where the checkpoint has none."""
+    dense: ClassVar[str] = "bf16"
+    """What FP8 tensors become by default where the target has no FP8 type."""
+    dense_is_outtype: ClassVar[bool] = True
+    """Whether a type asked for by ``--dense`` is one for unquantized matrices, too, as llama.cpp's ``--outtype`` is."""
+    router_in_float32: ClassVar[bool] = True
+    """Whether upstream keeps the router's matrix in F32."""
+    nisparks_form: ClassVar[bool] = False
+    """Whether the nisparks fork has names and keys of its own for it, not upstream's."""
+    template_first: ClassVar[bool] = False
+    """Whether upstream writes the chat template before everything but the architecture."""
+    float_scales: ClassVar[bool] = False
+    """Whether FP8 scales may be float32, not powers of two."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config: dict[str, Any] = checkpoint.config
+
+    # What an architecture must say ------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def n_experts(self) -> int:
+        """Number of routed experts."""
+
+    @abstractmethod
+    def outputs(
+        self, target: str, *, mtp: bool, skip: Callable[[str], bool]
+    ) -> tuple[list[Output], list[tuple[str, str]]]:
+        """Map the checkpoint to output tensors, in the target's order.
+
+        Parameters
+        ----------
+        target
+            A dialect.
+        mtp
+            The file of the multi-token-prediction block instead of the main model's.
+        skip
+            Names the user asked to leave out.
+
+        Returns
+        -------
+        outputs, and (name, reason) of every checkpoint tensor that is left out
+
+        Raises
+        ------
+        CheckpointError
+            A tensor is missing, unknown, or its shape or dtype disagrees with the config.
+        """
+
+    @abstractmethod
+    def keys(self, target: str, *, mtp: bool, file_type: int, chat_template: str | None) -> dict[str, Value]:
+        """Return the architecture's metadata in the target's order, ``general.file_type`` among it."""
+
+    @abstractmethod
+    def scale_name(self, name: str) -> str:
+        """Return the name of a weight's scales; empty for a name that can have none."""
+
+    # The config -------------------------------------------------------------------------------------------------
+
+    def integer(self, key: str) -> int:
+        """Return a positive integer of config.json that metadata can hold; raises CheckpointError."""
+        return self._integer(self.config.get(key), key, 1)
+
+    def count(self, key: str) -> int:
+        """Return an integer of config.json that may be 0, or missing, which is 0; raises CheckpointError."""
+        return self._integer(self.config.get(key) or 0, key, 0)
+
+    def counted(self, key: str) -> int:
+        """Return a number of things that have tensors of their own each; raises CheckpointError.
+
+        A damaged config's billions would have billions of missing tensors looked for.
+        """
+        value = self.integer(key)
+        if value > len(self.checkpoint):
+            raise CheckpointError(
+                f"{self.checkpoint.path / 'config.json'}: {key} is {value}, but the checkpoint has {len(self.checkpoint)} "
+                "tensors in all: the config and the weights are of different models"
+            )
+        return value
+
+    def _integer(self, value: object, key: str, least: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**32:
+            expected = "a positive integer" if least else "an integer of at least 0"
+            raise CheckpointError(
+                f"{self.checkpoint.path / 'config.json'}: {key} is {value!r}, expected {expected} of 32 bits"
+            )
+        return value
+
+    def number(self, key: str) -> float:
+        """Return a number of config.json that float32 can hold; raises CheckpointError."""
+        return self._number(self.config.get(key), key)
+
+    def _number(self, value: object, key: str) -> float:
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+        if not real or not abs(value) <= FLOAT32_MAX:  # type: ignore[arg-type] # and NaN is not less
+            raise CheckpointError(
+                f"{self.checkpoint.path / 'config.json'}: {key} is {value!r}, expected a number that float32 can hold"
+            )
+        return float(value)  # type: ignore[arg-type]
+
+    def rope_parameters(self) -> tuple[str, dict[str, Any]]:
+        """Return the rotary embedding's scaling and the key it stands under: transformers 5 renamed it.
+
+        Raises
+        ------
+        CheckpointError
+            It is no object.
+        """
+        name = "rope_parameters" if self.config.get("rope_parameters") else "rope_scaling"
+        scaling = self.config.get(name) or {}
+        if not isinstance(scaling, dict):
+            raise CheckpointError(f"{self.checkpoint.path / 'config.json'}: {name} is {scaling!r}, expected an object")
+        return name, scaling
+
+    def rope_theta(self) -> float:
+        """Return the base of the rotary embedding; raises CheckpointError."""
+        name, scaling = self.rope_parameters()
+        if "rope_theta" not in self.config and "rope_theta" in scaling:
+            return self._number(scaling["rope_theta"], f"{name}.rope_theta")
+        return self.number("rope_theta")
+
+    def rope_scaling(self) -> dict[str, Value]:
+        """Return the YaRN keys in upstream's order, or none; raises CheckpointError for another kind of scaling."""
+        name, scaling = self.rope_parameters()
+        kind = scaling.get("rope_type", scaling.get("type"))
+        if kind in (None, "default"):
+            return {}
+        if kind != "yarn":
+            raise CheckpointError(f"{self.checkpoint.path / 'config.json'}: {name} of type {kind!r}; expected yarn")
+        context = "original_max_position_embeddings"
+        return {
+            "rope.scaling.type": Value.string(kind),
+            "rope.scaling.factor": Value.f32(self._number(scaling.get("factor"), f"{name}.factor")),
+            "rope.scaling.original_context_length": Value.u32(
+                self._integer(scaling.get(context), f"{name}.{context}", 1)
+            ),
+            "rope.scaling.yarn_beta_fast": Value.f32(self._number(scaling.get("beta_fast"), f"{name}.beta_fast")),
+            "rope.scaling.yarn_beta_slow": Value.f32(self._number(scaling.get("beta_slow"), f"{name}.beta_slow")),
+        }
+
+    def prefixed(self, keys: Mapping[str, Value]) -> dict[str, Value]:
+        """Put the architecture's name before every key that is not a general one."""
+        shared = ("general.", "tokenizer.")
+        return {(key if key.startswith(shared) else f"{self.name}.{key}"): value for key, value in keys.items()}
+
+    # Tensors ----------------------------------------------------------------------------------------------------
+
+    def in_order(self) -> Iterator[SourceTensor]:
+        """Shards in order, names sorted within: the order of upstream's files."""
+        return iter(sorted(self.checkpoint.values(), key=lambda t: (t.shard, t.name)))
+
+    def where(self, tensor: SourceTensor) -> str:
+        """Return how an error names a tensor."""
+        return f"{self.checkpoint.shards[tensor.shard]}: tensor {tensor.name!r}"
+
+    def part(self, tensor: SourceTensor, role: Role, expression: str, dims: Mapping[str, int]) -> Part:
+        """Check a tensor's dtype, shape and scales.
+
+        Parameters
+        ----------
+        tensor, role
+            The tensor and what it is.
+        expression
+            Its shape: one product per axis (see :func:`evaluate`), separated by blanks.
+        dims
+            The numbers that ``expression`` names.
+
+        Raises
+        ------
+        CheckpointError
+            The dtype is none of the role's, the shape is not the config's, or the scales are missing or do not fit.
+        """
+        expected = tuple(evaluate(axis, dims) for axis in expression.split())
+        where = self.where(tensor)
+        shape = tensor.shape
+        if tensor.dtype in ("I8", "U8", "F4") and role == "expert" and shape:
+            if tensor.dtype != "F4":
+                shape = (*shape[:-1], shape[-1] * 2)
+            kind, rows, width = "FP4", 1, FP4_BLOCK
+        elif tensor.dtype == "F8_E4M3" and role in ("dense", "expert"):
+            kind, rows, width = "FP8", FP8_TILE, FP8_TILE
+        elif tensor.dtype in PLAIN[role]:
+            kind, rows, width = tensor.dtype, 1, 1
+        else:
+            raise CheckpointError(
+                f"{where} has dtype {tensor.dtype}; expected {' or '.join(self.accepted(role))} for this tensor"
+            )
+        if shape != expected:
+            raise CheckpointError(
+                f"{where} has shape {list(shape)}, config.json says {list(expected)} ({expression}): the config and the "
+                "weights are of different models"
+            )
+        if kind not in ("FP8", "FP4"):
+            return Part(tensor, kind, shape)
+        if kind == "FP4" and shape[-1] % FP4_BLOCK:
+            raise CheckpointError(f"{where} has rows of {shape[-1]} FP4 codes, not a multiple of {FP4_BLOCK}")
+        scale_name = self.scale_name(tensor.name)
+        scale = self.checkpoint.get(scale_name)
+        if scale is None:
+            raise CheckpointError(f"{where} is {kind} but its scales {scale_name!r} are missing")
+        scale_shape = (-(-shape[0] // rows), -(-shape[1] // width))
+        known = {"F8_E8M0": kind, "U8": kind}
+        if self.float_scales and kind == "FP8":
+            known["F32"] = "FP8_F32"
+        if scale.dtype not in known or scale.shape != scale_shape:
+            expected_dtype = "F32 or F8_E8M0" if "F32" in known else "F8_E8M0"
+            raise CheckpointError(
+                f"{self.checkpoint.shards[scale.shard]}: scales {scale_name!r} are {scale.dtype}{list(scale.shape)}, "
+                f"expected {expected_dtype}{list(scale_shape)}: one for each {rows}x{width} of {list(shape)}"
+            )
+        return Part(tensor, known[scale.dtype], shape, scale, rows, width)
+
+    def accepted(self, role: Role) -> tuple[str, ...]:
+        """Return the dtypes that a tensor of a role may have."""
+        native: Mapping[Role, tuple[str, ...]] = {"dense": ("F8_E4M3",), "expert": ("I8", "F8_E4M3")}
+        return (*native.get(role, ()), *PLAIN[role])
+
+    def stacked(self, name: str, label: str, parts: Mapping[int, Part]) -> Output:
+        """Stack the routed experts of one projection.
+
+        Parameters
+        ----------
+        name
+            Of the output.
+        label
+            How an error names the projection.
+        parts
+            By the expert's number.
+
+        Raises
+        ------
+        CheckpointError
+            An expert is missing, beyond the count, or stored otherwise than the others.
+        """
+        count = self.n_experts
+        missing = [expert for expert in range(count) if expert not in parts]
+        extra = [expert for expert in parts if expert >= count]
+        if missing or extra:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {label}: config.json says {count} experts, the checkpoint has "
+                f"{len(parts)}; missing {missing[:5]}, beyond the count {extra[:5]}"
+            )
+        kinds = {part.kind for part in parts.values()}
+        if len(kinds) > 1:
+            raise CheckpointError(f"{self.checkpoint.path}: {label} mix {' and '.join(sorted(kinds))}")
+        return Output(name, "expert", tuple((parts[expert],) for expert in range(count)), stacked=True)
+
+    def unmapped(self, unknown: Sequence[str]) -> None:
+        """Raise CheckpointError when there are tensors that the architecture does not know."""
+        if unknown:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: Can not map tensor {unknown[0]!r} ({len(unknown)} such tensors); if they are not "
+                "needed, leave them out with --skip GLOB"
+            )
+
+    def complete(self, expected: Iterable[str], skip: Callable[[str], bool]) -> None:
+        """Raise CheckpointError when a tensor that the config implies is not in the checkpoint."""
+        missing: list[str] = []
+        count = 0
+        for name in expected:
+            count += 1
+            if name not in self.checkpoint and not skip(name):
+                missing.append(name)
+                if len(missing) == _MANY:
+                    break
+        if missing:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: Missing tensors: {missing[:3]} ({len(missing)} of {count} that config.json implies)"
+            )
+
+
+def evaluate(expression: str, dims: Mapping[str, int]) -> int:
+    """Evaluate one of the tables' own shape expressions: products, a quotient, and a sum in parentheses."""
+    total = 1
+    for sign, factor in re.findall(r"([*/]?)(\(\w+\+\w+\)|\w+)", expression):
+        names = factor.strip("()").split("+")
+        value = sum(int(name) if name.isdigit() else dims[name] for name in names)
+        total = total // value if sign == "/" else total * value
+    return total

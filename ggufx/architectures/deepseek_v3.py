@@ -1,0 +1,348 @@
+"""DeepSeek-V3, R1 and V3.1 (``deepseek2``): FP8 under float32 scales, latent attention, experts after dense layers.
+
+Names come from the ``gguf`` package's tensor map. What it cannot say is here: the roles and shapes, the latent
+attention's ``kv_b`` taken apart, and where ik_llama.cpp's files differ from upstream's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, ClassVar, Final, NamedTuple
+
+from ggufx.architectures.base import FP8_TILE, Architecture, Output, Part, Role
+from ggufx.checkpoint import Checkpoint
+from ggufx.container import Value
+from ggufx.errors import CheckpointError, PlanError
+
+__all__ = ["DeepSeekV3"]
+
+
+class Family(NamedTuple):
+    """One family of tensors, by its name within a layer or, of the global ones, as it is."""
+
+    source: str
+    role: Role
+    shape: str
+    """Expressions in the dimensions of :meth:`DeepSeekV3.dimensions`, one per axis."""
+
+
+LAYER: Final = (
+    Family("input_layernorm.weight", "vector", "hidden"),
+    Family("post_attention_layernorm.weight", "vector", "hidden"),
+    Family("self_attn.kv_a_proj_with_mqa.weight", "dense", "(kv_lora+rope) hidden"),
+    Family("self_attn.kv_a_layernorm.weight", "vector", "kv_lora"),
+    Family("self_attn.kv_b_proj.weight", "dense", "heads*(nope+value) kv_lora"),
+    Family("self_attn.o_proj.weight", "dense", "hidden heads*value"),
+)
+QUERY_LOW_RANK: Final = (
+    Family("self_attn.q_a_proj.weight", "dense", "q_lora hidden"),
+    Family("self_attn.q_a_layernorm.weight", "vector", "q_lora"),
+    Family("self_attn.q_b_proj.weight", "dense", "heads*(nope+rope) q_lora"),
+)
+QUERY: Final = (Family("self_attn.q_proj.weight", "dense", "heads*(nope+rope) hidden"),)
+"""Of models without ``q_lora_rank``."""
+DENSE_FFN: Final = (
+    Family("mlp.gate_proj.weight", "dense", "ffn hidden"),
+    Family("mlp.up_proj.weight", "dense", "ffn hidden"),
+    Family("mlp.down_proj.weight", "dense", "hidden ffn"),
+)
+ROUTER_BIAS: Final = Family("mlp.gate.e_score_correction_bias", "vector", "experts")
+EXPERTS_FFN: Final = (
+    Family("mlp.gate.weight", "router", "experts hidden"),
+    Family("mlp.shared_experts.gate_proj.weight", "dense", "shared*inter hidden"),
+    Family("mlp.shared_experts.up_proj.weight", "dense", "shared*inter hidden"),
+    Family("mlp.shared_experts.down_proj.weight", "dense", "hidden shared*inter"),
+    Family("mlp.experts.{E}.gate_proj.weight", "expert", "inter hidden"),
+    Family("mlp.experts.{E}.up_proj.weight", "expert", "inter hidden"),
+    Family("mlp.experts.{E}.down_proj.weight", "expert", "hidden inter"),
+)
+GLOBAL: Final = (
+    Family("model.embed_tokens.weight", "matrix", "vocab hidden"),
+    Family("model.norm.weight", "vector", "hidden"),
+)
+HEAD: Final = Family("lm_head.weight", "matrix", "vocab hidden")
+
+EXPERT_ORDER: Final = ("down_proj", "gate_proj", "up_proj")
+"""Of upstream's files."""
+
+_SIDE: Final = (
+    (re.compile(r"\.rotary_emb\.inv_freq$"), "computed from config.json"),
+    (re.compile(r"\.(input_scale|activation_scale)$"), "a scale of activations, which no target uses"),
+)
+_LAYER_NAME = re.compile(r"^model\.layers\.(?P<number>\d+)\.(?P<rest>.+)$")
+_EXPERT_NAME = re.compile(r"^mlp\.experts\.(?P<expert>\d+)\.(?P<proj>gate_proj|up_proj|down_proj)\.weight$")
+_SCALES: Final = "_scale_inv"
+
+
+class DeepSeekV3(Architecture):
+    """The architecture over one checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        config.json lacks a value, or its values contradict each other.
+    """
+
+    name: ClassVar[str] = "deepseek2"
+    tokenizer_pre: ClassVar[str] = "deepseek-v3"
+    float_scales: ClassVar[bool] = True
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        self.n_layers = self.counted("num_hidden_layers")
+        self.n_mtp = self.count("num_nextn_predict_layers")
+        self.n_dense = self.count("first_k_dense_replace")
+        self.q_lora = self.count("q_lora_rank")
+        self.tied = bool(self.config.get("tie_word_embeddings"))
+
+    @property
+    def n_experts(self) -> int:
+        """Number of routed experts."""
+        return self.counted("n_routed_experts")
+
+    @cached_property
+    def dimensions(self) -> dict[str, int]:
+        """The names that :class:`Family` shapes are written in."""
+        return {
+            "hidden": self.integer("hidden_size"),
+            "vocab": self.integer("vocab_size"),
+            "heads": self.integer("num_attention_heads"),
+            "q_lora": self.q_lora,
+            "kv_lora": self.integer("kv_lora_rank"),
+            "nope": self.integer("qk_nope_head_dim"),
+            "rope": self.integer("qk_rope_head_dim"),
+            "value": self.integer("v_head_dim"),
+            "ffn": self.integer("intermediate_size"),
+            "inter": self.integer("moe_intermediate_size"),
+            "shared": self.integer("n_shared_experts"),
+            "experts": self.n_experts,
+        }
+
+    @cached_property
+    def families(self) -> tuple[dict[str, Family], dict[str, Family], dict[str, Family]]:
+        """Families by their names: of a dense layer, of a layer with experts, global ones."""
+        attention = (*LAYER, *(QUERY_LOW_RANK if self.q_lora else QUERY))
+        experts: tuple[Family, ...] = EXPERTS_FFN
+        # The bias came with V3's way of choosing ("noaux_tc"); a config that names another has none.
+        if self.config.get("topk_method", "noaux_tc") == "noaux_tc":
+            experts = (*experts, ROUTER_BIAS)
+        everywhere = GLOBAL if self.tied else (*GLOBAL, HEAD)
+        return (
+            {family.source: family for family in (*attention, *DENSE_FFN)},
+            {family.source: family for family in (*attention, *experts)},
+            {family.source: family for family in everywhere},
+        )
+
+    # Tensors ----------------------------------------------------------------------------------------------------
+
+    def scale_name(self, name: str) -> str:
+        """Return the name of a weight's scales; empty for a name that does not end in ``.weight``: it has none."""
+        return name + _SCALES if name.endswith(".weight") else ""
+
+    def outputs(
+        self, target: str, *, mtp: bool, skip: Callable[[str], bool]
+    ) -> tuple[list[Output], list[tuple[str, str]]]:
+        """Map the checkpoint to output tensors, in the target's order (see :meth:`Architecture.outputs`)."""
+        if mtp:
+            raise PlanError(
+                "--mtp: deepseek2 files have no form for the MTP block, upstream's converter leaves it out; convert without"
+            )
+        self._check_quantization()
+        found: list[Output] = []
+        skipped: list[tuple[str, str]] = []
+        experts: dict[tuple[int, str], dict[int, Part]] = {}
+        places: dict[int, int] = {}
+        unknown: list[str] = []
+        for tensor in self.in_order():
+            name = tensor.name
+            if name.endswith(_SCALES) and name.removesuffix(_SCALES) in self.checkpoint:
+                continue  # goes with its weight
+            reason = "left out by --skip" if skip(name) else self._side_reason(name)
+            scale = self.scale_name(name)
+            if reason is not None:
+                skipped.append((name, reason))
+                if scale in self.checkpoint:
+                    skipped.append((scale, reason))
+                continue
+            match = _LAYER_NAME.match(name)
+            layer = int(match["number"]) if match else -1
+            rest = match["rest"] if match else name
+            expert = _EXPERT_NAME.match(rest) if match else None
+            pattern = f"mlp.experts.{{E}}.{expert['proj']}.weight" if expert else rest
+            family = self._families_of(layer).get(pattern)
+            if family is None:
+                unknown.append(name)
+                continue
+            part = self.part(tensor, family.role, family.shape, self.dimensions)
+            if part.scale is None and scale in self.checkpoint:
+                skipped.append((scale, f"{name} is {tensor.dtype}, which takes no scales"))
+            if expert is not None:
+                # Where the last expert of a layer stands, upstream's converter has all it needs.
+                places[layer] = len(found)
+                experts.setdefault((layer, expert["proj"]), {})[int(expert["expert"])] = part
+            elif rest == "self_attn.kv_b_proj.weight":
+                found += self._latent(target, name, part)
+            else:
+                found.append(Output(self._gguf_name(name), family.role, ((part,),)))
+        self.unmapped(unknown)
+        self.complete(self._expected(), skip)
+        for layer, place in sorted(places.items(), key=lambda item: item[1], reverse=True):
+            found[place:place] = [
+                self.stacked(
+                    self._gguf_name(f"model.layers.{layer}.mlp.experts.{proj}.weight"),
+                    f"layer {layer}'s experts ({proj})",
+                    experts[layer, proj],
+                )
+                for proj in EXPERT_ORDER
+                if (layer, proj) in experts
+            ]
+        return found, skipped
+
+    def _check_quantization(self) -> None:
+        quantization = self.config.get("quantization_config")
+        if quantization is None:
+            return
+        where = self.checkpoint.path / "config.json"
+        if not isinstance(quantization, dict):
+            raise CheckpointError(f"{where}: quantization_config is {quantization!r}, expected an object")
+        method, tile = quantization.get("quant_method"), quantization.get("weight_block_size")
+        if method != "fp8" or tile != [FP8_TILE, FP8_TILE]:
+            raise CheckpointError(
+                f"{where}: quantization_config has quant_method {method!r} and weight_block_size {tile!r}; fp8 with "
+                f"[{FP8_TILE}, {FP8_TILE}] can be converted, or a checkpoint in BF16"
+            )
+
+    def _families_of(self, layer: int) -> dict[str, Family]:
+        dense, experts, everywhere = self.families
+        if layer < 0:
+            return everywhere
+        return dense if layer < self.n_dense else experts
+
+    def _side_reason(self, name: str) -> str | None:
+        for pattern, reason in _SIDE:
+            if pattern.search(name):
+                return reason
+        if name == HEAD.source and self.tied:
+            return "the embedding is used for the output, too (tie_word_embeddings)"
+        match = _LAYER_NAME.match(name)
+        if match and int(match["number"]) >= self.n_layers:
+            return (
+                f"layer {match['number']} is past the model's {self.n_layers} (num_hidden_layers), of the "
+                f"{self.n_mtp} MTP blocks (num_nextn_predict_layers): deepseek2 files have no form for them"
+            )
+        return None
+
+    def _gguf_name(self, name: str) -> str:
+        found: str | None = self._tensor_map.get_name(
+            name.replace("e_score_correction_bias", "e_score_correction.bias"), (".weight", ".bias")
+        )
+        if found is None:
+            raise CheckpointError(f"{self.checkpoint.path}: gguf's tensor map has no name for {name!r}")
+        return found
+
+    @cached_property
+    def _tensor_map(self) -> Any:
+        import gguf
+
+        return gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, self.n_layers)
+
+    def _latent(self, target: str, name: str, part: Part) -> list[Output]:
+        """Take ``kv_b`` apart: of every head's rows the first make keys, the others values.
+
+        Keys are turned, so that llama.cpp can multiply queries with them. ik_llama.cpp's files hold ``kv_b`` beside them,
+        and both as matrices; upstream's hold one more axis, the heads, and no ``kv_b``.
+        """
+        dims = self.dimensions
+        nope, value, kv_lora = dims["nope"], dims["value"], dims["kv_lora"]
+        starts = [head * (nope + value) for head in range(dims["heads"])]
+        keys = tuple((replace(part, shape=(kv_lora, nope), start=start, transposed=True),) for start in starts)
+        values = tuple((replace(part, shape=(value, kv_lora), start=start + nope),) for start in starts)
+        ik = target == "ik_llama.cpp"
+        outputs = [Output(self._gguf_name(name), "dense", ((part,),))] if ik else []
+        for letter, stack in (("k", keys), ("v", values)):
+            own = self._gguf_name(name.replace("kv_b_proj", f"{letter}_b_proj"))
+            outputs.append(Output(own, "dense", stack, stacked=not ik))
+        return outputs
+
+    def _expected(self) -> Iterator[str]:
+        yield from self.families[2]
+        for layer in range(self.n_layers):
+            for source, family in self._families_of(layer).items():
+                name = f"model.layers.{layer}.{source}"
+                if family.role == "expert":
+                    yield from (name.replace("{E}", str(expert)) for expert in range(self.n_experts))
+                else:
+                    yield name
+
+    # Metadata ---------------------------------------------------------------------------------------------------
+
+    def keys(self, target: str, *, mtp: bool, file_type: int, chat_template: str | None) -> dict[str, Value]:
+        """Return the architecture's metadata in the target's order, ``general.file_type`` among it."""
+        import gguf
+
+        key = gguf.Keys
+        ik = target == "ik_llama.cpp"
+        dims = self.dimensions
+        # Upstream computes with the latent: one head of keys as wide as it. ik_llama.cpp counts the heads themselves.
+        key_len, value_len = dims["nope"] + dims["rope"], dims["value"]
+        keys = {
+            key.LLM.BLOCK_COUNT: Value.u32(self.n_layers),
+            key.LLM.CONTEXT_LENGTH: Value.u32(self.integer("max_position_embeddings")),
+            key.LLM.EMBEDDING_LENGTH: Value.u32(dims["hidden"]),
+            key.LLM.FEED_FORWARD_LENGTH: Value.u32(dims["ffn"]),
+            key.Attention.HEAD_COUNT: Value.u32(dims["heads"]),
+            key.Attention.HEAD_COUNT_KV: Value.u32(dims["heads"] if ik else 1),
+            **{f"{{arch}}.{name}": value for name, value in self.rope_scaling().items()},
+            key.Rope.FREQ_BASE: Value.f32(self.rope_theta()),
+            key.Attention.LAYERNORM_RMS_EPS: Value.f32(self.number("rms_norm_eps")),
+            key.LLM.EXPERT_COUNT: Value.u32(self.n_experts),
+            key.LLM.EXPERT_USED_COUNT: Value.u32(self.integer("num_experts_per_tok")),
+            key.LLM.EXPERT_GROUP_COUNT: self._optional("n_group"),
+            key.LLM.EXPERT_GROUP_USED_COUNT: self._optional("topk_group"),
+            key.LLM.EXPERT_GATING_FUNC: Value.u32(self._gating()),
+            key.Attention.KEY_LENGTH: Value.u32(key_len if ik else dims["kv_lora"] + dims["rope"]),
+            key.Attention.VALUE_LENGTH: Value.u32(value_len if ik else dims["kv_lora"]),
+            key.General.FILE_TYPE: Value.u32(file_type),
+            key.LLM.LEADING_DENSE_BLOCK_COUNT: Value.u32(self.n_dense),
+            key.LLM.VOCAB_SIZE: Value.u32(dims["vocab"]),
+            key.Attention.Q_LORA_RANK: Value.u32(self.q_lora) if self.q_lora else None,
+            key.Attention.KV_LORA_RANK: Value.u32(dims["kv_lora"]),
+            key.Attention.KEY_LENGTH_MLA: None if ik else Value.u32(key_len),
+            key.Attention.VALUE_LENGTH_MLA: None if ik else Value.u32(value_len),
+            key.LLM.EXPERT_FEED_FORWARD_LENGTH: Value.u32(dims["inter"]),
+            key.LLM.EXPERT_SHARED_COUNT: Value.u32(dims["shared"]),
+            key.LLM.EXPERT_WEIGHTS_SCALE: Value.f32(self.number("routed_scaling_factor")),
+            key.LLM.EXPERT_WEIGHTS_NORM: Value.boolean(True) if self.config.get("norm_topk_prob", True) else None,
+            key.Rope.DIMENSION_COUNT: Value.u32(dims["rope"]),
+            key.Rope.SCALING_YARN_LOG_MUL: self._log_multiplier(),
+        }
+        if ik:
+            # Its converter writes no groups: it does not route by them.
+            for name in (key.LLM.EXPERT_GROUP_COUNT, key.LLM.EXPERT_GROUP_USED_COUNT):
+                del keys[name]
+        return {name.format(arch=self.name): value for name, value in keys.items() if value is not None}
+
+    def _optional(self, key: str) -> Value | None:
+        return None if self.config.get(key) is None else Value.u32(self.integer(key))
+
+    def _gating(self) -> int:
+        import gguf
+
+        functions = {"sigmoid": gguf.ExpertGatingFuncType.SIGMOID, "softmax": gguf.ExpertGatingFuncType.SOFTMAX}
+        # transformers' own configuration of V3 does not name it: there is one.
+        name = self.config.get("scoring_func", "sigmoid")
+        if name not in functions:
+            raise CheckpointError(
+                f"{self.checkpoint.path / 'config.json'}: scoring_func is {name!r}, expected {' or '.join(functions)}"
+            )
+        return int(functions[name])
+
+    def _log_multiplier(self) -> Value | None:
+        name, scaling = self.rope_parameters()
+        if scaling.get("mscale_all_dim") is None:
+            return None
+        # The factor 0.1 of YaRN's formula stands in the file; llama.cpp takes it out again.
+        return Value.f32(0.1 * self._number(scaling["mscale_all_dim"], f"{name}.mscale_all_dim"))
