@@ -28,7 +28,6 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ggufx.container import read_container
 from ggufx.errors import CheckpointError, CodecError, DiskError, GGUFError, OutputExists, PlanError, SourceCodesError
 from ggufx.plan import Plan, PlannedFile, PlannedTensor, Tile, Transform
 from ggufx.transforms import Outcome, apply
@@ -292,6 +291,7 @@ def execute(
     threads: int | None = None,
     executor: Executor | None = None,
     progress: Progress | None = None,
+    replace_source: bool = False,
 ) -> list[Path]:
     """Write a plan's files.
 
@@ -310,6 +310,8 @@ def execute(
         brought to the disk by the machine that wrote it.
     progress
         Told about the bytes done.
+    replace_source
+        An output may be one of the sources: it takes that name at the very end, when no source is needed any more.
 
     Returns
     -------
@@ -327,7 +329,8 @@ def execute(
         A source holds refused codes, ended early, or changed since it was planned with.
     """
     first = plan.files[0].path
-    _refuse_sources(plan)
+    if not replace_source:
+        _refuse_sources(plan)
     first.parent.mkdir(parents=True, exist_ok=True)
     workers = threads or default_workers()
     with _Journal(first, plan, resume=resume) as journal, _files:
@@ -696,15 +699,8 @@ def _rename(partial: Path, path: Path, *, overwrite: bool) -> None:
 
 def _check_file(partial: Path, file: PlannedFile) -> None:
     """Read the finished file's header back and compare it with the plan."""
-    written = read_container(partial)
-    directory = [(e.name, e.shape, e.type_id, e.offset) for e in written.entries]
-    expected = [(t.name, t.shape, t.type_id, t.offset) for t in file.tensors]
-    keys = written.metadata.typed()
-    same = directory == expected and list(keys) == list(file.metadata)
-    same = same and all(keys[key].same(value) for key, value in file.metadata.items())
-    if not same or written.file_nbytes != file.nbytes or written.data_offset != len(file.header):
+    if not file.reads_back(partial):
         raise PlanError(f"{partial}: the written header does not read back as planned; this is a bug in ggufx")
-    written.close()
 
 
 def _disk_error(path: Path, error: OSError) -> DiskError:
