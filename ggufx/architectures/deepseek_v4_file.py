@@ -177,8 +177,8 @@ class DeepSeekV4File:
             ratios = [*found, 0]
         if ratios[:layers] != found:
             raise PlanError(
-                f"{self.file.path}: attention.compress_ratios is {str(ratios)[:200]}, the compressors' tensors say {found}: the "
-                "metadata and the tensors are of different models"
+                f"{self.file.path}: attention.compress_ratios is {str(ratios)[:200]}, the compressors' tensors say {found}: "
+                "the metadata and the tensors are of different models"
             )
         config["compress_ratios"] = ratios
         return config
