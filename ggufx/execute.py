@@ -52,6 +52,7 @@ _JOURNAL_VERSION: Final = 1
 _SYNC_FILE_RANGE_WRITE: Final = 2
 _BATCH_NBYTES: Final = 1 << 24
 _BATCH_LEN: Final = 32
+_PIECE_NBYTES: Final = 1 << 18
 _PROCESS_NBYTES: Final = 250_000_000
 """Python, NumPy, Numba with LLVM, and a plan of a hundred thousand tiles."""
 
@@ -238,8 +239,13 @@ def _run_tile(job: _Job, opened: dict[tuple[str, int], int]) -> _Done:
         return opened[key]
 
     tile = job.tile
-    out = scratch("out", tile.nbytes)
     descriptor = descriptor_of(job.output, os.O_RDWR)
+    if job.transform.op == "copy" and job.expected is None:
+        (span,) = tile.spans
+        path = job.sources[span.file]
+        checksum = _copy(path, descriptor_of(path, os.O_RDONLY), span.offset, descriptor, job.position, tile.nbytes)
+        return _Done(tile.nbytes, checksum, Outcome(), resumed=False)
+    out = scratch("out", tile.nbytes)
     if job.expected is not None:
         _fill_buffer(job.output, descriptor, job.position, out)
         if xxhash.xxh3_64_intdigest(out.data) == job.expected:
@@ -258,6 +264,21 @@ def _run_tile(job: _Job, opened: dict[tuple[str, int], int]) -> _Done:
         return _Done(0, 0, outcome, resumed=False)
     _write(descriptor, job.position, out)
     return _Done(tile.nbytes, xxhash.xxh3_64_intdigest(out.data), outcome, resumed=False)
+
+
+def _copy(path: str, source: int, start: int, target: int, position: int, nbytes: int) -> int:
+    """Copy bytes from one file to another and return their checksum.
+
+    In pieces that stay in the processor's cache between reading and writing: whole tiles take twice the time.
+    """
+    buffer = scratch("copy", min(nbytes, _PIECE_NBYTES))
+    state = xxhash.xxh3_64()
+    for done in range(0, nbytes, _PIECE_NBYTES):
+        piece = buffer[: min(_PIECE_NBYTES, nbytes - done)]
+        _fill_buffer(path, source, start + done, piece)
+        state.update(piece.data)
+        _write(target, position + done, piece)
+    return state.intdigest()
 
 
 def _refused(transform: Transform, outcome: Outcome) -> bool:
