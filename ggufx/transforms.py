@@ -16,6 +16,7 @@ __all__ = ["Outcome", "apply", "decode_source"]
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
 
+_PIECE_LEN = 1 << 17
 _DTYPES = {"F32": "<f4", "F16": "<f2", "I32": "<i4", "I64": "<i8"}
 
 
@@ -108,21 +109,45 @@ def _cast(transform: Transform, source: U8, out: U8) -> None:
 
 
 def _encode(transform: Transform, rows: int, inputs: list[U8], out: U8) -> Outcome:
-    codec = types.get(transform.target)
+    """Encode a few rows at a time: their float32 values then stay in the processor's cache, and fresh memory is little."""
     row_len = sum(transform.parts)
-    values = np.empty((rows, row_len), np.float32)
-    bad_codes = bad_scales = column = 0
+    grain = transform.rows_per_scale
+    step = max(grain, _PIECE_LEN // max(1, row_len) // grain * grain)
     per_part = len(inputs) // len(transform.parts)
+    bad_codes = bad_scales = lost = 0
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        pieces = []
+        for number, data in enumerate(inputs):
+            # Codes have a line for each row, scales one for each row of scales.
+            held, first, end = rows, start, stop
+            if number % per_part:
+                held, first, end = (-(-n // grain) for n in (rows, start, stop))
+            width = data.size // held
+            pieces.append(data[first * width : end * width])
+        width = out.size // rows
+        found = _encode_rows(transform, stop - start, pieces, out[start * width : stop * width])
+        bad_codes += found.bad_codes
+        bad_scales += found.bad_scales
+        lost += found.lost
+    return Outcome(bad_codes, bad_scales, lost)
+
+
+def _encode_rows(transform: Transform, rows: int, inputs: list[U8], out: U8) -> Outcome:
+    codec = types.get(transform.target)
+    per_part = len(inputs) // len(transform.parts)
+    columns = []
+    bad_codes = bad_scales = 0
     for number, part_len in enumerate(transform.parts):
         part = inputs[number * per_part : (number + 1) * per_part]
         decoded, codes, scales = decode_source(transform.kind, rows, part_len, part, transform.rows_per_scale)
-        values[:, column : column + part_len] = decoded
-        column += part_len
+        columns.append(decoded)
         bad_codes += codes
         bad_scales += scales
     if bad_codes or bad_scales:
         # NaN cannot be encoded; whatever the strictness, the caller must hear of it.
         return Outcome(bad_codes, bad_scales)
+    values = columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
     # The same bytes as upstream's converter, where the type has them.
     effort: types.Effort = "reference" if codec.reproduces else "normal"
     packed = codec.encode(values, effort=effort, out=out.reshape(rows, -1), threads=1)
