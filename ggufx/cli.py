@@ -629,7 +629,8 @@ def set_command(
         _out.print("nothing changes")
         return
     how = "in place" if edit.plan is None else f"writing {edit.plan.nbytes} bytes anew"
-    _out.print(f"{edit.path}: {len(edit.lines)} keys, {how}{' (dry run)' if dry_run else ''}", markup=False)
+    count = "1 key" if len(edit.lines) == 1 else f"{len(edit.lines)} keys"
+    _out.print(f"{edit.path}: {count}, {how}{' (dry run)' if dry_run else ''}", markup=False)
     if not dry_run:
         with _progress("set") as progress:
             try:

@@ -92,8 +92,7 @@ def moves_for(file: File, target: str) -> tuple[list[Move], list[tuple[str, str]
     model = DeepSeekV4File(file)
     form = "nisparks" if target == "nisparks" else "llama.cpp"
     if form == model.form and target != dialects.DS4.name and _complete(model):
-        roles = {member.tensor.name: member for member in model.members.values()}
-        return [Move(t.name, t, roles[t.name].family.role, roles[t.name].source) for t in file.tensors], [], None
+        return [Move(tensor.name, tensor) for tensor in file.tensors], [], None
     outputs, skipped = model.outputs(form)
     moves = []
     for output in outputs:
@@ -162,6 +161,8 @@ def plan_retarget(
         tensors = [_tensor(file, move, dialect, dense, plain, paths) for move in moves]
     fallback = dense or ("q8_0" if target == dialects.DS4.name else DENSE_TYPES[0])
     file_type = _file_type(file, tensors, dialect, fallback)
+    if file_type is None and model is not None:
+        file_type = _of_types({tensor.type for tensor in tensors}, fallback)
     notes = [*_renamed(moves), *_retyped(tensors)]
     metadata = keys_for(file, model, target, file_type, notes)
     return plan.build(
@@ -314,6 +315,10 @@ def _file_type(file: File, tensors: Sequence[PlannedTensor], dialect: Dialect, d
     means = None if own is None else own.file_type_name(number)
     if means == dialect.file_type_name(number) and "F8_E4M3_B128" not in {t.transform.kind for t in tensors}:
         return number
+    return _of_types(kinds, dense)
+
+
+def _of_types(kinds: set[str], dense: str) -> int:
     return _MXFP4_MOE if "MXFP4" in kinds else _FILE_TYPES[dense.upper()]
 
 

@@ -130,6 +130,26 @@ def test_a_router_that_was_never_bfloat16_stays_float32(converted: Converted, tm
     assert moved["blk.1.ffn_gate_inp.weight"].decode().flat[0] == np.float32(1 / 3)
 
 
+def test_files_of_the_same_form_keep_every_type(converted: Converted, tmp_path: Path) -> None:
+    """A router in F32, which llama.cpp's own files do not have, is no reason to change it."""
+    retarget(converted("mini").path, tmp_path / "d.gguf", "ds4")
+    retarget(tmp_path / "d.gguf", tmp_path / "l.gguf", "llama.cpp")
+    assert Gguf(tmp_path / "l.gguf").tensors["blk.0.ffn_gate_inp.weight"].type == "BF16"
+    odd = tmp_path / "odd.gguf"
+    with ggufx.open(tmp_path / "l.gguf") as file:
+        name = "blk.0.ffn_gate_inp.weight"
+        wide = file[name].numpy().tobytes()
+        content = [(t.name, t.shape, 0 if t.name == name else t.type_id, wide if t.name == name else t.packed.tobytes())
+                   for t in file.tensors]  # fmt: skip
+        write_gguf(odd, content, **file.metadata.typed())
+    retarget(odd, tmp_path / "ik.gguf", "ik_llama.cpp")
+    assert (tmp_path / "ik.gguf").read_bytes() == odd.read_bytes()
+    # Without a file type in the source, there is one in the result all the same.
+    bare = edited(converted("mini").path, tmp_path / "bare.gguf", ("general.file_type",))
+    retarget(bare, tmp_path / "o.gguf", "llama.cpp")
+    assert (tmp_path / "o.gguf").read_bytes() == converted("mini", "llama.cpp", "bf16").raw
+
+
 # ds4 --------------------------------------------------------------------------------------------------------------
 
 
