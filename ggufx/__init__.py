@@ -17,7 +17,9 @@ from ggufx.version import __version__
 
 __all__ = ["File", "GGUFError", "Quality", "Tensor", "__version__", "open", "quality", "types"]
 
-_MODULES = frozenset({"convert", "diff", "imatrix", "inspect", "measure", "rewrite", "testing", "verify"})
+_MODULES = frozenset(
+    {"convert", "diff", "imatrix", "inspect", "measure", "quantize", "recipe", "rewrite", "testing", "verify"}
+)
 
 
 def __getattr__(name: str) -> ModuleType:

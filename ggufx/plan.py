@@ -30,6 +30,7 @@ __all__ = [
     "Span",
     "Tile",
     "Transform",
+    "Weights",
     "build",
     "copy_tensor",
     "plan_tensor",
@@ -113,6 +114,14 @@ class Transform(NamedTuple):
         Refuse codes that consumers disagree on (E4M3 NaN, E8M0 255).
     limit
         ``cast`` to an integer type: values must lie in [0, limit).
+    effort, objective
+        ``encode``: as in :meth:`ggufx.types.Codec.encode`. No effort: the C library's bytes where the type promises them,
+        else ``normal``.
+    importance
+        ``encode``: what weighs the columns. ``matrix``: the tile's :class:`Weights`, ones where it has none; ``energy``: the
+        mean squares of the columns of the tile's whole matrix, which :attr:`Tile.matrix` locates; nothing: nothing.
+    measure
+        ``encode``: sum up the squares of the values and of the errors.
     """
 
     op: Literal["copy", "pack", "cast", "encode", "codes", "scales"]
@@ -123,6 +132,17 @@ class Transform(NamedTuple):
     exact: bool = False
     strict: bool = True
     limit: int | None = None
+    effort: Literal["", "fast", "normal", "high", "reference"] = ""
+    objective: Literal["reference", "mse"] = "reference"
+    importance: Literal["", "matrix", "energy"] = ""
+    measure: bool = False
+
+
+class Weights(NamedTuple):
+    """Importance of a matrix's columns, as it lies in an importance matrix file: float32 [row_len] over a divisor."""
+
+    span: Span
+    divisor: float = 1.0
 
 
 class Tile(NamedTuple):
@@ -135,6 +155,9 @@ class Tile(NamedTuple):
     """Byte offset within the tensor."""
     nbytes: int
     spans: tuple[Span, ...]
+    weights: Weights | None = None
+    matrix: tuple[tuple[int, tuple[Span, ...]], ...] = ()
+    """(rows, spans) of all tiles of the matrix that the rows are of, for importance that the whole of it decides."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +208,7 @@ def plan_tensor(
     type_id: int,
     transform: Transform,
     stack: Sequence[Sequence[Matrix]],
+    weights: Sequence[Weights | None] = (),
 ) -> PlannedTensor:
     """Cut a tensor into tiles.
 
@@ -196,6 +220,8 @@ def plan_tensor(
         What every tile does.
     stack
         Source matrices: the outer sequence is stacked (experts), the inner one concatenated along the row.
+    weights
+        Importance of each matrix of the stack, for a transform that wants ``matrix`` importance.
 
     Raises
     ------
@@ -214,11 +240,12 @@ def plan_tensor(
         # Tiles start on a row of scales, so that no scale row is read for two tiles' sake by halves.
         grain = max(part.rows_per_scale for part in parts)
         step = max(grain, TILE_LEN // max(1, row_len) // grain * grain)
-        for start in range(0, rows, step):
-            stop = min(rows, start + step)
-            spans = tuple(span for part in parts for span in part.cut(start, stop))
-            nbytes = (stop - start) * row_nbytes
-            tiles.append(Tile(item, stop - start, offset, nbytes, spans))
+        edges = [(start, min(rows, start + step)) for start in range(0, rows, step)]
+        cuts = tuple((b - a, tuple(span for part in parts for span in part.cut(a, b))) for a, b in edges)
+        whole = cuts if transform.importance == "energy" else ()
+        for count, spans in cuts:
+            nbytes = count * row_nbytes
+            tiles.append(Tile(item, count, offset, nbytes, spans, weights[item] if weights else None, whole))
             offset += nbytes
     nbytes = layout.nbytes(shape)
     if offset != nbytes:
@@ -494,6 +521,7 @@ def build(
     split_max_nbytes: int | None = None,
     split_max_tensors: int | None = None,
     tensor_first: bool = True,
+    members: Sequence[int] | None = None,
     skipped: Sequence[tuple[str, str]] = (),
     notes: Sequence[str] = (),
     file_type: str = "",
@@ -511,6 +539,8 @@ def build(
         Start a new file after this many tensors.
     tensor_first
         ``False``: the first file of a split holds the metadata and no tensor.
+    members
+        Number of each tensor's file, ascending, instead of ``split_max_nbytes``.
 
     Raises
     ------
@@ -523,13 +553,19 @@ def build(
     split = bool(split_max_nbytes or split_max_tensors)
     shards = [_Shard()] if tensor_first or not split else [_Shard(), _Shard()]
     names: set[str] = set()
-    for tensor in tensors:
+    held = 0
+    for position, tensor in enumerate(tensors):
         if tensor.name in names:
             raise PlanError(f"two sources map to the output tensor {tensor.name!r}")
         names.add(tensor.name)
         shard = shards[-1]
-        full = split_max_nbytes is not None and shard.end + tensor.nbytes > split_max_nbytes
-        if shard.tensors and (full or len(shard.tensors) == split_max_tensors):
+        if members is not None:
+            full = members[position] != held
+            held = members[position]
+        else:
+            full = split_max_nbytes is not None and shard.end + tensor.nbytes > split_max_nbytes
+            full = full or len(shard.tensors) == split_max_tensors
+        if full and shard.tensors:
             shard = _Shard()
             shards.append(shard)
         shard.tensors.append(replace(tensor, offset=shard.end))
@@ -540,7 +576,7 @@ def build(
         if number and alignment != container.DEFAULT_ALIGNMENT:
             keys["general.alignment"] = Value.u32(alignment)  # every member is a file of its own
         target = path
-        if split:
+        if split or len(shards) > 1:
             target = container.split_name(path, number + 1, len(shards))
             keys["split.no"] = Value(ValueType.UINT16, number)
             keys["split.count"] = Value(ValueType.UINT16, len(shards))

@@ -3,7 +3,8 @@
 A kernel module may define, all over C-contiguous arrays (``rows`` read-only uint8 [R, row_nbytes]):
 
 ``decode(rows, out, block_len)``
-    Fill ``out``, float32 [R, row_len], with exactly what the type's NumPy specification gives.
+    Fill ``out`` [R, row_len] of a dtype of :data:`OUTPUTS` with exactly what the type's NumPy specification gives, rounded to
+    nearest even if narrower than float32. Each dtype is an overload of its own, compiled when it is first wanted.
 ``encode(values, out, block_len)``
     Fill ``out``, uint8 [R, row_nbytes], from float32 [R, row_len] with exactly what the NumPy specification gives. Only for
     types without a search: importance and effort change nothing. A search is called by the type's ``encode_rows``.
@@ -21,11 +22,15 @@ import gc
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
 from functools import cache
 from types import ModuleType
+from typing import Final
 
-__all__ = ["exists", "find", "narrower"]
+__all__ = ["OUTPUTS", "exists", "find"]
+
+OUTPUTS: Final = {"float32": "float32", "float16": "uint16", "bfloat16": "int16"}
+"""Dtypes that kernels decode to, and how they are handed over: Numba knows no 16-bit floats on the CPU, so the dtype of the
+bits tells which they are."""
 
 
 def exists(name: str, *, cuda: bool = False) -> bool:
@@ -34,15 +39,6 @@ def exists(name: str, *, cuda: bool = False) -> bool:
     if cuda and importlib.util.find_spec(package) is None:
         return False
     return importlib.util.find_spec(f"{package}.{name.lower()}") is not None
-
-
-@cache
-def narrower(name: str) -> Callable[..., None] | None:
-    """Return the kernel that fills uint16 [n] with the ``float16`` or ``bfloat16`` bits of float32 [n], or ``None``."""
-    if name not in ("float16", "bfloat16"):
-        return None
-    kernel: Callable[..., None] = getattr(importlib.import_module(f"{__name__}._narrow"), f"to_{name}")
-    return kernel
 
 
 @cache
