@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import stat
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +50,7 @@ _REFUSED: Final[Mapping[str, str]] = {
     "split.tensors.count": "it belongs to the split; ggufx split and merge-splits change it",
     "ggufx.dialect": "it says whose type ids the file has; ggufx retarget changes both",
 }
+_BACKUP: Final = struct.Struct("<QQQ")  # inode, bytes of the file, checksum of the header that follows
 _BOOLS: Final = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -216,16 +219,18 @@ def set_keys(edit: Edit, *, resume: bool = True, threads: int | None = None, pro
     if not edit.lines:
         return edit.path
     if edit.plan is not None:
+        mode = stat.S_IMODE(edit.path.stat().st_mode)
         execute.execute(
             edit.plan, overwrite=True, resume=resume, threads=threads, progress=progress, replace_source=True
         )
+        edit.path.chmod(mode)
         return edit.path
     backup = _backup_path(edit.path)
     try:
         with edit.path.open("rb+") as file:
             old = file.read(len(edit.header))
             with backup.open("wb") as copy:
-                copy.write(old + xxhash.xxh3_64_digest(old))
+                copy.write(_BACKUP.pack(*_identity(edit.path), xxhash.xxh3_64_intdigest(old)) + old)
                 copy.flush()
                 os.fsync(copy.fileno())
             _write_header(file.fileno(), edit.header)
@@ -240,12 +245,21 @@ def _recover(target: Path) -> None:
     backup = _backup_path(target)
     if not backup.is_file() or not target.is_file():
         return
-    old, check = backup.read_bytes()[:-8], backup.read_bytes()[-8:]
-    # A copy that is itself incomplete was never followed by a change.
-    if check == xxhash.xxh3_64_digest(old):
-        with target.open("rb+") as file:
-            _write_header(file.fileno(), old)
+    held = backup.read_bytes()
+    if len(held) > _BACKUP.size:
+        *identity, checksum = _BACKUP.unpack_from(held)
+        old = held[_BACKUP.size :]
+        # A copy that is itself incomplete was never followed by a change, and one of another file says nothing of this one.
+        if tuple(identity) == _identity(target) and checksum == xxhash.xxh3_64_intdigest(old):
+            with target.open("rb+") as file:
+                _write_header(file.fileno(), old)
     backup.unlink()
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Return what a change in place does not change: inode and length."""
+    status = path.stat()
+    return status.st_ino, status.st_size
 
 
 def _backup_path(path: Path) -> Path:

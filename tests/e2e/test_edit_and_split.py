@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,10 @@ def test_what_does_not_fit_is_written_anew(path: Path, cli: Cli) -> None:
     run = cli("set", path, "test.long=str:" + "x" * 1000, "--remove", "general.license", "--dry-run")
     assert "anew (dry run)" in run.out
     assert path.read_bytes() == before.raw
+    path.chmod(0o640)
     run = cli("set", path, "test.long=str:" + "x" * 1000, "--remove", "general.license")
     assert run.code == 0, run.err
+    assert path.stat().st_mode & 0o777 == 0o640
     after = Gguf(path)
     assert list(after.kv) == [key for key in before.kv if key != "general.license"] + ["test.long"]
     assert after.raw[after.data_offset :] == before.raw[before.data_offset :]
@@ -148,8 +151,18 @@ def test_a_cut_off_change_in_place_is_undone_by_the_next(path: Path, monkeypatch
     set_keys(plan_edit(path, {"deepseek4.context_length": Value.u32(65536)}))  # the old value: nothing changes
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
-    # A backup that is itself torn was followed by no change.
-    path.with_name("m.gguf.header").write_bytes(before[:1000] + xxhash.xxh3_64_digest(before[:900]))
+    # A backup that is itself torn was followed by no change; one of another file that had the name says nothing.
+    backup = path.with_name("m.gguf.header")
+    identity = (path.stat().st_ino, path.stat().st_size)
+    for head in (
+        (*identity, xxhash.xxh3_64_intdigest(bytes(900))),
+        (identity[0] + 1, identity[1], xxhash.xxh3_64_intdigest(bytes(1000))),
+        (identity[0], identity[1] + 32, xxhash.xxh3_64_intdigest(bytes(1000))),
+    ):
+        backup.write_bytes(struct.pack("<QQQ", *head) + bytes(1000))
+        plan_edit(path, change)
+        assert path.read_bytes() == before
+        assert not backup.exists()
     set_keys(plan_edit(path, change))
     assert Gguf(path).kv["deepseek4.context_length"] == (4, 4096)
 
