@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ggufx import companions, execute, plan
-from ggufx.architectures.deepseek_v4 import CHAT_TEMPLATE, FP8_TILE
+from ggufx.architectures.deepseek_v4 import CHAT_TEMPLATE
 from ggufx.architectures.deepseek_v4_file import DeepSeekV4File, Member
 from ggufx.checkpoint import INDEX_NAME, SourceTensor
 from ggufx.errors import PlanError
@@ -29,6 +29,8 @@ __all__ = ["export", "plan_export"]
 # The order inside the official shards, and of the safetensors library.
 _DTYPE_ORDER: Final = ("I64", "F32", "BF16", "F16", "F8_E8M0", "F8_E4M3", "I8")
 _FP8, _FP4 = "F8_E4M3_B128", "MXFP4"
+FP8_TILE: Final = 128
+"""Rows and columns that share a scale in the official checkpoints."""
 
 
 def plan_export(file: File, outfile: str | Path) -> Plan:
