@@ -216,6 +216,11 @@ class Codec(ABC):
         return self._own and self.can_decode and kernels.exists(self.name, cuda=True)
 
     @property
+    def searches(self) -> bool:
+        """Whether effort, objective and importance may change what :meth:`encode` gives."""
+        return self.can_encode and self.layout.block_len > 1 and "encode" not in self._kernels
+
+    @property
     def _own(self) -> bool:
         return type(self).__module__.startswith("ggufx.")
 
