@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import kernels
-from ggufx.errors import CodecError, UnsupportedType
+from ggufx.errors import CodecError, NonFiniteError, UnsupportedType
 
 __all__ = ["Codec", "Effort", "ImportanceWarning", "Layout", "Objective", "Search"]
 
@@ -531,10 +531,7 @@ class Codec(ABC):
             values.flags.writeable = False
         if not np.isfinite(values).all():
             row, column = (int(n) for n in np.argwhere(~np.isfinite(values))[0])
-            raise CodecError(
-                f"found {values[row, column]} at row {first_row + row}, column {column}: {self.name} encodes finite "
-                "values only"
-            )
+            raise NonFiniteError(first_row + row, column, values[row, column], self.name)
         return values
 
     @staticmethod
