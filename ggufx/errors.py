@@ -13,6 +13,7 @@ __all__ = [
     "ContainerError",
     "DiskError",
     "GGUFError",
+    "MissingExtra",
     "OutputExists",
     "PlanError",
     "PluginError",
@@ -61,6 +62,10 @@ class UnknownDialect(GGUFError):
 
 class AmbiguousDialect(GGUFError):
     """Several dialects explain the file and give its type ids different meanings."""
+
+
+class MissingExtra(GGUFError, ImportError):
+    """A module needs a package that is not installed; names the extra of ggufx that brings it."""
 
 
 class PluginError(GGUFError):

@@ -6,7 +6,9 @@ A type is one file with one subclass of :class:`Codec`. It writes the NumPy spec
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 import warnings
 from abc import ABC
 from collections.abc import Callable, Mapping
@@ -219,6 +221,11 @@ class Codec(ABC):
         return self._own and self.can_decode and kernels.exists(self.name, cuda=True)
 
     @property
+    def has_torch(self) -> bool:
+        """Whether plain torch decodes the type, on any device of torch's; asking does not load torch."""
+        return self._own and self.can_decode and kernels.exists(self.name, torch=True)
+
+    @property
     def _own(self) -> bool:
         return type(self).__module__.startswith("ggufx.")
 
@@ -340,7 +347,8 @@ class Codec(ABC):
         ----------
         values
             Real array [..., row_len]. Must be finite. Converted to float32 first, except for integer types and float64,
-            which take the numbers as they are.
+            which take the numbers as they are. A torch tensor gives a torch tensor on the same device: see
+            :func:`ggufx.torch.encode`.
         importance
             Non-negative weights [row_len] of the columns (a row of an importance matrix). Types without a search ignore
             them. Blocks of columns whose weights are all zero get the mean weight, with an :class:`ImportanceWarning`.
@@ -366,6 +374,21 @@ class Codec(ABC):
         UnsupportedType
             The type has no encoder.
         """
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(values, torch.Tensor):
+            # Found by name, as kernels are: this package must not import what is above it, nor torch.
+            on_device = importlib.import_module("ggufx.torch").encode
+            packed: U8 = on_device(
+                values,
+                self,
+                importance,
+                effort=effort,
+                objective=objective,
+                out=out,
+                threads=threads,
+                use_kernel=use_kernel,
+            )
+            return packed
         array = np.asarray(values)
         if array.ndim == 0:
             raise CodecError("a row has at least one axis; got a scalar")
@@ -530,11 +553,11 @@ class Codec(ABC):
             values.flags.writeable = False
         if not np.isfinite(values).all():
             row, column = (int(n) for n in np.argwhere(~np.isfinite(values))[0])
-            raise CodecError(
-                f"found {values[row, column]} at row {first_row + row}, column {column}: {self.name} encodes finite "
-                "values only"
-            )
+            raise self._not_finite(values[row, column], first_row + row, column)
         return values
+
+    def _not_finite(self, value: object, row: int, column: int) -> CodecError:
+        return CodecError(f"found {value} at row {row}, column {column}: {self.name} encodes finite values only")
 
     @staticmethod
     def _in_chunks(work: Callable[[int, int], None], n_rows: int, row_cost: int, threads: int | None) -> None:
