@@ -1,8 +1,8 @@
 """Numba kernels, one module per quant type, found by the type's name in lower case; their twins are in sub-packages.
 
-``ggufx.kernels.cuda`` has Triton kernels under the same names, ``ggufx.kernels.torch`` decoders in plain torch; each says in its
-docstring what a module of it defines. A kernel module for the CPU may define, all over C-contiguous arrays (``rows`` read-only
-uint8 [R, row_nbytes]):
+``ggufx.kernels.cuda`` has Triton kernels under the same names, ``ggufx.kernels.torch`` decoders in plain torch; each says in
+its docstring what a module of it defines. A kernel module for the CPU may define, all over C-contiguous arrays (``rows``
+read-only uint8 [R, row_nbytes]):
 
 ``decode(rows, out, block_len)``
     Fill ``out``, float32 [R, row_len], with exactly what the type's NumPy specification gives.

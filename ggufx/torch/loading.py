@@ -177,10 +177,9 @@ def _fill_in_place(
     pieces: Iterable[_Piece], targets: Sequence[torch.Tensor], pool: ThreadPoolExecutor, told: Callable[[int], None]
 ) -> None:
     """Read to where the bytes stay: tensors of the CPU."""
-    arrays = [target.numpy() for target in targets]
     waiting: deque[tuple[int, Future[None]]] = deque()
     for piece in pieces:
-        part = arrays[piece.target][piece.at : piece.at + piece.nbytes]
+        part = targets[piece.target][piece.at : piece.at + piece.nbytes].numpy()
         waiting.append((piece.nbytes, pool.submit(_read, piece, part)))
         if len(waiting) > 4 * _BUFFERS:
             nbytes, done = waiting.popleft()

@@ -199,8 +199,14 @@ def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (packed,) = ctx.saved_tensors
     grad_x = _linear_grad(grad, packed, ctx.type) if ctx.needs_input_grad[0] else None
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
-    return grad_x, None, None, grad_bias
+    return grad_x, None, None, _bias_grad(ctx, grad, 3)
+
+
+def _bias_grad(ctx: Any, grad: Tensor, position: int) -> Tensor | None:
+    # The dispatcher drops arguments that have their default: without a bias there may be no such input.
+    if len(ctx.needs_input_grad) <= position or not ctx.needs_input_grad[position]:
+        return None
+    return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
 linear.register_autograd(_linear_backward, setup_context=_keep_weight)
@@ -290,8 +296,7 @@ def _linear_planes_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_x = None
     if ctx.needs_input_grad[0]:
         grad_x = _linear_planes_grad(grad, list(ctx.saved_tensors), ctx.type, ctx.in_features)
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[4] else None
-    return grad_x, [None] * ctx.n_planes, None, None, grad_bias
+    return grad_x, [None] * ctx.n_planes, None, None, _bias_grad(ctx, grad, 4)
 
 
 linear_planes.register_autograd(_linear_planes_backward, setup_context=_keep_planes)
