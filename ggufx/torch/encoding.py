@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -118,14 +119,19 @@ def encode(
             part = flat[start : start + step].to(torch.float32).contiguous()
             module.encode(codec.name, part, prepared, target[start : start + step], objective=objective)
         return out
-    step = max(1, _CHUNK_LEN // row_len)
+    _encode_by_cpu(codec, flat, target, weights, search)
+    return out
+
+
+def _encode_by_cpu(codec: Codec, flat: Tensor, target: Tensor, weights: Any, search: Mapping[str, Any]) -> None:
+    """Fill ``target`` with what the CPU's encoder makes of ``flat``, both of another device, a few rows at a time."""
+    step = max(1, _CHUNK_LEN // flat.shape[1])
     with warnings.catch_warnings():
         for start in range(0, flat.shape[0], step):
             part = _plain(flat[start : start + step].cpu())
             target[start : start + step].copy_(torch.from_numpy(codec.encode(as_numpy(part), weights, **search)))
             # Said once, not for every piece.
             warnings.simplefilter("ignore", ImportanceWarning)
-    return out
 
 
 def _plain(values: Tensor) -> Tensor:
