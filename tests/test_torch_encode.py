@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
@@ -72,7 +71,7 @@ def test_errors_are_those_of_arrays() -> None:
         with pytest.raises((CodecError, UnsupportedType)) as found:
             codec.encode(values, importance)
         assert (found.type, str(found.value)) == (expected.type, str(expected.value))
-    with pytest.raises(CodecError, match="real numbers, got torch.complex64"):
+    with pytest.raises(CodecError, match=r"real numbers, got torch\.complex64"):
         gt.encode(torch.zeros(32, dtype=torch.complex64), "Q8_0")
     with pytest.raises(CodecError, match="effort 'best'"):
         gt.encode(torch.zeros(32), "Q8_0", effort="best")  # type: ignore[arg-type]
@@ -93,7 +92,7 @@ def test_what_another_device_sends_through_the_cpu_is_the_same(monkeypatch: pyte
 
 
 @pytest.fixture
-def device_encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[object, ...]]]:
+def device_encoder(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     """An encoder under the CUDA one's name where Triton's interpreter would run; tells how it was called."""
     calls: list[tuple[object, ...]] = []
     module = ModuleType("encode")
@@ -112,7 +111,7 @@ def device_encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[objec
     monkeypatch.setattr(kernels, "find", lambda name, **way: module if name == "encode" else find(name, **way))
     monkeypatch.setattr(encoding, "_CHUNK_LEN", 4 * 256)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    yield calls
+    return calls
 
 
 def test_a_device_encoder_runs_where_there_is_one(device_encoder: list[tuple[object, ...]]) -> None:

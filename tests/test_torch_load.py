@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +151,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
 
 def assert_disjoint(reads: Iterable[tuple[str, int, int]]) -> None:
     ordered = sorted(reads)
-    for (path, offset, nbytes), (other, start, _) in zip(ordered, ordered[1:], strict=False):
+    for (path, offset, nbytes), (other, start, _) in pairwise(ordered):
         assert path != other or offset + nbytes <= start
 
 

@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_refused() -> None:
         gt.linear(torch.ones((2, 64), dtype=torch.int32), w)
     with pytest.raises(CodecError, match="linear takes a matrix"):
         gt.linear(activations(2, 64), weight("Q4_0", 2, 2, 64))
-    with pytest.raises(CodecError, match="must be torch.uint8"):
+    with pytest.raises(CodecError, match=r"must be torch\.uint8"):
         torch.ops.ggufx.dequantize(torch.zeros(18), "Q4_0", torch.float32)
     with pytest.raises(CodecError, match="17 bytes"):
         torch.ops.ggufx.dequantize(torch.zeros(17, dtype=torch.uint8), "Q4_0", torch.float32)
