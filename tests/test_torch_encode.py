@@ -97,15 +97,15 @@ def device_encoder(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     calls: list[tuple[object, ...]] = []
     module = ModuleType("encode")
 
-    def encode(name: str, values: Tensor, importance: Tensor | None, out: Tensor, objective: str = "reference") -> None:
+    def encode(name: str, values: Tensor, importance: Tensor | None, out: Tensor, objective: str, effort: str) -> None:
         assert values.dtype == torch.float32
         assert values.is_contiguous()
         assert out.is_contiguous()
-        calls.append((name, tuple(values.shape), None if importance is None else importance.dtype, objective))
+        calls.append((name, tuple(values.shape), importance is not None, objective, effort))
         weights = None if importance is None else importance.numpy()
-        out.copy_(torch.from_numpy(types.get(name).encode(values.numpy(), weights, objective=objective)))
+        out.copy_(torch.from_numpy(types.get(name).encode(values.numpy(), weights, objective=objective, effort=effort)))
 
-    module.encode, module.SUPPORTED = encode, frozenset({"Q4_0", "Q8_0"})  # type: ignore[attr-defined]
+    module.__dict__.update(encode=encode, SUPPORTED=frozenset({"Q4_0", "Q5_0"}), REPRODUCES=frozenset({"Q4_0"}))
     exists, find = kernels.exists, kernels.find
     monkeypatch.setattr(kernels, "exists", lambda name, **way: name == "encode" or exists(name, **way))
     monkeypatch.setattr(kernels, "find", lambda name, **way: module if name == "encode" else find(name, **way))
@@ -118,12 +118,17 @@ def test_a_device_encoder_runs_where_there_is_one(device_encoder: list[tuple[obj
     values = torch.from_numpy(VALUES)
     packed = gt.encode(values.double(), "Q4_0", WEIGHTS, objective="mse")
     assert np.array_equal(packed.numpy(), types.get("Q4_0").encode(VALUES, WEIGHTS, objective="mse"))
-    assert device_encoder == [("Q4_0", (4, 256), torch.float32, "mse"), ("Q4_0", (2, 256), torch.float32, "mse")]
+    assert device_encoder == [("Q4_0", (4, 256), True, "mse", "normal"), ("Q4_0", (2, 256), True, "mse", "normal")]
     device_encoder.clear()
-    # The reference's bytes and longer searches are the CPU's; so are types without an encoder on the device.
-    gt.encode(values, "Q4_0", effort="reference")
+    packed = gt.encode(values, "Q4_0", effort="reference")
+    assert np.array_equal(packed.numpy(), types.get("Q4_0").encode(VALUES, effort="reference"))
+    assert device_encoder[0] == ("Q4_0", (4, 256), False, "reference", "reference")
+    device_encoder.clear()
+    # Longer searches are the CPU's; so are types without an encoder on the device.
     gt.encode(values, "Q4_0", effort="high")
     gt.encode(values, "F16")
+    with pytest.raises(UnsupportedType, match="does not promise"):
+        gt.encode(values, "Q5_0", effort="reference")
     assert not device_encoder
     gt.encode(values[:0], "Q4_0")
     assert not device_encoder

@@ -157,6 +157,32 @@ def test_a_compiled_model_takes_other_batches_and_gradients() -> None:
         torch.testing.assert_close(grad, torch.autograd.grad(layer(x * 2).square().sum(), x)[0])
 
 
+def test_functions_of_packed_tensors_compile_and_batches_stay_free() -> None:
+    w = weight("Q4_0", 16, 64)
+
+    def function(x: Tensor) -> Tensor:
+        return gt.linear(x, w) + w[:3].dequantize().sum()
+
+    x = activations(3, 64)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), function(x))
+    batch = {"x": {0: torch.export.Dim("batch", min=2)}}
+    exported = torch.export.export(gt.GGUFLinear(w), (x,), dynamic_shapes=batch)
+    torch.testing.assert_close(exported.module()(activations(7, 64)), gt.linear(activations(7, 64), w))
+
+
+@pytest.mark.parametrize("planes", [False, True])
+def test_autocast_casts_as_for_torchs_own_layers(planes: bool) -> None:
+    w, bias, x = weight("F8_E4M3_B128", 8, 128), activations(8), activations(3, 128)
+    w = w.with_planes() if planes else w
+    experts, ids = gt.GGUFExperts(weight("Q4_0", 4, 8, 128)), torch.tensor([[0], [1], [0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gt.linear(x, w, bias).dtype == gt.GGUFLinear(w, bias)(x).dtype == torch.bfloat16
+        assert experts(x, ids).dtype == torch.bfloat16
+        assert gt.linear(x.double(), w).dtype == torch.float64
+    assert gt.linear(x, w, bias).dtype == torch.float32
+
+
 # Gradients --------------------------------------------------------------------------------------------------------------
 
 
@@ -386,7 +412,8 @@ def test_experts_of_few_tokens_are_one_launch(fake_cuda: dict[str, list[str]]) -
     torch.testing.assert_close(gt.GGUFExperts(w)(activations(2, 64), ids), expected)
     assert fake_cuda["ways"] == ["experts"]
     gt.GGUFExperts(w)(activations(9, 64), ids.repeat(5, 1)[:9])
-    assert fake_cuda["ways"] == ["experts", "decode", "decode", "decode"]
+    # Expert 0 has nine tokens, the other two no more than a fused product takes.
+    assert fake_cuda["ways"] == ["experts", "decode", "fused", "fused"]
 
 
 def test_no_kernels_no_choice() -> None:

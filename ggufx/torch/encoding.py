@@ -21,16 +21,17 @@ __all__ = ["encode", "encodes_on"]
 _CHUNK_LEN: Final = 1 << 26
 """Values that are made float32 at a time on a device, or that go through the CPU: 256 MB."""
 
-_ON_DEVICE: Final = frozenset(("fast", "normal"))
-"""Efforts that the CUDA encoders reach: more, and the reference's bytes, are the CPU encoders'."""
-
 
 def encodes_on(codec: Codec, device: torch.device, effort: Effort = "normal") -> bool:
     """Return whether values on ``device`` are encoded there; otherwise they pass through the CPU."""
-    if effort not in _ON_DEVICE or not runs_cuda(device) or not kernels.exists("encode", cuda=True):
+    if not runs_cuda(device) or not kernels.exists("encode", cuda=True):
         return False
     module = kernels.find("encode", cuda=True)
-    return module is not None and codec.name in module.SUPPORTED
+    assert module is not None
+    if effort == "reference":
+        return codec.name in module.REPRODUCES
+    # A longer search than the device's is the CPU's.
+    return effort != "high" and codec.name in module.SUPPORTED
 
 
 def encode(
@@ -46,9 +47,10 @@ def encode(
 ) -> Tensor:
     """Encode a torch tensor; the packed bytes are on its device.
 
-    CUDA tensors of the types with a CUDA encoder are encoded there (efforts ``fast`` and ``normal``), others by the CPU's
-    encoders: their values go to the CPU and the bytes come back. Either way a row's bytes depend on that row alone, and are the
-    same every time; the two need not agree on them, only on the error within half a percent.
+    CUDA tensors of the types with a CUDA encoder are encoded there (efforts ``normal``, ``fast``, which is the same there, and
+    ``reference``, where it gives the C library's bytes there, too). Others go through the CPU's encoders, values there and bytes
+    back. Either way a row's bytes depend on that row alone, and are the same every time; device and CPU need not agree on
+    them, only on the error, within half a percent.
 
     Parameters
     ----------
@@ -114,10 +116,12 @@ def encode(
         prepared = None if checked is None else torch.from_numpy(np.array(checked)).to(values.device)
         module = kernels.find("encode", cuda=True)
         assert module is not None
+        device_effort = "reference" if effort == "reference" else "normal"
         step = max(1, _CHUNK_LEN // row_len)
         for start in range(0, flat.shape[0], step):
             part = flat[start : start + step].to(torch.float32).contiguous()
-            module.encode(codec.name, part, prepared, target[start : start + step], objective=objective)
+            rows = target[start : start + step]
+            module.encode(codec.name, part, prepared, rows, objective=objective, effort=device_effort)
         return out
     _encode_by_cpu(codec, flat, target, weights, search)
     return out

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ggufx import types
 from ggufx.errors import CodecError
 from ggufx.torch import ops
-from ggufx.torch.tensor import GGUFTensor
+from ggufx.torch.tensor import GGUFTensor, autocast, linear_of
 
 __all__ = ["GGUFEmbedding", "GGUFExperts", "GGUFLinear"]
 
@@ -115,11 +115,9 @@ class GGUFLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply: [..., in_features] -> [..., out_features]."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
         planes = self.planes
-        if planes is not None:
-            return ops.linear_planes(x, planes, self.type_name, self.out_features, bias)
-        return ops.linear(x, self.get_buffer("weight"), self.type_name, bias)
+        packed = self.get_buffer("weight") if planes is None else None
+        return linear_of(x, planes, packed, self.type_name, self.out_features, self.bias)
 
 
 class GGUFEmbedding(_Packed):
@@ -183,7 +181,7 @@ class GGUFExperts(_Packed):
 
     def forward(self, x: Tensor, expert_ids: Tensor) -> Tensor:
         """Multiply: ``x`` [T, in], or [T, K, in] for one row an expert, ``expert_ids`` integers [T, K] -> [T, K, out]."""
-        weight = self.get_buffer("weight")
+        weight, x = self.get_buffer("weight"), autocast(x)
         if x.ndim == expert_ids.ndim:
             return ops.experts(x, weight, expert_ids, self.type_name)
         if x.shape[:-1] != expert_ids.shape:

@@ -141,22 +141,21 @@ def linear(x: Tensor, packed: Tensor, type: str, bias: Tensor | None = None) -> 
     """
     codec = _codec(type, packed)
     _check_columns(codec, x, _row_len(codec, packed))
-    flat = x.reshape(-1, x.shape[-1])
-    if choose(codec.name, flat, packed.shape[0]) == "fused":
-        out = x.new_empty((flat.shape[0], packed.shape[0]))
-        fused = _cuda_verb(codec.name, "linear")
-        assert fused is not None
-        if out.numel():
-            fused(flat.contiguous(), packed.contiguous(), out)
-    else:
-        out = _multiply(codec, flat, packed)
+    out = _multiply(codec, x.reshape(-1, x.shape[-1]), packed)
     if bias is not None:
         out += bias
     return out.view(*x.shape[:-1], packed.shape[0])
 
 
-def _multiply(codec: Codec, x: Tensor, packed: Tensor) -> Tensor:
+def _multiply(codec: Codec, x: Tensor, packed: Tensor, way: str | None = None) -> Tensor:
+    """Return ``x`` [B, row_len] times ``packed`` uint8 [R, row_nbytes], [B, R]."""
     out = x.new_empty((x.shape[0], packed.shape[0]))
+    if (way or choose(codec.name, x, packed.shape[0])) == "fused":
+        fused = _cuda_verb(codec.name, "linear")
+        assert fused is not None
+        if out.numel():
+            fused(x.contiguous(), packed.contiguous(), out)
+        return out
     for rows, values in _decoded_tiles(codec, packed, x.dtype):
         if values.shape[0] == packed.shape[0]:
             torch.mm(x, values.T, out=out)
@@ -217,27 +216,17 @@ linear.register_autograd(_linear_backward, setup_context=_keep_weight)
 
 def split_planes(type_name: str, rows: Tensor) -> list[Tensor] | None:
     """Take codes and scales of rows uint8 [R, row_nbytes] apart; ``None`` for a type that has no such form."""
-    module = _planes_module(type_name, rows.device)
-    return None if module is None else list(module.split(rows))
+    module = kernels.find(type_name, torch=True)
+    split = getattr(module, "split", None)
+    return None if split is None else list(split(rows))
 
 
 def join_planes(type_name: str, planes: Sequence[Tensor]) -> Tensor:
     """Return the packed rows uint8 [R, row_nbytes] that :func:`split_planes` took apart."""
-    module = _planes_module(type_name, planes[0].device)
+    module = kernels.find(type_name, torch=True)
     assert module is not None
     rows: Tensor = module.join(*planes)
     return rows
-
-
-def _planes_module(type_name: str, device: torch.device) -> Any:
-    """Return the module with ``split`` and ``join``: the CUDA kernel's own, where it has both, or the plain one."""
-    for cuda in (True, False):
-        if cuda and not runs_cuda(device):
-            continue
-        module = kernels.find(type_name, cuda=cuda, torch=not cuda)
-        if hasattr(module, "split") and hasattr(module, "join"):
-            return module
-    return None
 
 
 @torch.library.custom_op("ggufx::linear_planes", mutates_args=())
@@ -250,22 +239,22 @@ def linear_planes(
     FP8, which costs some 3 % of error.
     """
     codec = types.get(type)
+    _check_columns(codec, x, planes[0].shape[-1])
     flat = x.reshape(-1, x.shape[-1])
     way = choose(codec.name, flat, out_features, planes=True)
     if way == "fp8":
         scaled = _cuda_verb("_scaled", "linear_fp8")
         assert scaled is not None
         out: Tensor = scaled(flat.contiguous(), tuple(planes)).to(x.dtype)
-    elif way == "fused":
+    elif way == "fused" and planes[0].data_ptr() % 16 == 0:
         fused = _cuda_verb(codec.name, "linear")
         assert fused is not None
         out = x.new_empty((flat.shape[0], out_features))
         if out.numel():
-            fused(flat.contiguous(), None, out, planes=tuple(planes))
+            # Of the rows it takes the device alone: aligned planes are read instead.
+            fused(flat.contiguous(), planes[0], out, planes=tuple(planes))
     else:
-        packed = join_planes(type, planes)
-        _check_columns(codec, x, _row_len(codec, packed))
-        out = _multiply(codec, flat, packed)
+        out = _multiply(codec, flat, join_planes(type, planes), "workspace")
     if bias is not None:
         out = out + bias
     return out.view(*x.shape[:-1], out_features)
@@ -327,7 +316,7 @@ def experts(x: Tensor, packed: Tensor, expert_ids: Tensor, type: str) -> Tensor:
     Raises
     ------
     IndexError
-        An expert id is not below E.
+        An expert id is not below E. The fused kernel does not look: that would wait for the device.
     CodecError
         Lengths or dtypes do not fit.
     """

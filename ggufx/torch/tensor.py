@@ -15,7 +15,7 @@ from ggufx.torch import ops
 from ggufx.torch.decoding import dtype_of
 from ggufx.types import Codec
 
-__all__ = ["GGUFTensor", "linear"]
+__all__ = ["GGUFTensor", "autocast", "linear", "linear_of"]
 
 Index: TypeAlias = int | slice | EllipsisType | list[int] | Tensor
 
@@ -215,6 +215,8 @@ def linear(x: Tensor, w: GGUFTensor, bias: Tensor | None = None) -> Tensor:
     workspace and torch's matmul; a tensor in planes through FP8 where that is faster (see :func:`ggufx.torch.ops.choose`).
     Gradients reach ``x`` and ``bias``; the weight is frozen.
 
+    Under autocast ``x`` is cast as for torch's own linear.
+
     Raises
     ------
     CodecError
@@ -222,6 +224,24 @@ def linear(x: Tensor, w: GGUFTensor, bias: Tensor | None = None) -> Tensor:
     """
     if w.ndim != 2:
         raise CodecError(f"linear takes a matrix, {w!r} has {w.ndim} axes")
-    if w.planes is not None:
-        return ops.linear_planes(x, list(w.planes), w.type, w.shape[0], bias)
-    return ops.linear(x, w.packed, w.type, bias)
+    return linear_of(x, w.planes, None if w.planes is not None else w.packed, w.type, w.shape[0], bias)
+
+
+def linear_of(
+    x: Tensor, planes: Sequence[Tensor] | None, packed: Tensor | None, type: str, out_features: int, bias: Tensor | None
+) -> Tensor:
+    """Multiply by planes or packed rows, whichever is given; see :func:`linear`."""
+    x = autocast(x)
+    bias = None if bias is None else bias.to(x.dtype)
+    if packed is not None:
+        return ops.linear(x, packed, type, bias)
+    assert planes is not None
+    return ops.linear_planes(x, list(planes), type, out_features, bias)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Return activations in the dtype that torch.autocast asks for, where it is on."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))

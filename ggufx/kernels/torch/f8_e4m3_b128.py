@@ -33,7 +33,7 @@ def decode(block: Fields, header: Fields) -> Tensor:
 
 def split(rows: Tensor) -> tuple[Tensor, Tensor]:
     blocks = rows.unflatten(-1, (-1, 129))
-    return blocks[..., 1:].flatten(-2), blocks[..., 0].contiguous()
+    return blocks[..., 1:].flatten(-2).contiguous(), blocks[..., 0].contiguous()
 
 
 def join(codes: Tensor, scales: Tensor) -> Tensor:
