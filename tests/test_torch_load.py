@@ -139,13 +139,19 @@ def test_the_lazy_mapping_reads_on_access_and_once_while_alive(model: Path, monk
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     """Return the list that every read is added to as (path, offset, bytes)."""
     reads: list[tuple[str, int, int]] = []
-    read_into = execute.read_into
+    read_into, read_strided = execute.read_into, execute.read_strided
 
     def recording(path: str, offset: int, buffer: np.ndarray) -> None:
         reads.append((path, offset, buffer.nbytes))
         read_into(path, offset, buffer)
 
+    def recording_spans(path: str, offset: int, stride: int, spans: list[tuple[int, int]], buffer: np.ndarray) -> None:
+        for unit in range(buffer.nbytes // sum(nbytes for _, nbytes in spans)):
+            reads.extend((path, offset + unit * stride + start, nbytes) for start, nbytes in spans)
+        read_strided(path, offset, stride, spans, buffer)
+
     monkeypatch.setattr(execute, "read_into", recording)
+    monkeypatch.setattr(execute, "read_strided", recording_spans)
     return reads
 
 
@@ -194,6 +200,15 @@ def test_a_file_that_ends_early_is_an_error_that_says_so(tmp_path: Path, staged:
             stream.truncate(path.stat().st_size - 100)
         with pytest.raises(CheckpointError, match="ends at byte"):
             f.load()
+
+
+def test_cut_rows_that_end_early_are_an_error_that_says_so(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "cut.gguf", {"a": ("F32", (4, 10_000))})
+    with gt.open(path, shard=(1, 2), dim=1) as f:
+        with path.open("r+b") as stream:
+            stream.truncate(path.stat().st_size - 100)
+        with pytest.raises(CheckpointError, match="ends at byte"):
+            f["a"]
 
 
 def test_a_split_file_is_one(tmp_path: Path, staged: bool) -> None:

@@ -48,8 +48,8 @@ def encode(
     """Encode a torch tensor; the packed bytes are on its device.
 
     CUDA tensors of the types with a CUDA encoder are encoded there (efforts ``normal``, ``fast``, which is the same there, and
-    ``reference``, where it gives the C library's bytes there, too). Others go through the CPU's encoders, values there and bytes
-    back. Either way a row's bytes depend on that row alone, and are the same every time; device and CPU need not agree on
+    ``reference``, where it gives the C library's bytes there, too). Others go through the CPU's encoders, values there and
+    bytes back. Either way a row's bytes depend on that row alone, and are the same every time; device and CPU need not agree on
     them, only on the error, within half a percent.
 
     Parameters

@@ -163,11 +163,7 @@ def _read(piece: _Piece, out: npt.NDArray[np.uint8]) -> None:
             parts[:, column : column + nbytes] = rows[:, offset : offset + nbytes]
             column += nbytes
         return
-    for unit, part in enumerate(parts):
-        column = 0
-        for offset, nbytes in piece.spans:
-            execute.read_into(piece.path, piece.offset + unit * piece.stride + offset, part[column : column + nbytes])
-            column += nbytes
+    execute.read_strided(piece.path, piece.offset, piece.stride, piece.spans, out)
 
 
 # Where to ---------------------------------------------------------------------------------------------------------------
