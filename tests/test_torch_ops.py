@@ -282,8 +282,22 @@ def test_an_embedding_gives_the_rows() -> None:
     w = weight("Q6_K", 50, 256)
     ids = torch.tensor([[3, 49], [0, 3]])
     assert torch.equal(gt.GGUFEmbedding(w)(ids), w.dequantize()[ids])
+    assert gt.GGUFEmbedding(w)(ids[:0]).shape == (0, 2, 256)
+    with pytest.raises(IndexError):
+        gt.GGUFEmbedding(w)(torch.tensor([50]))
     assert gt.GGUFEmbedding(w, dtype=torch.bfloat16)(ids).dtype == torch.bfloat16
     assert gt.GGUFEmbedding(weight("Q6_K", 50, 256, dtype=torch.float16))(ids).dtype == torch.float16
+
+
+def test_modules_without_memory_tell_shapes() -> None:
+    x, ids = torch.empty((3, 128), device="meta"), torch.zeros((3, 2), dtype=torch.int64, device="meta")
+    linear = gt.GGUFLinear.empty(128, 16, "Q4_0", bias=True, device="meta")
+    assert linear(x).shape == (3, 16)
+    assert gt.GGUFEmbedding.empty(10, 64, "Q4_0", device="meta", dtype=torch.bfloat16)(ids).shape == (3, 2, 64)
+    assert gt.GGUFExperts.empty(4, 128, 8, "Q4_0", device="meta")(x, ids).shape == (3, 2, 8)
+    real = gt.GGUFLinear(weight("Q4_0", 16, 128), torch.zeros(16))
+    linear.load_state_dict(real.state_dict(), assign=True)
+    assert torch.equal(linear(activations(1, 128)), real(activations(1, 128)))
 
 
 # State ------------------------------------------------------------------------------------------------------------------

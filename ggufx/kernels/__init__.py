@@ -34,6 +34,7 @@ def _module_name(name: str, cuda: bool, torch: bool) -> str:
     return ".".join([__name__, *(["cuda"] if cuda else []), *(["torch"] if torch else []), name.lower()])
 
 
+@cache
 def exists(name: str, *, cuda: bool = False, torch: bool = False) -> bool:
     """Return whether type ``name`` has a kernel module, for the CPU, for CUDA, or in plain torch, without importing it."""
     module = _module_name(name, cuda, torch)

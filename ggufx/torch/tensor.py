@@ -242,6 +242,7 @@ def linear_of(
 def autocast(x: Tensor) -> Tensor:
     """Return activations in the dtype that torch.autocast asks for, where it is on."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    # Devices without autocast, such as meta, refuse to be asked whether it is on.
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device))
