@@ -379,12 +379,14 @@ class TorchFile(Mapping[str, GGUFTensor]):
                 elif chosen:
                     _fill_in_place(pieces, targets, pool, told)
         fresh = {}
-        for name, packed in zip(order, targets, strict=True):
+        for number, name in enumerate(order):
+            # Planes take the place of packed bytes one tensor at a time: a device need not hold both of all.
+            packed, targets[number] = targets[number], torch.empty(0)
             tensor = self.file[name]
             shape = cuts[name].shape
-            fresh[name] = GGUFTensor(packed, tensor.codec, shape, dtype=self._dtype, name=name, type=tensor.type)
-            if _of(self._planes, name, "planes"):
-                fresh[name] = fresh[name].with_planes()
+            loaded = GGUFTensor(packed, tensor.codec, shape, dtype=self._dtype, name=name, type=tensor.type)
+            fresh[name] = loaded.with_planes() if _of(self._planes, name, "planes") else loaded
+            del packed, loaded
         return fresh
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ and not taken for numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -34,14 +34,12 @@ class _Packed(nn.Module):
         self.type_name = weight.codec.name
         self.shape = weight.shape
         self.dtype = weight.dtype
-        self._plane_dtypes: tuple[torch.dtype, ...] | None = None
+        self.planes = weight.planes
         if weight.planes is None:
             self.register_buffer("weight", weight.packed)
         else:
-            # As bytes, whatever they are: module.to(torch.bfloat16) must not round scales.
-            self._plane_dtypes = tuple(plane.dtype for plane in weight.planes)
-            for number, plane in enumerate(weight.planes):
-                self.register_buffer(f"plane{number}", plane.contiguous().view(torch.uint8))
+            self.register_buffer("codes", weight.planes[0])
+            self.register_buffer("scales", weight.planes[1])
 
     @classmethod
     def _empty(cls, shape: Sequence[int], type: str, device: Any, dtype: torch.dtype | None) -> GGUFTensor:
@@ -49,32 +47,39 @@ class _Packed(nn.Module):
         packed = torch.zeros((*shape[:-1], codec.layout.row_nbytes(shape[-1])), dtype=torch.uint8, device=device)
         return GGUFTensor(packed, codec, tuple(shape), dtype=dtype)
 
-    @property
-    def planes(self) -> list[Tensor] | None:
-        """Codes and scales in tensors of their own, or ``None``."""
-        if self._plane_dtypes is None:
-            return None
-        return [getattr(self, f"plane{number}").view(dtype) for number, dtype in enumerate(self._plane_dtypes)]
+    def _renew_planes(self) -> None:
+        """Make the planes of the buffers, which may be others now, or elsewhere."""
+        if self.planes is not None:
+            parts = [self.get_buffer("codes"), self.get_buffer("scales")]
+            self.planes = tuple(ops.split_planes(self.type_name, ops.join_planes(self.type_name, parts)) or parts)
+            # Codes and scales are what the buffers hold: once is enough.
+            self.codes, self.scales = self.planes[:2]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move, as every module; ``fn`` may be a cast, which leaves integers alone."""
+        super()._apply(fn, recurse)
+        self._renew_planes()
+        return self
 
     def gguf(self) -> GGUFTensor:
         """Return the weight."""
-        planes = self.planes
-        packed = self.get_buffer("weight") if planes is None else None
-        return GGUFTensor(packed, types.get(self.type_name), self.shape, dtype=self.dtype, planes=planes)
+        packed = self.get_buffer("weight") if self.planes is None else None
+        return GGUFTensor(packed, types.get(self.type_name), self.shape, dtype=self.dtype, planes=self.planes)
 
     def get_extra_state(self) -> Tensor:
         """Return the type's name as bytes: a tensor, so that every format of state dicts can hold it."""
         return torch.tensor(list(self.type_name.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Any) -> None:
-        """Refuse the state of another type; raises CodecError."""
+        """Refuse the state of another type; raises CodecError. Called when the buffers have been filled."""
         name = bytes(torch.as_tensor(state).tolist()).decode()
         if name != self.type_name:
             raise CodecError(f"the state is of type {name}, the module of type {self.type_name}")
+        self._renew_planes()
 
     def extra_repr(self) -> str:
         """Return type and shape for ``print(module)``."""
-        return f"{self.type_name}{list(self.shape)}" + ("" if self._plane_dtypes is None else ", planes")
+        return f"{self.type_name}{list(self.shape)}" + ("" if self.planes is None else ", planes")
 
 
 class GGUFLinear(_Packed):
@@ -115,9 +120,8 @@ class GGUFLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply: [..., in_features] -> [..., out_features]."""
-        planes = self.planes
-        packed = self.get_buffer("weight") if planes is None else None
-        return linear_of(x, planes, packed, self.type_name, self.out_features, self.bias)
+        packed = self.get_buffer("weight") if self.planes is None else None
+        return linear_of(x, self.planes, packed, self.type_name, self.out_features, self.bias)
 
 
 class GGUFEmbedding(_Packed):

@@ -51,9 +51,9 @@ def choose(type_name: str, x: Tensor, out_features: int, *, planes: bool = False
     able = {"workspace"}
     if x.shape[0] <= FUSED_BATCH and _cuda_verb(type_name, "linear") is not None:
         able.add("fused")
-    if planes and x.device.type == "cuda" and x.dtype == torch.bfloat16:
-        hopper = torch.cuda.get_device_capability(x.device) >= (9, 0)
-        if hopper and _cuda_verb("_scaled", "linear_fp8") is not None:
+    if planes and x.dtype == torch.bfloat16:
+        supported = _cuda_verb("_scaled", "supported")
+        if supported is not None and supported(x.device):
             able.add("fp8")
     table = _cuda_verb("_thresholds", "choose")
     if table is not None:
@@ -215,9 +215,14 @@ linear.register_autograd(_linear_backward, setup_context=_keep_weight)
 
 
 def split_planes(type_name: str, rows: Tensor) -> list[Tensor] | None:
-    """Take codes and scales of rows uint8 [R, row_nbytes] apart; ``None`` for a type that has no such form."""
-    module = kernels.find(type_name, torch=True)
-    split = getattr(module, "split", None)
+    """Take codes and scales of rows uint8 [R, row_nbytes] apart; ``None`` for a type that has no such form.
+
+    The first two planes are codes and scales, uint8, the same on every device. What a CUDA kernel adds is made of them, belongs
+    to its device, and may have strides that a copy would lose: it is made anew, never moved or stored.
+    """
+    split = _cuda_verb(type_name, "split") if runs_cuda(rows.device) else None
+    if split is None:
+        split = getattr(kernels.find(type_name, torch=True), "split", None)
     return None if split is None else list(split(rows))
 
 
@@ -225,7 +230,7 @@ def join_planes(type_name: str, planes: Sequence[Tensor]) -> Tensor:
     """Return the packed rows uint8 [R, row_nbytes] that :func:`split_planes` took apart."""
     module = kernels.find(type_name, torch=True)
     assert module is not None
-    rows: Tensor = module.join(*planes)
+    rows: Tensor = module.join(planes[0], planes[1])
     return rows
 
 

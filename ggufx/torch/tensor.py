@@ -148,9 +148,12 @@ class GGUFTensor:
         target = self.device if device is None else torch.empty(0, device=device).device
         if target == self.device and dtype in (None, self._dtype):
             return self
-        parts = [part.to(target, non_blocking=non_blocking) for part in self._parts]
-        packed, planes = (parts[0], None) if self.planes is None else (None, parts)
-        return self._like(packed, self.shape, planes, dtype or self._dtype)
+        parts = [part.to(target, non_blocking=non_blocking) for part in self._parts[:2]]
+        if self.planes is None:
+            return self._like(parts[0], self.shape, None, dtype or self._dtype)
+        if target != self.device:
+            return self._like(None, self.shape, ops.split_planes(self.type, ops.join_planes(self.type, parts)), dtype)
+        return self._like(None, self.shape, self.planes, dtype)
 
     def __getitem__(self, index: Index | tuple[Index, ...]) -> GGUFTensor:
         """Return a slice along all axes but the last one, still packed: a view where torch gives one.
