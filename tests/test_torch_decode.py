@@ -23,6 +23,12 @@ NAMES = [codec.name for codec in CODECS]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests may have switched on for Triton must not decide how CPU tensors are decoded here."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 def decoded(
     codec: Codec, rows: np.ndarray, dtype: torch.dtype | None = None, way: str = "torch", device: str = "cpu"
 ) -> np.ndarray:

@@ -21,6 +21,12 @@ WEIGHTS = np.random.default_rng(5).random(256).astype(np.float32)
 TYPES = ["Q8_0", "F8_E4M3_B128", "Q4_0", "BF16", "F32"]
 
 
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests may have switched on for Triton must not decide how CPU tensors are decoded here."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 @pytest.mark.parametrize("name", TYPES)
 def test_a_tensor_gives_the_bytes_of_its_array(name: str) -> None:
     codec = types.get(name)

@@ -41,6 +41,12 @@ KNOWN = [name for name in SHAPES if name != "mystery"]
 MATRICES = ["q4_0", "ks", "f8"]
 
 
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests may have switched on for Triton must not decide how CPU tensors are decoded here."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 def write_gguf(path: Path, shapes: Shapes, *, real: bool = True, metadata: dict[str, Value] | None = None) -> Path:
     """Write tensors of random bytes; without ``real`` the data is a hole, which reads as zeros."""
     directory, offset = [], 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +24,12 @@ from ggufx.torch import ops
 
 TYPES = ["Q4_0", "Q6_K", "IQ2_KS", "MXFP4", "F8_E4M3_B128", "BF16"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests may have switched on for Triton must not decide how CPU tensors are decoded here."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 def weight(type_name: str, *shape: int, seed: int = 0, dtype: torch.dtype | None = None) -> gt.GGUFTensor:
@@ -384,6 +391,22 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[str]]]
         w = torch.from_numpy(types.get(type_name).decode(rows.numpy()))
         out.copy_(torch.einsum("tc,tkrc->tkr", x, w[ids.long()]))
 
+    def split(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        codes, scales = plain.split(rows)
+        # Column-major: a copy that loses the strides would be of no use to the kernel.
+        return codes, scales, torch.exp2(scales.float() - 127).t().contiguous().t()
+
+    def linear_of_planes(x: Tensor, rows: Tensor, out: Tensor, *, planes: tuple[Tensor, ...]) -> None:
+        called["ways"].append("planes")
+        codes, _, scales = planes
+        assert scales.dtype == torch.float32
+        assert scales.stride(0) == 1
+        weights = codes.view(torch.float8_e4m3fn).float() * scales.repeat_interleave(128, 1)
+        out.copy_(x @ weights.to(x.dtype).T)
+
+    plain = kernels.find("F8_E4M3_B128", torch=True)
+    assert plain is not None
+    module("f8_e4m3_b128", linear=linear_of_planes, split=split)
     module("q4_0", decode=decode, linear=linear)
     module("experts", linear=experts)
     module("_thresholds", choose=lambda type_name, batch, rows, columns: called["table"][0])
@@ -428,6 +451,22 @@ def test_experts_of_few_tokens_are_one_launch(fake_cuda: dict[str, list[str]]) -
     gt.GGUFExperts(w)(activations(9, 64), ids.repeat(5, 1)[:9])
     # Expert 0 has nine tokens, the other two no more than a fused product takes.
     assert fake_cuda["ways"] == ["experts", "decode", "fused", "fused"]
+
+
+def test_what_a_kernel_adds_to_planes_is_neither_cast_nor_stored(fake_cuda: dict[str, list[str]]) -> None:
+    w, x = weight("F8_E4M3_B128", 16, 256), activations(2, 256)
+    expected = x @ torch.from_numpy(w.codec.decode(w.packed.numpy())).T
+    layer = gt.GGUFLinear(w.with_planes())
+    other = gt.GGUFLinear(weight("F8_E4M3_B128", 16, 256, seed=9).with_planes())
+    other.load_state_dict(layer.state_dict())
+    assert set(layer.state_dict()) == {"codes", "scales", "_extra_state"}
+    for module in (layer, other, layer.to(torch.bfloat16), deepcopy(layer)):
+        torch.testing.assert_close(module(x), expected, rtol=1e-3, atol=1e-3)
+    assert fake_cuda["ways"] == ["planes"] * 4
+    moved = w.with_planes().to("meta").planes
+    assert moved is not None
+    assert len(moved) == 2
+    assert w.with_planes().to(torch.float16).planes[2].stride(0) == 1  # type: ignore[index]
 
 
 def test_no_kernels_no_choice() -> None:
