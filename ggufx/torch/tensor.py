@@ -162,9 +162,9 @@ class GGUFTensor:
         """
         parts = index if isinstance(index, tuple) else (index,)
         outer = max(0, self.ndim - 1)
-        taken = sum(part is not Ellipsis for part in parts)
-        # An ellipsis that ends the index stands for the row, too; one before the end would place an index on the row.
-        if taken > outer or (Ellipsis in [p for p in parts if p is Ellipsis] and parts[-1] is not Ellipsis):
+        named = sum(part is not Ellipsis for part in parts)
+        # An ellipsis at the end stands for the row, too; what follows an earlier one would name the row.
+        if named > outer or any(part is Ellipsis for part in parts[:-1]):
             raise IndexError(
                 f"a packed tensor of {self.ndim} axes is cut along the first {outer} only, got {len(parts)} indices; "
                 "dequantize() first to cut rows"

@@ -374,8 +374,7 @@ class Codec(ABC):
         UnsupportedType
             The type has no encoder.
         """
-        torch = sys.modules.get("torch")
-        if torch is not None and isinstance(values, torch.Tensor):
+        if isinstance(values, getattr(sys.modules.get("torch"), "Tensor", ())):
             # Found by name, as kernels are: this package must not import what is above it, nor torch.
             on_device = importlib.import_module("ggufx.torch").encode
             packed: U8 = on_device(
