@@ -199,8 +199,8 @@ def _fill_staged(
     for device, stream in streams.items():
         # The memory of the targets may be in use by what was launched before they were allocated.
         stream.wait_stream(torch.cuda.current_stream(device))
-    buffers = [torch.empty(limit, dtype=torch.uint8, pin_memory=bool(cuda)) for _ in range(_BUFFERS)]
-    free = deque(buffers)
+    free: deque[torch.Tensor] = deque()
+    made = 0
     reading: deque[tuple[_Piece, torch.Tensor, Future[None]]] = deque()
     copying: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
 
@@ -226,7 +226,11 @@ def _fill_staged(
 
     try:
         for piece in pieces:
-            if not free:
+            if not free and made < _BUFFERS:
+                # Pinning takes time: a small tensor alone gets a small buffer or two, not all.
+                free.append(torch.empty(limit, dtype=torch.uint8, pin_memory=bool(cuda)))
+                made += 1
+            elif not free:
                 # Two buffers are on their way to the device, the others are being read into.
                 while len(copying) < 2:
                     copy_oldest()
