@@ -438,7 +438,7 @@ def test_small_batches_are_fused_and_large_ones_are_not(fake_cuda: dict[str, lis
     assert fake_cuda["ways"] == ["decode"]
     # Nothing that the kernels do not write, and no type without one.
     gt.linear(activations(1, 64, dtype=torch.float64), w)
-    gt.linear(activations(1, 256), weight("Q4_K", 4, 256))
+    gt.linear(activations(1, 64), weight("Q5_1", 4, 64))
     assert fake_cuda["ways"] == ["decode", "decode"]
 
 
