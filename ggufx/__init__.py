@@ -17,7 +17,9 @@ from ggufx.version import __version__
 
 __all__ = ["File", "GGUFError", "Quality", "Tensor", "__version__", "open", "quality", "types"]
 
-_MODULES = frozenset({"convert", "diff", "imatrix", "inspect", "measure", "rewrite", "testing", "torch", "verify"})
+_MODULES = frozenset(
+    {"convert", "diff", "imatrix", "inspect", "measure", "quantize", "recipe", "rewrite", "testing", "torch", "verify"}
+)
 
 
 def __getattr__(name: str) -> ModuleType:

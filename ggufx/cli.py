@@ -39,10 +39,12 @@ from ggufx import diff as diff_module
 from ggufx import imatrix as imatrix_module
 from ggufx import inspect as inspect_module
 from ggufx import measure as measure_module
+from ggufx import quantize as quantize_module
+from ggufx import recipe as recipe_module
 from ggufx import rewrite as rewrite_module
 from ggufx import verify as verify_module
 from ggufx import warmup as warmup_module
-from ggufx.errors import GGUFError, PlanError
+from ggufx.errors import FallbackError, GGUFError, PlanError
 from ggufx.plan import Plan
 
 __all__ = ["app", "main"]
@@ -60,9 +62,11 @@ Target = StrEnum("Target", {name: name for name in dialects.DIALECTS})  # type: 
 Reading = StrEnum("Reading", {name: name for name in (*dialects.DIALECTS, dialects.OPAQUE)})  # type: ignore[misc]
 Dense = StrEnum("Dense", {name: name for name in convert_module.DENSE_TYPES})  # type: ignore[misc]
 
+ObjectiveChoice = StrEnum("ObjectiveChoice", {name: name for name in get_args(types.Objective)})  # type: ignore[misc]
 EffortChoice = StrEnum("EffortChoice", {name: name for name in get_args(types.Effort)})  # type: ignore[misc]
 
 _NORMAL = EffortChoice("normal")
+_REFERENCE = ObjectiveChoice("reference")
 _NISPARKS = Target("nisparks")
 _Q8_0 = Dense("q8_0")
 
@@ -214,15 +218,26 @@ def convert(
     _execute(plan, "convert", overwrite=overwrite, resume=resume, threads=threads)
 
 
-def _execute(plan: Plan, verb: str, *, overwrite: bool, resume: bool, threads: int | None) -> None:
+def _execute(
+    plan: Plan,
+    verb: str,
+    *,
+    overwrite: bool,
+    resume: bool,
+    threads: int | None,
+    tally: quantize_module.Tally | None = None,
+) -> None:
     start = time.monotonic()
     with _progress(verb) as progress:
         try:
-            paths = execute.execute(plan, overwrite=overwrite, resume=resume, threads=threads, progress=progress)
+            paths = execute.execute(
+                plan, overwrite=overwrite, resume=resume, threads=threads, progress=progress, observer=tally
+            )
         except _Stopped:
             raise _Stopped("what is done is kept, the same command goes on") from None
     seconds = time.monotonic() - start
-    _print_groups(inspect_module.summarise(plan.tensors, lambda t: t.type), "type")
+    groups = inspect_module.summarise(plan.tensors, lambda t: t.type) if tally is None else tally.by_type()
+    _print_groups(groups, "type")
     rate = f"{plan.nbytes / seconds / 1e9:.2f} GB/s" if seconds else ""
     for path in paths:
         _out.print(f"{path}", markup=False)
@@ -280,15 +295,24 @@ def _table(*columns: str) -> Table:
             "left out",
             "SQNR dB",
             "seconds",
+            "values",
+            "rows",
+            "min",
+            "mean",
+            "max",
         )
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True, overflow="ignore")
     return table
 
 
 def _print_groups(groups: dict[str, dict[str, Any]], label: str) -> None:
-    table = _table(label, "tensors", "weights", "bytes", "bpw")
+    measured = any(group.get("relative_rms") is not None for group in groups.values())
+    table = _table(label, "tensors", "weights", "bytes", "bpw", *(("relative rms",) if measured else ()))
     for name, group in groups.items():
-        numbers = (group["n_tensors"], group["n_weights"], group["nbytes"], f"{group['bits_per_weight']:.4f}")
+        numbers = [group["n_tensors"], group["n_weights"], group["nbytes"], f"{group['bits_per_weight']:.4f}"]
+        if measured:
+            error = group["relative_rms"]
+            numbers.append("" if error is None else f"{error:.5f}")
         table.add_row(_text(name), *map(str, numbers))
     _out.print(table)
 
@@ -463,6 +487,237 @@ def rewrite(
 
 
 @app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(help="A GGUF (any member of a split), or a checkpoint's directory.")],
+    default: Annotated[
+        str | None, typer.Argument(metavar="[TYPE]", help="Type of what no rule decides. Default: it keeps its bits.")
+    ] = None,
+    outfile: Annotated[Path | None, typer.Option(help="Output; may hold {ftype}. Needed but with --dry-run.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe file, or a shipped one (ggufx recipe list).")] = None,
+    custom_q: Annotated[
+        list[str] | None, typer.Option(help="Rules RE=TYPE,RE=TYPE before the recipe's; the first wins. Repeatable.")
+    ] = None,
+    tensor_type: Annotated[
+        list[str] | None, typer.Option(help="Rule RE=TYPE before those; the last wins. Repeatable.")
+    ] = None,
+    tensor_type_file: Annotated[Path | None, typer.Option(help="File of such rules, before --tensor-type.")] = None,
+    imatrix: Annotated[
+        str | None, typer.Option(help="Importance matrix (.gguf or .dat), or energy: the weights' own column energy.")
+    ] = None,
+    target: Annotated[
+        Target | None, typer.Option(help="Dialect to write. Default: the first that holds all types.")
+    ] = None,
+    effort: Annotated[EffortChoice, typer.Option(help="How long the encoders search.")] = _NORMAL,
+    objective: Annotated[
+        ObjectiveChoice, typer.Option(help="Error to minimise: with the reference's weights, or plain (mse).")
+    ] = _REFERENCE,
+    pure: Annotated[bool, typer.Option("--pure", help="TYPE for the embeddings and the head, too.")] = False,
+    output_tensor_type: Annotated[str | None, typer.Option(help="Type of output.weight.")] = None,
+    token_embedding_type: Annotated[str | None, typer.Option(help="Type of token_embd.weight.")] = None,
+    leave_output_tensor: Annotated[
+        bool, typer.Option("--leave-output-tensor", help="Leave output.weight as it is.")
+    ] = False,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Quantize tensors that are lossy already.")
+    ] = False,
+    no_fallback: Annotated[
+        bool, typer.Option("--no-fallback", help="A type that does not fit the rows is an error (exit code 3).")
+    ] = False,
+    split_max_size: Annotated[
+        str | None, typer.Option(help="Split into files of at most N(M|G) bytes of data.")
+    ] = None,
+    keep_split: Annotated[bool, typer.Option("--keep-split", help="Split as the source is.")] = False,
+    mtp: Annotated[
+        bool, typer.Option("--mtp", help="Of a checkpoint: the multi-token-prediction block's file.")
+    ] = False,
+    model_name: Annotated[str | None, typer.Option(help="Of a checkpoint: general.name.")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Of a checkpoint: leave these tensors out. Repeatable.")
+    ] = None,
+    dialect: DialectOption = None,
+    measure_errors: Annotated[bool, typer.Option("--measure", help="Report the relative error by type.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write everything that was done to a JSON file.")] = None,
+    threads: Threads = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output, at the end.")] = False,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a partial output.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print it as JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line per tensor.")] = False,
+) -> None:
+    """Quantize a GGUF or a checkpoint by a recipe, in one pass."""
+    if as_json and not dry_run:
+        raise PlanError("--json goes with --dry-run")
+    if outfile is None and not dry_run:
+        raise PlanError("--outfile is missing; --dry-run does without")
+    if split_max_size is not None and keep_split:
+        raise PlanError("--split-max-size and --keep-split exclude each other")
+    rules = _recipe(recipe, custom_q, tensor_type, tensor_type_file)
+    if not rules.rules and default is None and output_tensor_type is None and token_embedding_type is None:
+        raise PlanError("nothing to do: give a TYPE, a --recipe, --custom-q or --tensor-type")
+    prepared = quantize_module.prepare(
+        source,
+        recipe=rules,
+        default=default,
+        imatrix=imatrix,
+        target=None if target is None else target.value,
+        effort=effort.value,  # type: ignore[arg-type]
+        objective=objective.value,  # type: ignore[arg-type]
+        pure=pure,
+        output_type=output_tensor_type,
+        embedding_type=token_embedding_type,
+        leave_output=leave_output_tensor,
+        allow_requantize=allow_requantize,
+        fallback=not no_fallback,
+        keep_split=keep_split,
+        measure=measure_errors,
+        dialect=None if dialect is None else dialect.value,
+        mtp=mtp,
+        model_name=model_name,
+        skip=skip or (),
+    )
+    if prepared.errors:
+        _refuse(prepared, as_json=as_json)
+    if not as_json:
+        _print_findings(prepared.findings, _out if dry_run else _err)
+    plan = prepared.plan(outfile or _beside(source), split_max_nbytes=_parse_nbytes(split_max_size))
+    if dry_run:
+        if as_json:
+            _print_json(plan.to_json() | {"findings": [asdict(finding) for finding in prepared.findings]})
+        else:
+            _print_plan(plan, threads, verbose=verbose)
+        return
+    tally = quantize_module.Tally(prepared, plan, on_tensor=_print_line if verbose else None)
+    _execute(plan, "quantize", overwrite=overwrite, resume=resume, threads=threads, tally=tally)
+    for name, count in tally.dead_blocks.items():
+        _err.print(f"note: {_text(name)}: no importance at all in {count} blocks of columns; the mean was taken")
+    if report is not None:
+        report.write_text(json.dumps(tally.report(), indent=1) + "\n", encoding="utf-8")
+
+
+def _refuse(prepared: quantize_module.Quantization, *, as_json: bool) -> NoReturn:
+    """Tell everything that was found, and end: with 3 if it is only types that do not fit the rows."""
+    if as_json:
+        _print_json({"findings": [asdict(finding) for finding in prepared.findings]})
+    else:
+        _print_findings(prepared.findings, _err)
+    _err.print(f"nothing is written: {len(prepared.errors)} errors", style="red")
+    raise SystemExit(prepared.exit_code)
+
+
+def _print_line(line: str) -> None:
+    _out.print(_text(line))
+
+
+def _beside(source: Path) -> Path:
+    """Return where the output of a dry run would go that was given no name."""
+    return (source if source.is_dir() else source.parent) / "ggufx-dry-run.gguf"
+
+
+def _recipe(
+    recipe: str | None, custom_q: list[str] | None, tensor_type: list[str] | None, tensor_type_file: Path | None
+) -> recipe_module.Recipe:
+    """Put the sources of rules in order: --tensor-type, --tensor-type-file, --custom-q, the recipe."""
+    rules = recipe_module.Recipe.from_tensor_types(tensor_type or ())
+    if tensor_type_file is not None:
+        words = tensor_type_file.read_text(encoding="utf-8").split()
+        rules += recipe_module.Recipe.from_tensor_types(words, str(tensor_type_file))
+    for text in custom_q or ():
+        rules += recipe_module.Recipe.from_custom_q(text)
+    return rules if recipe is None else rules + recipe_module.load(recipe)
+
+
+def _print_findings(findings: list[recipe_module.Finding], console: Console) -> None:
+    for finding in findings:
+        style = {"error": "red", "warning": "yellow"}.get(finding.severity)
+        console.print(f"{finding.severity}: {_text(finding.message)}", style=style)
+
+
+recipe_app = typer.Typer(no_args_is_help=True, help="Recipes: list, show, check, convert, or read one off a file.")
+app.add_typer(recipe_app, name="recipe")
+
+
+@recipe_app.command("list")
+def recipe_list() -> None:
+    """List the recipes that come with ggufx."""
+    for name, text in recipe_module.shipped().items():
+        _out.print(f"{name}: {text.splitlines()[0].lstrip('# ')}", markup=False)
+
+
+Form = StrEnum("Form", {"recipe": "recipe", "custom-q": "custom-q", "tensor-type": "tensor-type"})
+_RECIPE_FORM = Form("recipe")
+
+
+@recipe_app.command("show")
+def recipe_show(
+    recipe: Annotated[str, typer.Argument(help="Recipe file or script, or a shipped recipe's name.")],
+    form: Annotated[Form, typer.Option("--as", help="Spelling to print.")] = _RECIPE_FORM,
+    target: Annotated[Target | None, typer.Option(help="Take the first alternative that this dialect holds.")] = None,
+) -> None:
+    """Print a recipe's rules: as a recipe, as ik_llama.cpp's --custom-q or as upstream's --tensor-type arguments."""
+    rules = recipe_module.load(recipe)
+    if target is not None:
+        rules = rules.narrowed({c.name: dialects.get(target.value).type_id(c) is not None for c in types.all_codecs()})
+    if form.value == "recipe":
+        sys.stdout.write(rules.text())
+    elif form.value == "custom-q":
+        sys.stdout.write(rules.custom_q() + "\n")
+    else:
+        sys.stdout.write("".join(f"{line}\n" for line in rules.tensor_types()))
+
+
+@recipe_app.command("lint")
+def recipe_lint(
+    recipe: Annotated[str, typer.Argument(help="Recipe file or script, or a shipped recipe's name.")],
+    source: Annotated[Path, typer.Argument(help="A GGUF, or a checkpoint's directory.")],
+    target: Annotated[
+        Target | None, typer.Option(help="Dialect to write. Default: the first that holds all types.")
+    ] = None,
+    imatrix: Annotated[str | None, typer.Option(help="Importance matrix, or energy.")] = None,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Quantize tensors that are lossy already.")
+    ] = False,
+    no_fallback: Annotated[bool, typer.Option("--no-fallback", help="A fallback is an error (exit code 3).")] = False,
+    dialect: DialectOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a recipe against a model: rules without effect, types that do not fit. Exit 0 without errors."""
+    prepared = quantize_module.prepare(
+        source,
+        recipe=recipe,
+        imatrix=imatrix,
+        target=None if target is None else target.value,
+        allow_requantize=allow_requantize,
+        fallback=not no_fallback,
+        dialect=None if dialect is None else dialect.value,
+    )
+    counts = {s: sum(f.severity == s for f in prepared.findings) for s in ("error", "warning", "note")}
+    if as_json:
+        _print_json({"target": prepared.dialect.name, **counts, "findings": [asdict(f) for f in prepared.findings]})
+    else:
+        _print_findings(prepared.findings, _out)
+        kept = sum(choice.kept for choice in prepared.choices)
+        _out.print(
+            f"target {prepared.dialect.name}: {len(prepared.choices) - kept} tensors change, {kept} stay; "
+            + ", ".join(f"{count} {severity}s" for severity, count in counts.items())
+        )
+    if prepared.errors:
+        raise typer.Exit(prepared.exit_code)
+
+
+@recipe_app.command("from-gguf")
+def recipe_from_gguf(
+    file: Annotated[Path, typer.Argument(help="A GGUF; any member of a split.")],
+    dialect: DialectOption = None,
+) -> None:
+    """Print the recipe of an existing file: rules that give each of its tensors the type it has."""
+    with ggufx.open(file, dialect=None if dialect is None else dialect.value) as opened:
+        rules = recipe_module.from_tensors((t.name, t.shape, t.type) for t in opened.tensors)
+        bits = opened.data_nbytes * 8 / max(1, sum(t.size for t in opened.tensors))
+        header = f"# {file.name}: {len(opened)} tensors, {opened.data_nbytes} bytes, {bits:.4f} bits per weight\n"
+    sys.stdout.write(header + rules.text())
+
+
+@app.command()
 def measure(
     file: Annotated[Path, typer.Argument(help="A GGUF to take tensors from.")],
     type_names: Annotated[str, typer.Option("--types", help="Types to compare, comma-separated: iq2_ks,q4_k,...")],
@@ -515,6 +770,65 @@ def measure(
         _out.print(table)
         for reason in dict.fromkeys(f"{item.type}: {item.note}" for item in found if item.note):
             _out.print(f"left out: {reason}", markup=False)
+
+
+imatrix_app = typer.Typer(
+    name="imatrix", help="Look into importance matrices and convert them.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(imatrix_app)
+
+MatrixFile = Annotated[Path, typer.Argument(help="Importance matrix, .gguf or legacy .dat; the content decides.")]
+MatrixFormat = StrEnum("MatrixFormat", {name: name for name in get_args(imatrix_module.Format)})  # type: ignore[misc]
+
+
+@imatrix_app.command(name="info")
+def imatrix_info(
+    file: MatrixFile,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show an importance matrix: where it comes from, its entries, and experts without data."""
+    found = imatrix_module.summary(imatrix_module.load(file))
+    if as_json:
+        _print_json(found)
+        return
+    table = _table("entry", "values", "rows", "count", "min", "mean", "max", "without data")
+    for line in found["entries"]:
+        low, high = line["min_count"], line["max_count"]
+        numbers = ("" if line[key] is None else f"{line[key]:.4g}" for key in ("min", "mean", "max"))
+        empty = line["without_data"]
+        listed = ", ".join(map(str, empty[:8])) + (", ..." if len(empty) > 8 else "")
+        table.add_row(
+            _text(line["name"]), str(line["length"]), str(line["rows"]), str(low) if low == high else f"{low}..{high}",
+            *numbers, f"{len(empty)}: {listed}" if empty else "0",
+        )  # fmt: skip
+    _out.print(table)
+    for dataset in found["datasets"]:
+        _out.print(f"data set: {_text(dataset)}")
+    tokens = f" of {found['chunk_size']} tokens" if found["chunk_size"] else ""
+    kind = {"gguf": "GGUF", "dat": "legacy (.dat)"}[found["format"]]
+    _out.print(
+        f"{kind}: {found['n_entries']} entries, {found['n_values']} values, {found['chunk_count']} chunks{tokens}, "
+        f"{found['n_without_data']} rows without data"
+    )
+    if found["format"] == "dat":
+        _out.print("a legacy file does not say where experts begin or which of them saw no token")
+
+
+@imatrix_app.command(name="convert")
+def imatrix_convert(
+    file: MatrixFile,
+    outfile: Annotated[Path, typer.Option(help="Output.")],
+    format: Annotated[
+        MatrixFormat | None, typer.Option("--format", help="Default: dat if OUTFILE ends in .dat, else gguf.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output, at the end.")] = False,
+) -> None:
+    """Convert an importance matrix between GGUF and the legacy format; says what the format cannot hold."""
+    chosen = format.value if format is not None else "dat" if outfile.suffix == ".dat" else "gguf"
+    matrix = imatrix_module.load(file)
+    for note in imatrix_module.save(matrix, outfile, chosen, overwrite=overwrite):  # type: ignore[arg-type]
+        _err.print(f"note: {note}", markup=False)
+    _out.print(f"{outfile}: {len(matrix)} entries read, written as {chosen}", markup=False)
 
 
 @app.command(name="types")
@@ -618,6 +932,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     try:
         app()
+    except FallbackError as error:
+        _fail(str(error), 3)
     except GGUFError as error:
         _fail(str(error))
     except _Stopped as reason:

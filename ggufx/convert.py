@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from ggufx import architectures, dialects, execute, plan, types, vocabulary
 from ggufx.architectures.deepseek_v4 import DeepSeekV4, Output, Part
@@ -20,7 +20,7 @@ from ggufx.execute import Progress
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
 from ggufx.version import __version__
 
-__all__ = ["DENSE_TYPES", "OUTTYPES", "TARGETS", "convert", "plan_convert"]
+__all__ = ["DENSE_TYPES", "OUTTYPES", "TARGETS", "Conversion", "convert", "fill_file_type", "operation", "plan_convert"]
 
 TARGETS: Final = tuple(dialects.DIALECTS)
 OUTTYPES: Final = ("native", "moe-f8-e4m3-mxfp4")
@@ -35,6 +35,72 @@ _NISPARKS_GENERAL: Final = (
     "general.type", "general.sampling.top_p", "general.sampling.temp", "general.name", "general.size_label",
     "general.license",
 )  # fmt: skip
+
+
+class Conversion:
+    """A checkpoint seen as the tensors and keys of a dialect: what :func:`plan_convert` and quantizing start from.
+
+    Parameters
+    ----------
+    As of :func:`plan_convert`.
+
+    Attributes
+    ----------
+    outputs
+        The tensors, in the target's order.
+    skipped
+        (source tensor, reason) of everything that is left out.
+    notes
+        Sentences the user should read; grows as tensors and metadata are asked for.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path | Checkpoint,
+        target: str,
+        *,
+        outtype: str = "native",
+        dense: str = "q8_0",
+        mtp: bool = False,
+        model_name: str | None = None,
+        chat_template: str | None = None,
+        skip: Sequence[str] = (),
+        allow_nan: bool = False,
+    ) -> None:
+        self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+        self.dialect = dialects.get(target)
+        if outtype.lower() not in OUTTYPES:
+            raise PlanError(f"--outtype {outtype} is not supported; supported: {', '.join(OUTTYPES)}")
+        if dense.lower() not in DENSE_TYPES:
+            raise PlanError(f"--dense {dense} is not supported; supported: {', '.join(DENSE_TYPES)}")
+        if mtp and target == "nisparks":
+            raise PlanError("the nisparks dialect has no form for the MTP block; use --target llama.cpp for --mtp")
+        self.architecture = architectures.find(self.checkpoint)
+        self.outputs, self.skipped = self.architecture.outputs(target, mtp=mtp, skip=_matcher(skip))
+        self.notes: list[str] = []
+        self._dense, self._mtp, self._strict = dense, mtp, not allow_nan
+        self._model_name, self._template = model_name, chat_template
+
+    def stack(self, output: Output) -> tuple[tuple[Matrix, ...], ...]:
+        """Return an output's sources: stacked (outer) and concatenated along the row (inner)."""
+        return tuple(tuple(_matrix(part) for part in parts) for parts in output.stack)
+
+    def tensor(self, output: Output) -> PlannedTensor:
+        """Plan an output with its native bits, or in the ``dense`` type where the target has none for them."""
+        limit = self.architecture.integer("n_routed_experts")
+        return _tensor(
+            output, self.stack(output), self.dialect, self._dense, strict=self._strict, limit=limit, notes=self.notes
+        )
+
+    def metadata(self, tensors: Sequence[PlannedTensor], file_type: int | None) -> dict[str, Value]:
+        """Return the keys of a file of these tensors, without ``general.file_type`` if that is ``None``."""
+        keys = _metadata(
+            self.architecture, tensors, target=self.dialect.name, mtp=self._mtp, file_type=file_type or 0,
+            model_name=self._model_name, template=self._template, notes=self.notes,
+        )  # fmt: skip
+        if file_type is None:
+            del keys["general.file_type"]
+        return keys
 
 
 def plan_convert(
@@ -87,28 +153,14 @@ def plan_convert(
     CheckpointError, PlanError
         The checkpoint does not hold what its config says, or the target has no form for what was asked.
     """
-    source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
-    dialect = dialects.get(target)
-    if outtype.lower() not in OUTTYPES:
-        raise PlanError(f"--outtype {outtype} is not supported; supported: {', '.join(OUTTYPES)}")
-    if dense.lower() not in DENSE_TYPES:
-        raise PlanError(f"--dense {dense} is not supported; supported: {', '.join(DENSE_TYPES)}")
-    if mtp and target == "nisparks":
-        raise PlanError("the nisparks dialect has no form for the MTP block; use --target llama.cpp for --mtp")
-    architecture = architectures.find(source)
-    outputs, skipped = architecture.outputs(target, mtp=mtp, skip=_matcher(skip))
-    notes: list[str] = []
-    tensors = [
-        _tensor(
-            output, dialect, dense, strict=not allow_nan, limit=architecture.integer("n_routed_experts"), notes=notes
-        )
-        for output in outputs
-    ]
-    file_type = _file_type(tensors, target, dense)
-    metadata = _metadata(
-        architecture, tensors, target=target, mtp=mtp, file_type=file_type, model_name=model_name,
-        template=chat_template, notes=notes,
+    conversion = Conversion(
+        checkpoint, target, outtype=outtype, dense=dense, mtp=mtp, model_name=model_name, chat_template=chat_template,
+        skip=skip, allow_nan=allow_nan,
     )  # fmt: skip
+    source, dialect = conversion.checkpoint, conversion.dialect
+    tensors = [conversion.tensor(output) for output in conversion.outputs]
+    file_type = _file_type(tensors, target, dense)
+    metadata = conversion.metadata(tensors, file_type)
     if stamp:
         metadata["ggufx.version"] = Value.string(__version__)
         metadata["ggufx.dialect"] = Value.string(target)
@@ -121,8 +173,8 @@ def plan_convert(
         source_states=source.shard_states,
         dialect=target,
         split_max_nbytes=split_max_nbytes,
-        skipped=skipped,
-        notes=list(dict.fromkeys(notes)),
+        skipped=conversion.skipped,
+        notes=list(dict.fromkeys(conversion.notes)),
         file_type=ftype_name,
     )
     try:
@@ -173,9 +225,15 @@ def _matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
 
 
 def _tensor(
-    output: Output, dialect: dialects.Dialect, dense: str, *, strict: bool, limit: int, notes: list[str]
+    output: Output,
+    stack: Sequence[Sequence[Matrix]],
+    dialect: dialects.Dialect,
+    dense: str,
+    *,
+    strict: bool,
+    limit: int,
+    notes: list[str],
 ) -> PlannedTensor:
-    stack = [[_matrix(part) for part in parts] for parts in output.stack]
     shape = output.shape
     first = output.stack[0][0]
     target = _target_type(output, first.kind, dialect, dense, notes)
@@ -183,7 +241,7 @@ def _tensor(
     type_id = dialect.type_id(codec)
     if type_id is None:
         raise PlanError(f"tensor {output.name!r}: {dialect.name} cannot hold {target}")
-    op = _operation(first.kind, target)
+    op = operation(first.kind, target)
     # BF16 and F32 have FP8's mantissa and a wider exponent; that every value survives is tested, not assumed.
     exact = op == "encode" and target in ("BF16", "F32")
     transform = Transform(
@@ -230,7 +288,8 @@ def _target_type(output: Output, kind: str, dialect: dialects.Dialect, dense: st
     return kind
 
 
-def _operation(kind: str, target: str) -> Any:
+def operation(kind: str, target: str) -> Literal["copy", "pack", "cast", "encode"]:
+    """Return what makes ``target`` of a source of ``kind`` (see :class:`ggufx.plan.Transform`)."""
     if (kind, target) in (("FP8", "F8_E4M3_B128"), ("FP4", "MXFP4")):
         return "pack"
     if kind == target and target != "I32":
@@ -328,6 +387,17 @@ def _from_gguf(value: Any) -> Value:
     return Value.f32(value.value) if kind is ValueType.FLOAT32 else Value(kind, value.value)
 
 
+def fill_file_type(outfile: str, file_type: str) -> str:
+    """Return a path with ``{ftype}`` of its last part replaced; raises PlanError for another placeholder."""
+    import gguf
+
+    path = Path(outfile)
+    try:
+        return str(path.with_name(gguf.fill_templated_filename(path.name, file_type)))
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise PlanError(f"--outfile {outfile}: {error!r} is no placeholder; {{ftype}} is") from None
+
+
 def _output_path(
     outfile: str | Path | None, checkpoint: Checkpoint, metadata: dict[str, Value], file_type: str, *, mtp: bool
 ) -> Path:
@@ -335,11 +405,7 @@ def _output_path(
 
     text = str(checkpoint.path if outfile is None else outfile)
     if outfile is not None and not Path(text).is_dir() and not text.endswith("/"):
-        path = Path(text)
-        try:
-            return path.with_name(gguf.fill_templated_filename(path.name, file_type))
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
-            raise PlanError(f"--outfile {text}: {error!r} is no placeholder; {{ftype}} is") from None
+        return Path(fill_file_type(text, file_type))
     label = {key: metadata[f"general.{key}"].data for key in ("basename", "finetune", "version", "size_label") if
              f"general.{key}" in metadata}  # fmt: skip
     name = gguf.naming_convention(

@@ -62,6 +62,15 @@ class Dialect:
             return self.file_types[number]
         return None if self.parent is None else DIALECTS[self.parent].file_type_name(number)
 
+    def file_type_number(self, name: str) -> int | None:
+        """Return the ``general.file_type`` number spelled ``name``, or ``None``."""
+        number = next((number for number, spelling in self.file_types.items() if spelling == name), None)
+        if number is not None or self.parent is None:
+            return number
+        inherited = DIALECTS[self.parent].file_type_number(name)
+        # A parent's number may mean something else here.
+        return inherited if inherited is not None and self.file_type_name(inherited) == name else None
+
 
 # llama.h's llama_ftype; the names are what file names carry.
 _UPSTREAM_FILE_TYPES = {
@@ -72,11 +81,18 @@ _UPSTREAM_FILE_TYPES = {
     40: "Q1_0", 41: "Q2_0",
 }  # fmt: skip
 
+# ik_llama.cpp's llama.h; 36, 37, 39 and 40 mean nothing there.
+_IK_FILE_TYPES = {
+    41: "Q1_0_G128", 135: "Q6_0", 136: "IQ1_BN", 137: "IQ2_BN", 138: "IQ2_K", 139: "IQ3_K", 140: "IQ4_K", 141: "IQ5_K",
+    142: "IQ6_K", 145: "IQ4_KS", 146: "IQ3_KL", 147: "IQ2_KS", 148: "IQ4_KSS", 149: "Q8_KV", 150: "IQ5_KS", 151: "IQ2_KT",
+    152: "IQ3_KT", 153: "IQ4_KT", 154: "IQ3_KS", 155: "IQ2_KL", 156: "IQ1_KT",
+}  # fmt: skip
+
 DIALECTS: Mapping[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
         Dialect("llama.cpp", file_types=_UPSTREAM_FILE_TYPES),
-        Dialect("ik_llama.cpp", parent="llama.cpp", lacks=frozenset({40, 42})),
+        Dialect("ik_llama.cpp", parent="llama.cpp", lacks=frozenset({40, 42}), file_types=_IK_FILE_TYPES),
         Dialect("nisparks", parent="llama.cpp", file_types={41: "F8_E4M3_MXFP4"}),
     )
 }

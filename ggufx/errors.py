@@ -12,11 +12,13 @@ __all__ = [
     "CodecError",
     "ContainerError",
     "DiskError",
+    "FallbackError",
     "GGUFError",
     "MissingExtra",
     "OutputExists",
     "PlanError",
     "PluginError",
+    "RecipeError",
     "SourceCodesError",
     "UnknownDialect",
     "UnknownType",
@@ -90,6 +92,14 @@ class PlanError(GGUFError):
 
 class OutputExists(PlanError):
     """The output exists and ``overwrite`` was not asked for."""
+
+
+class RecipeError(PlanError):
+    """A recipe is damaged, or does not fit the model or the target."""
+
+
+class FallbackError(RecipeError):
+    """A type does not fit the rows of a tensor, and falling back to another one was forbidden. Exit code 3."""
 
 
 class DiskError(GGUFError):

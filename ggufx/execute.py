@@ -28,21 +28,26 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from ggufx import types
 from ggufx.container import read_container
 from ggufx.errors import CheckpointError, CodecError, DiskError, GGUFError, OutputExists, PlanError, SourceCodesError
-from ggufx.plan import Plan, PlannedFile, PlannedTensor, Tile, Transform
-from ggufx.transforms import Outcome, apply
+from ggufx.plan import Plan, PlannedFile, PlannedTensor, Span, Tile, Transform
+from ggufx.transforms import ColumnEnergy, Outcome, apply, decode_parts
 
 __all__ = [
     "MAX_WORKERS",
+    "Observer",
     "Progress",
+    "TileDone",
     "default_workers",
     "execute",
     "memory_need",
     "open_files",
+    "partial_path",
     "read_into",
     "read_spans",
     "read_strided",
+    "rename",
     "scratch",
 ]
 
@@ -56,6 +61,8 @@ _BATCH_NBYTES: Final = 1 << 24
 _BATCH_LEN: Final = 32
 _PROCESS_NBYTES: Final = 250_000_000
 """Python, NumPy, Numba with LLVM, and a plan of a hundred thousand tiles."""
+
+F32 = npt.NDArray[np.float32]
 
 Progress = Callable[[int, int], None]
 """Called as ``progress(bytes done, bytes in all)`` from the thread that called :func:`execute`."""
@@ -76,6 +83,22 @@ class _Job(NamedTuple):
     """Bring the bytes to the disk at once: what another machine wrote, this one cannot."""
 
 
+class TileDone(NamedTuple):
+    """What an observer of a run hears of a finished tile."""
+
+    tensor: PlannedTensor
+    tile: Tile
+    outcome: Outcome
+    resumed: bool
+    """It was done by an earlier run, so its outcome is not known."""
+    dead_blocks: int
+    """Blocks of columns without any importance: they were encoded with the mean weight."""
+
+
+Observer = Callable[[TileDone], None]
+"""Called from the thread that called :func:`execute`, in no particular order."""
+
+
 class _Done(NamedTuple):
     nbytes: int
     checksum: int
@@ -83,6 +106,8 @@ class _Done(NamedTuple):
     resumed: bool
     problem: str = ""
     """What a codec said of values that do not fit."""
+    dead_blocks: int = 0
+    """Blocks of columns without any importance, which took the mean."""
 
 
 @dataclass
@@ -270,14 +295,86 @@ def _run_tile(job: _Job, opened: dict[tuple[str, int], int]) -> _Done:
         buffer = scratch(f"in{slot}", span.nbytes)
         _fill_buffer(path, descriptor_of(path, os.O_RDONLY), span.offset, buffer)
         inputs.append(buffer)
+
+    def read(span: Span, buffer: npt.NDArray[np.uint8]) -> None:
+        path = job.sources[span.file]
+        _fill_buffer(path, descriptor_of(path, os.O_RDONLY), span.offset, buffer)
+
     try:
-        outcome = apply(job.transform, tile.rows, inputs, out)
+        weights, dead_blocks = _importance(job, read)
+        outcome = apply(job.transform, tile.rows, inputs, out, weights)
     except CodecError as error:
         return _Done(0, 0, Outcome(), resumed=False, problem=str(error))
     if _refused(job.transform, outcome):
         return _Done(0, 0, outcome, resumed=False)
     _write(descriptor, job.position, out)
-    return _Done(tile.nbytes, xxhash.xxh3_64_intdigest(out.data), outcome, resumed=False)
+    return _Done(tile.nbytes, xxhash.xxh3_64_intdigest(out.data), outcome, resumed=False, dead_blocks=dead_blocks)
+
+
+def _importance(job: _Job, read: Callable[[Span, npt.NDArray[np.uint8]], None]) -> tuple[F32 | None, int]:
+    """Return what weighs the columns of a tile, float32 [row_len], and how many blocks of it were all zero."""
+    transform, tile = job.transform, job.tile
+    if not transform.importance:
+        return None, 0
+    row_len = sum(transform.parts)
+    codec = types.get(transform.target)
+    if transform.importance == "energy":
+        key = (job.sources, tile.matrix)
+        return codec.usable_importance(_energies.get(key, lambda: _column_energy(transform, tile.matrix, read)))
+    if tile.weights is None:
+        return np.ones(row_len, np.float32), 0
+    found = np.empty(row_len, np.float32)
+    read(tile.weights.span, found.view(np.uint8))
+    found /= np.float32(tile.weights.divisor)
+    return codec.usable_importance(found)
+
+
+class _Energies:
+    """Mean squares of the columns of matrices, computed once for all of a matrix's tiles, which follow each other."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._lock = threading.Lock()
+        self._held: dict[object, Future[F32]] = {}
+
+    def get(self, key: object, compute: Callable[[], F32]) -> F32:
+        with self._lock:
+            held = self._held.get(key)
+            mine = held is None
+            if held is None:
+                held = self._held[key] = Future()
+                while len(self._held) > self._size:
+                    del self._held[next(iter(self._held))]
+        if mine:
+            try:
+                held.set_result(compute())
+            except BaseException as error:
+                held.set_exception(error)
+                with self._lock:
+                    self._held.pop(key, None)
+        return held.result()
+
+
+_energies = _Energies(4 * MAX_WORKERS)
+
+
+def _column_energy(
+    transform: Transform,
+    matrix: Iterable[tuple[int, Sequence[Span]]],
+    read: Callable[[Span, npt.NDArray[np.uint8]], None],
+) -> F32:
+    """Decode a whole matrix, some rows at a time, for the mean squares of its columns."""
+    energy = ColumnEnergy()
+    for rows, spans in matrix:
+        inputs = []
+        for slot, span in enumerate(spans):
+            buffer = scratch(f"energy{slot}", span.nbytes)
+            read(span, buffer)
+            inputs.append(buffer)
+        values, _, _ = decode_parts(transform, rows, inputs)
+        # NaN is refused, and named, when its own tile is encoded: what the columns weigh does not matter then.
+        energy.add(np.nan_to_num(values, nan=0, posinf=0, neginf=0, copy=False))
+    return energy.result()
 
 
 def _refused(transform: Transform, outcome: Outcome) -> bool:
@@ -311,6 +408,7 @@ def execute(
     threads: int | None = None,
     executor: Executor | None = None,
     progress: Progress | None = None,
+    observer: Observer | None = None,
 ) -> list[Path]:
     """Write a plan's files.
 
@@ -329,6 +427,8 @@ def execute(
         brought to the disk by the machine that wrote it.
     progress
         Told about the bytes done.
+    observer
+        Told about every tile done.
 
     Returns
     -------
@@ -354,10 +454,10 @@ def execute(
         try:
             _check_sources(plan)
             if executor is not None:
-                _fill(plan, pending, journal, executor, workers, progress, sync=True)
+                _fill(plan, pending, journal, executor, workers, progress, observer, sync=True)
             else:
                 with ThreadPoolExecutor(workers, thread_name_prefix="ggufx") as pool:
-                    _fill(plan, pending, journal, pool, workers, progress, sync=False)
+                    _fill(plan, pending, journal, pool, workers, progress, observer, sync=False)
             _check_sources(plan)
             _finish(plan, pending, journal, overwrite=overwrite)
         except OSError as error:
@@ -562,7 +662,9 @@ def _reserve(descriptor: int, nbytes: int) -> None:
             raise OSError(number, f"{nbytes} bytes cannot be reserved: {os.strerror(number)}")
 
 
-def _jobs(plan: Plan, pending: list[PlannedFile], journal: _Journal, *, sync: bool) -> Iterator[_Job]:
+def _jobs(
+    plan: Plan, pending: list[PlannedFile], journal: _Journal, *, sync: bool
+) -> Iterator[tuple[PlannedTensor, _Job]]:
     paths = {file.path for file in pending}
     for number, (file_number, tensor, tile) in enumerate(plan.jobs()):
         file = plan.files[file_number]
@@ -570,7 +672,7 @@ def _jobs(plan: Plan, pending: list[PlannedFile], journal: _Journal, *, sync: bo
             position = len(file.header) + tensor.offset + tile.offset
             output = str(partial_path(file.path))
             expected = journal.done.get(number)
-            yield _Job(number, tensor.transform, tile, plan.source_files, output, position, expected, sync)
+            yield tensor, _Job(number, tensor.transform, tile, plan.source_files, output, position, expected, sync)
 
 
 def _fill(
@@ -580,6 +682,7 @@ def _fill(
     pool: Executor,
     workers: int,
     progress: Progress | None,
+    observer: Observer | None,
     *,
     sync: bool,
 ) -> None:
@@ -587,26 +690,28 @@ def _fill(
     done = 0
     batches = _batches(_jobs(plan, pending, journal, sync=sync))
     # A bounded window of tasks: neither a hundred thousand futures nor an idle worker.
-    waiting: dict[Future[list[_Done]], list[_Job]] = {}
+    waiting: dict[Future[list[_Done]], list[tuple[PlannedTensor, _Job]]] = {}
     if progress is not None:
         progress(0, total)
     try:
         while True:
             for batch in islice(batches, 2 * workers - len(waiting)):
-                waiting[pool.submit(_run, batch)] = batch
+                waiting[pool.submit(_run, [job for _, job in batch])] = batch
             if not waiting:
                 break
             finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in finished:
                 batch = waiting.pop(future)
-                for job, result in zip(batch, future.result(), strict=False):
+                for (tensor, job), result in zip(batch, future.result(), strict=False):
                     if result.problem:
-                        raise _named(plan, job, result.problem)
+                        raise _named(plan, tensor, job, result.problem)
                     if _refused(job.transform, result.outcome):
-                        raise _codes_error(plan, job, result.outcome)
+                        raise _codes_error(plan, tensor, job, result.outcome)
                     if not result.resumed:
                         journal.add(job.number, result.checksum)
                     done += result.nbytes
+                    if observer is not None:
+                        observer(TileDone(tensor, job.tile, result.outcome, result.resumed, result.dead_blocks))
             if progress is not None:
                 progress(done, total)
     finally:
@@ -616,13 +721,14 @@ def _fill(
         wait([future for future in waiting if not future.cancelled()])
 
 
-def _batches(jobs: Iterable[_Job]) -> Iterator[list[_Job]]:
+def _batches(jobs: Iterable[tuple[PlannedTensor, _Job]]) -> Iterator[list[tuple[PlannedTensor, _Job]]]:
     """Group tiles, some milliseconds of work each: handing a task to a thread costs a tenth of one."""
-    batch: list[_Job] = []
+    batch: list[tuple[PlannedTensor, _Job]] = []
     nbytes = 0
-    for job in jobs:
-        batch.append(job)
-        nbytes += job.tile.nbytes
+    for tensor, job in jobs:
+        batch.append((tensor, job))
+        # A search takes a tenth of a second a tile and more: it shares with no other.
+        nbytes += _BATCH_NBYTES if job.transform.effort else job.tile.nbytes
         if nbytes >= _BATCH_NBYTES or len(batch) == _BATCH_LEN:
             yield batch
             batch, nbytes = [], 0
@@ -630,22 +736,15 @@ def _batches(jobs: Iterable[_Job]) -> Iterator[list[_Job]]:
         yield batch
 
 
-def _owner(plan: Plan, job: _Job) -> PlannedTensor:
-    _, tensor, _ = next(islice(plan.jobs(), job.number, None))
-    return tensor
-
-
-def _named(plan: Plan, job: _Job, problem: str) -> GGUFError:
-    tensor = _owner(plan, job)
+def _named(plan: Plan, tensor: PlannedTensor, job: _Job, problem: str) -> GGUFError:
     source = tensor.items[job.tile.item][0]
     return CheckpointError(
         f"{plan.source_files[job.tile.spans[0].file]}: tensor {source!r} -> {tensor.name!r}: {problem}"
     )
 
 
-def _codes_error(plan: Plan, job: _Job, outcome: Outcome) -> GGUFError:
+def _codes_error(plan: Plan, tensor: PlannedTensor, job: _Job, outcome: Outcome) -> GGUFError:
     """Count over the whole source tensor, so that the message says how bad it is."""
-    tensor = _owner(plan, job)
     names = tensor.items[job.tile.item]
     path = plan.source_files[job.tile.spans[0].file]
     if outcome.lost:
@@ -656,10 +755,13 @@ def _codes_error(plan: Plan, job: _Job, outcome: Outcome) -> GGUFError:
     bad_codes = bad_scales = 0
     for tile in tensor.tiles:
         if tile.item == job.tile.item:
-            out = scratch("out", tile.nbytes)
-            found = apply(tensor.transform, tile.rows, read_spans(plan.source_files, tile), out)
-            bad_codes += found.bad_codes
-            bad_scales += found.bad_scales
+            inputs = read_spans(plan.source_files, tile)
+            if tensor.transform.op == "encode":
+                _, codes, scales = decode_parts(tensor.transform, tile.rows, inputs)
+            else:
+                codes, scales, *_ = apply(tensor.transform, tile.rows, inputs, scratch("out", tile.nbytes))
+            bad_codes += codes
+            bad_scales += scales
     found_codes = f"{bad_codes} E4M3 NaN codes (0x7F, 0xFF) in tensor {names[0]!r}" if bad_codes else ""
     found_scales = f"{bad_scales} E8M0 scales 255 (NaN) in tensor {names[-1]!r}" if bad_scales else ""
     return SourceCodesError(
@@ -684,7 +786,7 @@ def _finish(plan: Plan, pending: list[PlannedFile], journal: _Journal, *, overwr
         if file in pending:
             partial = partial_path(file.path)
             journal.add(plan.n_tiles + number, partial.stat().st_ino)
-            _rename(partial, file.path, overwrite=overwrite)
+            rename(partial, file.path, overwrite=overwrite)
     if pending:
         directory = os.open(pending[0].path.parent, os.O_RDONLY)
         try:
@@ -693,7 +795,7 @@ def _finish(plan: Plan, pending: list[PlannedFile], journal: _Journal, *, overwr
             os.close(directory)
 
 
-def _rename(partial: Path, path: Path, *, overwrite: bool) -> None:
+def rename(partial: Path, path: Path, *, overwrite: bool) -> None:
     """Give a finished file its name; without ``overwrite`` never to the loss of a file that came there meanwhile."""
     exists = OutputExists(
         f"{path}: came into being while {partial.name} was written; move one of them away, or pass --overwrite"

@@ -15,7 +15,7 @@ from ggufx import types
 from ggufx.distortion import Quality, quality
 from ggufx.errors import GGUFError, UnsupportedType
 from ggufx.file import File, Tensor, open
-from ggufx.imatrix import ImportanceMatrix
+from ggufx.imatrix import ImportanceMatrix, RowImportance
 from ggufx.types import Codec, Effort, Objective
 
 __all__ = ["Measurement", "measure", "plot", "summary"]
@@ -96,7 +96,7 @@ def measure(
         done = 0
         for tensor in chosen:
             rows = _rows(tensor, max_rows)
-            weights = None if imatrix is None else imatrix.columns(tensor.name, tensor.shape)
+            weights = None if imatrix is None else imatrix.rows(tensor.name, tensor.shape)
             for codec in codecs:
                 found, note = _measure(rows, tensor, codec, weights, effort, objective, threads)
                 results.append(Measurement(tensor.name, tensor.shape, tensor.type, codec.name, effort, found, note))
@@ -135,7 +135,7 @@ def _measure(
     rows: npt.NDArray[np.float32],
     tensor: Tensor,
     codec: Codec,
-    weights: npt.NDArray[np.float32] | None,
+    weights: RowImportance | None,
     effort: Effort,
     objective: Objective,
     threads: int | None,
@@ -144,7 +144,7 @@ def _measure(
     if row_len % codec.layout.block_len:
         return None, f"rows of {row_len} are not divisible by {codec.layout.block_len}"
     # Stacked experts have a row of weights each; their mean stands for all, as the rows are sampled across experts.
-    importance = None if weights is None else weights.mean(axis=0)
+    importance = None if weights is None else weights.average()
     if importance is None and codec.needs_importance:
         return None, "needs importance weights (--imatrix)"
     chosen: Effort = effort if effort != "reference" or codec.reproduces else "normal"

@@ -26,6 +26,7 @@ __all__ = [
     "Span",
     "Tile",
     "Transform",
+    "Weights",
     "build",
     "copy_tensor",
     "plan_tensor",
@@ -107,6 +108,14 @@ class Transform(NamedTuple):
         Refuse codes that consumers disagree on (E4M3 NaN, E8M0 255).
     limit
         ``cast`` to an integer type: values must lie in [0, limit).
+    effort, objective
+        ``encode``: as in :meth:`ggufx.types.Codec.encode`. No effort: the C library's bytes where the type promises them,
+        else ``normal``.
+    importance
+        ``encode``: what weighs the columns. ``matrix``: the tile's :class:`Weights`, ones where it has none; ``energy``: the
+        mean squares of the columns of the tile's whole matrix, which :attr:`Tile.matrix` locates; nothing: nothing.
+    measure
+        ``encode``: sum up the squares of the values and of the errors.
     """
 
     op: Literal["copy", "pack", "cast", "encode"]
@@ -117,6 +126,17 @@ class Transform(NamedTuple):
     exact: bool = False
     strict: bool = True
     limit: int | None = None
+    effort: Literal["", "fast", "normal", "high", "reference"] = ""
+    objective: Literal["reference", "mse"] = "reference"
+    importance: Literal["", "matrix", "energy"] = ""
+    measure: bool = False
+
+
+class Weights(NamedTuple):
+    """Importance of a matrix's columns, as it lies in an importance matrix file: float32 [row_len] over a divisor."""
+
+    span: Span
+    divisor: float = 1.0
 
 
 class Tile(NamedTuple):
@@ -129,6 +149,9 @@ class Tile(NamedTuple):
     """Byte offset within the tensor."""
     nbytes: int
     spans: tuple[Span, ...]
+    weights: Weights | None = None
+    matrix: tuple[tuple[int, tuple[Span, ...]], ...] = ()
+    """(rows, spans) of all tiles of the matrix that the rows are of, for importance that the whole of it decides."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +202,7 @@ def plan_tensor(
     type_id: int,
     transform: Transform,
     stack: Sequence[Sequence[Matrix]],
+    weights: Sequence[Weights | None] = (),
 ) -> PlannedTensor:
     """Cut a tensor into tiles.
 
@@ -190,6 +214,8 @@ def plan_tensor(
         What every tile does.
     stack
         Source matrices: the outer sequence is stacked (experts), the inner one concatenated along the row.
+    weights
+        Importance of each matrix of the stack, for a transform that wants ``matrix`` importance.
 
     Raises
     ------
@@ -208,11 +234,12 @@ def plan_tensor(
         # Tiles start on a row of scales, so that no scale row is read for two tiles' sake by halves.
         grain = max(part.rows_per_scale for part in parts)
         step = max(grain, TILE_LEN // max(1, row_len) // grain * grain)
-        for start in range(0, rows, step):
-            stop = min(rows, start + step)
-            spans = tuple(span for part in parts for span in part.cut(start, stop))
-            nbytes = (stop - start) * row_nbytes
-            tiles.append(Tile(item, stop - start, offset, nbytes, spans))
+        edges = [(start, min(rows, start + step)) for start in range(0, rows, step)]
+        cuts = tuple((b - a, tuple(span for part in parts for span in part.cut(a, b))) for a, b in edges)
+        whole = cuts if transform.importance == "energy" else ()
+        for count, spans in cuts:
+            nbytes = count * row_nbytes
+            tiles.append(Tile(item, count, offset, nbytes, spans, weights[item] if weights else None, whole))
             offset += nbytes
     nbytes = layout.nbytes(shape)
     if offset != nbytes:
@@ -394,6 +421,7 @@ def build(
     dialect: str,
     alignment: int = container.DEFAULT_ALIGNMENT,
     split_max_nbytes: int | None = None,
+    members: Sequence[int] | None = None,
     skipped: Sequence[tuple[str, str]] = (),
     notes: Sequence[str] = (),
     file_type: str = "",
@@ -407,6 +435,8 @@ def build(
     split_max_nbytes
         Start a new file when a tensor would take the data section past this many bytes; metadata goes to the first file,
         ``split.no`` (from 0), ``split.count`` and ``split.tensors.count`` (the total) to all.
+    members
+        Number of each tensor's file, ascending, instead of ``split_max_nbytes``.
 
     Raises
     ------
@@ -418,12 +448,18 @@ def build(
         path = path.resolve()
     shards = [_Shard()]
     names: set[str] = set()
-    for tensor in tensors:
+    held = 0
+    for position, tensor in enumerate(tensors):
         if tensor.name in names:
             raise PlanError(f"two sources map to the output tensor {tensor.name!r}")
         names.add(tensor.name)
         shard = shards[-1]
-        if split_max_nbytes and shard.tensors and shard.end + tensor.nbytes > split_max_nbytes:
+        if members is not None:
+            full = members[position] != held
+            held = members[position]
+        else:
+            full = bool(split_max_nbytes) and shard.end + tensor.nbytes > (split_max_nbytes or 0)
+        if full and shard.tensors:
             shard = _Shard()
             shards.append(shard)
         shard.tensors.append(replace(tensor, offset=shard.end))
@@ -432,7 +468,7 @@ def build(
     for number, shard in enumerate(shards):
         keys = dict(metadata) if number == 0 else {}
         target = path
-        if split_max_nbytes:
+        if split_max_nbytes or (members is not None and len(shards) > 1):
             target = container.split_name(path, number + 1, len(shards))
             keys["split.no"] = Value(ValueType.UINT16, number)
             keys["split.count"] = Value(ValueType.UINT16, len(shards))

@@ -11,7 +11,7 @@ from ggufx import types
 from ggufx.errors import CodecError
 from ggufx.plan import Transform
 
-__all__ = ["Outcome", "apply", "decode_source"]
+__all__ = ["ColumnEnergy", "Outcome", "apply", "decode_parts", "decode_source"]
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
@@ -20,14 +20,26 @@ _DTYPES = {"F32": "<f4", "F16": "<f2", "I32": "<i4", "I64": "<i8"}
 
 
 class Outcome(NamedTuple):
-    """Codes in the source that consumers disagree on, and values that an exact encoding lost."""
+    """What was found in a tile.
+
+    Attributes
+    ----------
+    bad_codes, bad_scales
+        Codes in the source that consumers disagree on.
+    lost
+        Values that an exact encoding lost.
+    square_sum, error_sum
+        Sums of squares of the values and of the encoding's errors, where the transform asks for them.
+    """
 
     bad_codes: int = 0
     bad_scales: int = 0
     lost: int = 0
+    square_sum: float = 0.0
+    error_sum: float = 0.0
 
 
-def apply(transform: Transform, rows: int, inputs: list[U8], out: U8) -> Outcome:
+def apply(transform: Transform, rows: int, inputs: list[U8], out: U8, weights: F32 | None = None) -> Outcome:
     """Turn the source bytes of ``rows`` rows into output bytes.
 
     Parameters
@@ -40,6 +52,8 @@ def apply(transform: Transform, rows: int, inputs: list[U8], out: U8) -> Outcome
         1-D uint8 arrays, one per span of the tile: codes, or codes and scales, of every part.
     out
         1-D uint8 of exactly the output's length; filled.
+    weights
+        Importance of the columns, float32 [row_len]; only ``encode`` uses it.
 
     Raises
     ------
@@ -60,7 +74,7 @@ def apply(transform: Transform, rows: int, inputs: list[U8], out: U8) -> Outcome
     if transform.op == "cast":
         _cast(transform, inputs[0], out)
         return Outcome()
-    return _encode(transform, rows, inputs, out)
+    return _encode(transform, rows, inputs, out, weights)
 
 
 def _cast(transform: Transform, source: U8, out: U8) -> None:
@@ -82,29 +96,50 @@ def _cast(transform: Transform, source: U8, out: U8) -> None:
     raise CodecError(f"no exact cast from {transform.kind} to {transform.target}")
 
 
-def _encode(transform: Transform, rows: int, inputs: list[U8], out: U8) -> Outcome:
+def _encode(transform: Transform, rows: int, inputs: list[U8], out: U8, weights: F32 | None) -> Outcome:
     codec = types.get(transform.target)
-    row_len = sum(transform.parts)
-    values = np.empty((rows, row_len), np.float32)
+    values, bad_codes, bad_scales = decode_parts(transform, rows, inputs)
+    if bad_codes or bad_scales:
+        # NaN cannot be encoded; whatever the strictness, the caller must hear of it.
+        return Outcome(bad_codes, bad_scales)
+    # By default the same bytes as upstream's converter, where the type has them.
+    effort: types.Effort = transform.effort or ("reference" if codec.reproduces else "normal")
+    packed = codec.encode(
+        values, weights, effort=effort, objective=transform.objective, out=out.reshape(rows, -1), threads=1
+    )
+    lost = 0
+    square_sum = error_sum = 0.0
+    if transform.exact or transform.measure:
+        decoded = codec.decode(packed, dtype=np.float32, threads=1)
+        if transform.exact:
+            lost = int(np.count_nonzero(decoded.view(np.uint32) != values.view(np.uint32)))
+        if transform.measure:
+            square_sum = _square_sum(values)
+            error_sum = _square_sum(np.subtract(values, decoded, out=decoded))
+    return Outcome(0, 0, lost, square_sum, error_sum)
+
+
+def _square_sum(values: F32) -> float:
+    # By rows: float64 of a whole tile would be twice the tile.
+    return sum(float(np.dot(row, row)) for row in (line.astype(np.float64) for line in values))
+
+
+def decode_parts(transform: Transform, rows: int, inputs: list[U8]) -> tuple[F32, int, int]:
+    """Decode the parts of some rows, side by side; see :func:`decode_source`."""
+    if len(transform.parts) == 1:
+        return decode_source(transform.kind, rows, transform.parts[0], inputs, transform.rows_per_scale)
+    values = np.empty((rows, sum(transform.parts)), np.float32)
     bad_codes = bad_scales = column = 0
     per_part = len(inputs) // len(transform.parts)
     for number, part_len in enumerate(transform.parts):
         part = inputs[number * per_part : (number + 1) * per_part]
-        decoded, codes, scales = decode_source(transform.kind, rows, part_len, part, transform.rows_per_scale)
-        values[:, column : column + part_len] = decoded
+        values[:, column : column + part_len], codes, scales = decode_source(
+            transform.kind, rows, part_len, part, transform.rows_per_scale
+        )
         column += part_len
         bad_codes += codes
         bad_scales += scales
-    if bad_codes or bad_scales:
-        # NaN cannot be encoded; whatever the strictness, the caller must hear of it.
-        return Outcome(bad_codes, bad_scales)
-    # The same bytes as upstream's converter, where the type has them.
-    effort: types.Effort = "reference" if codec.reproduces else "normal"
-    packed = codec.encode(values, effort=effort, out=out.reshape(rows, -1), threads=1)
-    lost = 0
-    if transform.exact:
-        lost = int(np.count_nonzero(codec.decode(packed, threads=1).view(np.uint32) != values.view(np.uint32)))
-    return Outcome(0, 0, lost)
+    return values, bad_codes, bad_scales
 
 
 def decode_source(kind: str, rows: int, row_len: int, inputs: list[U8], rows_per_scale: int) -> tuple[F32, int, int]:
@@ -138,3 +173,54 @@ def decode_source(kind: str, rows: int, row_len: int, inputs: list[U8], rows_per
         packed, bad_codes, bad_scales = codec.pack(codes, scales, rows_per_scale=rows_per_scale)
         return codec.decode(packed, threads=1)[:, :row_len], bad_codes, bad_scales
     return types.get(kind).decode(inputs[0], (rows, row_len), dtype=np.float32, threads=1), 0, 0
+
+
+class ColumnEnergy:
+    """Mean square of a matrix's columns, a substitute for recorded importance, from rows that come in chunks.
+
+    Rows are added one after the other in float64, so the result does not depend on how they were cut into chunks. Use one
+    for each expert.
+    """
+
+    _BLOCK_LEN = 1 << 16
+
+    def __init__(self) -> None:
+        self._sums: npt.NDArray[np.float64] | None = None
+        self._n_rows = 0
+
+    def add(self, rows: F32) -> None:
+        """Add rows, float32 [n, row_len].
+
+        Raises
+        ------
+        CodecError
+            Values that are not finite, or rows of another length than before.
+        """
+        if rows.ndim != 2 or not rows.shape[1]:
+            raise CodecError(f"energy needs rows [n, row_len], not an array of shape {list(rows.shape)}")
+        if self._sums is None:
+            self._sums = np.zeros(rows.shape[1])
+        if rows.shape[1] != self._sums.size:
+            raise CodecError(f"energy of rows of {self._sums.size} values was given rows of {rows.shape[1]}")
+        step = max(1, self._BLOCK_LEN // rows.shape[1])
+        for start in range(0, rows.shape[0], step):
+            block = rows[start : start + step].astype(np.float64)
+            if not np.isfinite(block).all():
+                raise CodecError("energy of values that are NaN or infinite")
+            # Not block.sum(axis=0): numpy is free to add in another order where rows are short.
+            for row in np.square(block, out=block):
+                self._sums += row
+        self._n_rows += rows.shape[0]
+
+    def result(self) -> F32:
+        """Return the mean squares, float32 [row_len]; ones for a matrix of zeros, which has no column that matters more.
+
+        Raises
+        ------
+        CodecError
+            No row was added.
+        """
+        if self._sums is None or not self._n_rows:
+            raise CodecError("energy of no rows")
+        mean = np.minimum(self._sums / self._n_rows, np.finfo(np.float32).max).astype(np.float32)
+        return mean if mean.any() else np.ones_like(mean)

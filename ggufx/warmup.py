@@ -2,7 +2,7 @@
 
 Numba compiles a kernel when it is first called and keeps the machine code on disk (``__pycache__`` beside the kernels, or
 ``NUMBA_CACHE_DIR``). Warming up calls every verb of a type through the base class, so that the kernels see exactly the
-argument types that they will see later: no call after that compiles.
+argument types that they will see later: no call after that compiles. Decoders are compiled for each dtype that they write.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ggufx
-from ggufx import rewrite, testing, types
+from ggufx import kernels, rewrite, testing, types
 from ggufx.errors import UnknownType, UnsupportedType
 from ggufx.types import Codec, Layout, Search
 
@@ -101,8 +101,13 @@ def kernel_of(verb: str, change: Body) -> dict[str, Any]:
 
     def kernel(self: Codec) -> dict[str, Body]:
         def decode(rows: np.ndarray, out: np.ndarray, block_len: int) -> None:
-            self.decode_rows(rows, out)
-            change(rows, out)
+            values = np.empty(out.shape, np.float32)
+            self.decode_rows(rows, values)
+            change(rows, values)
+            # The dtype of the bits tells which float is meant.
+            meant = next(name for name, bits in kernels.OUTPUTS.items() if bits == out.dtype)
+            with np.errstate(all="ignore"):
+                out[...] = values.astype(meant).view(out.dtype)
 
         def encode(values: np.ndarray, out: np.ndarray, block_len: int) -> None:
             self.encode_rows(values, out, None, Search())

@@ -1,11 +1,10 @@
-"""Error measures against plain NumPy, importance matrices built by hand and by the gguf package, and `measure`."""
+"""Error measures against plain NumPy, and `measure` on files of the gguf package."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +14,8 @@ import numpy as np
 import pytest
 
 import ggufx
-from ggufx import imatrix, types
-from ggufx.errors import CodecError, GGUFError
+from ggufx import types
+from ggufx.errors import CodecError
 from ggufx.measure import measure, summary
 
 RNG = np.random.default_rng(5)
@@ -60,84 +59,6 @@ def test_zeros_and_nothing() -> None:
     assert ggufx.quality(np.zeros((2, 32), np.float32), "Q8_0").relative_rmse == 0.0
     with pytest.raises(CodecError, match="nothing to measure"):
         ggufx.quality(np.zeros((0, 32), np.float32), "Q8_0")
-
-
-# Importance matrices --------------------------------------------------------------------------------------------
-
-
-def legacy(entries: dict[str, tuple[int, np.ndarray]], tail: bytes = struct.pack("<ii", 7, 4) + b"wiki") -> bytes:
-    parts = [struct.pack("<i", len(entries))]
-    for name, (calls, values) in entries.items():
-        parts += [struct.pack("<i", len(name)), name.encode(), struct.pack("<ii", calls, values.size)]
-        parts.append(values.astype("<f4").tobytes())
-    return b"".join(parts) + tail
-
-
-@pytest.fixture
-def sums() -> np.ndarray:
-    return (RNG.random(64) * 10).astype(np.float32)
-
-
-def test_the_legacy_format(tmp_path: Path, sums: np.ndarray) -> None:
-    path = tmp_path / "imatrix.gguf"  # the suffix says nothing
-    path.write_bytes(legacy({"blk.0.ffn_down.weight": (4, sums)}))
-    found = imatrix.load(path)
-    assert found.chunk_count == 7
-    assert found.datasets == ("wiki",)
-    assert np.array_equal(found["blk.0.ffn_down.weight"], (sums / np.float32(4)).reshape(1, -1))
-    assert np.array_equal(found.columns("blk.0.ffn_down.weight", (8, 64)), found["blk.0.ffn_down.weight"])
-    assert found.columns("blk.0.ffn_down.weight", (2, 8, 32)).shape == (2, 32)
-    assert found.columns("other.weight", (8, 64)) is None
-    with pytest.raises(GGUFError, match="imatrix size 64 is different from tensor size 128"):
-        found.columns("blk.0.ffn_down.weight", (8, 128))
-
-
-def test_the_gguf_format_with_an_expert_that_saw_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "imatrix.dat"
-    sums, counts = RNG.random((3, 32)).astype(np.float32), np.array([[2.0], [0.0], [5.0]], np.float32)
-    writer = gguf.GGUFWriter(path, "none")
-    writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", ["a", "b"])
-    writer.add_uint32("imatrix.chunk_count", 12)
-    writer.add_tensor("blk.1.ffn_up_exps.weight.in_sum2", sums)
-    writer.add_tensor("blk.1.ffn_up_exps.weight.counts", counts)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    found = imatrix.load(path)
-    assert found.datasets == ("a", "b")
-    assert found.chunk_count == 12
-    values = found["blk.1.ffn_up_exps.weight"]
-    assert np.array_equal(values[[0, 2]], sums[[0, 2]] / counts[[0, 2]])
-    assert not values[1].any()
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "failed reading the number of entries"),
-        (b"\xff\xff\xff\x7f", "not an importance matrix"),
-        (struct.pack("<iii", 1, 2**30, 0) + bytes(99), "failed reading name"),
-        (struct.pack("<ii", 1, 1) + b"x" + struct.pack("<ii", 1, 2**30) + bytes(99), "failed reading data for entry 0"),
-        (legacy({"x": (1, np.array([np.nan, 1], "f4"))}), "1 values that are NaN"),
-        (legacy({"x": (1, np.array([-1, 1], "f4"))}), "negative"),
-    ],
-)
-def test_damaged_importance_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
-    path = tmp_path / "imatrix.dat"
-    path.write_bytes(data)
-    with pytest.raises(GGUFError, match=message):
-        imatrix.load(path)
-
-
-def test_every_truncation_is_one_clear_error(tmp_path: Path, sums: np.ndarray) -> None:
-    whole = legacy({"a": (1, sums), "bb": (2, sums[:5])}, tail=b"")
-    path = tmp_path / "imatrix.dat"
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        with pytest.raises(GGUFError):
-            imatrix.load(path)
 
 
 # Measure --------------------------------------------------------------------------------------------------------

@@ -47,6 +47,11 @@ print(json.dumps([before, signatures(), stats]))
 NAMES = ["Q8_0", "MXFP4", "F8_E4M3_B128"]
 
 
+def overloads(kernel: str) -> int:
+    """Signatures of a kernel: one, but decoders have one for each of float32, float16 and bfloat16."""
+    return 3 if kernel.endswith(".decode") else 1
+
+
 def run(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
     return subprocess.run(
@@ -65,14 +70,14 @@ def test_no_call_compiles_after_warming_up(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     before, after, _ = json.loads(done.stdout)
     assert {name.rpartition(".")[0] for name in before} == set(NAMES)
-    assert set(before.values()) == {1}, "one overload per kernel"
+    assert before == {name: overloads(name) for name in before}
     assert after == before
     # Another process finds all of it on disk.
     done = run(tmp_path, "-c", USE, "use", *NAMES)
     assert done.returncode == 0, done.stderr
     before, after, misses = json.loads(done.stdout)
     assert set(before.values()) == {0}
-    assert set(after.values()) == {1}
+    assert after == {name: overloads(name) for name in after}
     assert set(misses.values()) == {0}
 
 
@@ -90,8 +95,9 @@ for target in ("nisparks", "llama.cpp"):
     path = out / f"{target}.gguf"
     execute.execute(convert.plan_convert(out, path, target=target), threads=2)
     assert verify.verify(path, out).ok
-found = {f"{c.name}.{v}": len(c._kernels[v].signatures) for c, v in warmup.kernels_of()}
-assert set(found.values()) == {1}, found
+for codec, verb in warmup.kernels_of():
+    expected = 1 if verb != "decode" else 2 if codec.name == "F32" else 3  # F32 to float32 is a copy
+    assert len(codec._kernels[verb].signatures) == expected, (codec, verb)
 """
     done = run(tmp_path / "cache", "-c", code, str(tmp_path / "checkpoint"))
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ privileges or a network; all files go into a directory of its own under --work-d
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -199,7 +201,7 @@ MAIN_TYPES = ("MXFP4", "F8_E4M3_B128", "Q8_0", "Q4_0")
 
 
 def decode(options: argparse.Namespace) -> list[Section]:
-    """Decode to float32 on one core, beside filling the same memory and the packages that know the type."""
+    """Decode on one core, to float32 beside filling the same memory and the packages that know the type, and narrower."""
     # One core for all: libgguf takes threads of its own and cannot be told to use one.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -215,32 +217,35 @@ def decode(options: argparse.Namespace) -> list[Section]:
         Column("times_libgguf", "x libgguf", ".2f"),
         Column("gguf_gbps", "gguf GB/s", ".2f"),
         Column("times_gguf", "x gguf", ".1f"),
+        Column("float16_times", "float16 x", ".2f"),
+        Column("bfloat16_times", "bfloat16 x", ".2f"),
         Column("equal", "bits equal to"),
     ]
     note = (
         "GB/s of float32 written, 64 MiB, one core, best of the rounds; ggufx and libgguf write into the same buffer, "
-        "gguf can only return a new one. Ratios are medians over the rounds, each against its neighbours in time."
+        "gguf can only return a new one. float16 x and bfloat16 x: weights per second to these, over those to float32. "
+        "Ratios are medians over the rounds, each against its neighbours in time."
     )
     sections = [Section("Decode", columns, note, [_decode_row(types.get(name), options.rounds) for name in MAIN_TYPES])]
     if options.all_types:
-        others = [
-            codec
-            for codec in types.all_codecs()
-            if codec.can_decode and codec.value_dtype == "float32" and codec.name != "F32"
-        ]
+        others = [codec for codec in types.all_codecs() if codec.can_decode and codec.value_dtype == "float32"]
         rows = [_decode_row(codec, max(3, options.rounds // 4)) for codec in others if codec.name not in MAIN_TYPES]
         sections.append(Section("Decode, other types", columns, note, rows))
     return sections
 
 
 def _decode_row(codec: Any, rounds: int) -> dict[str, Any]:
+    import ml_dtypes
     import numpy as np
 
     rows, out = _packed(codec), np.zeros(DECODE_SHAPE, np.float32)
+    narrow = {"float16": np.zeros(DECODE_SHAPE, np.float16), "bfloat16": np.zeros(DECODE_SHAPE, ml_dtypes.bfloat16)}
     contenders = {
         "fill": timed(lambda: out.fill(1.0)),
         "ggufx": timed(lambda: codec.decode(rows, out=out, threads=1)),
     }
+    for name, half in narrow.items():
+        contenders[name] = timed(partial(codec.decode, rows, out=half, threads=1))
     expected = dict(_references(codec, rows))
     peers = _peers(codec, rows, out)
     if "libgguf" in peers:
@@ -254,7 +259,7 @@ def _decode_row(codec: Any, rounds: int) -> dict[str, Any]:
         slow = {}
     codec.decode(rows, out=out, threads=1)
     checks = [f"{name}: {_same_bits(out, array)}" for name, array in expected.items()]
-    gbps = {name: out.nbytes / 1e9 / min(found) for name, found in (slow | times).items()}
+    gbps = {name: out.nbytes / 1e9 / min(found) for name, found in (slow | times).items() if name not in narrow}
     return {
         "type": codec.name,
         "fill_gbps": gbps["fill"],
@@ -266,6 +271,8 @@ def _decode_row(codec: Any, rounds: int) -> dict[str, Any]:
         "times_libgguf": ratio(times["libgguf"], times["ggufx"]) if "libgguf" in times else None,
         "gguf_gbps": gbps.get("gguf"),
         "times_gguf": ratio(slow["gguf"], slow["ggufx"]) if slow else None,
+        **{f"{name}_times": ratio(times["ggufx"], times[name]) for name in narrow},
+        **{f"{name}_gweights": out.size / 1e9 / min(times[name]) for name in narrow},
         "equal": ", ".join(checks) or None,
         "seconds": times,
     }
@@ -550,6 +557,110 @@ def _convert_row(checkpoint: Path, target: str, options: argparse.Namespace) -> 
     }
 
 
+_EXPERTS = {"ffn_gate_exps": "IQ2_XXS", "ffn_up_exps": "IQ4_KS", "ffn_down_exps": "IQ2_KS"}
+
+
+def quantize(options: argparse.Namespace) -> list[Section]:
+    """Quantize a checkpoint's FP4 experts as a whole process, beside what encoding alone takes on one thread, halved."""
+    columns = [
+        Column("effort", "effort"),
+        Column("weights", "million weights", ".0f"),
+        Column("seconds", "s", ".1f"),
+        *(Column(kind, f"{kind}, 1 thread", ".1f") for kind in _EXPERTS.values()),
+        Column("of_encode", "of 2 threads' encoding", ".2f"),
+        Column("peak_rss_mb", "peak RSS MB", ".0f"),
+    ]
+    note = (
+        "A checkpoint to IQ2_XXS (gate), IQ4_KS (up) and IQ2_KS (down) by `ggufx quantize --threads 2 --imatrix energy`, the "
+        "whole process; the middle columns are million weights a second of `codec.encode` on one thread, on decoded tensors of "
+        "that checkpoint, before and after. The last ratio is half of what encoding takes by these over what the run took."
+    )
+    section = Section("Quantize", columns, note)
+    checkpoint, output = options.directory / "checkpoint", options.directory / "output.gguf"
+    maker = [
+        sys.executable,
+        ROOT / "tools" / "make_tiny_v4.py",
+        checkpoint,
+        "--gigabytes",
+        str(options.quantize_gigabytes),
+    ]
+    run_child([*maker, *_REALISTIC])
+    rules = ",".join(f"{name}={kind.lower()}" for name, kind in _EXPERTS.items())
+    for effort in ("normal", "fast"):
+        speeds = [_encode_speeds(checkpoint, effort)]
+        _read_through(checkpoint)
+        command = [
+            "quantize",
+            checkpoint,
+            "--custom-q",
+            rules,
+            "--imatrix",
+            "energy",
+            "--threads",
+            "2",
+            "--effort",
+            effort,
+        ]
+        run = run_child(
+            [sys.executable, "-m", "ggufx", *command, "--outfile", output, "--overwrite", "--target", "ik_llama.cpp"]
+        )
+        speeds.append(_encode_speeds(checkpoint, effort))
+        speed = {kind: (speeds[0][kind] + speeds[1][kind]) / 2 for kind in speeds[0]}
+        weights = _weights_by_type(output)
+        alone = sum(count / (speed[kind] * 1e6) for kind, count in weights.items() if kind in speed)
+        section.rows.append(
+            {
+                "effort": effort,
+                "weights": sum(count for kind, count in weights.items() if kind in speed) / 1e6,
+                "seconds": run.seconds,
+                **speed,
+                "of_encode": alone / 2 / run.seconds,
+                "peak_rss_mb": run.peak_rss_nbytes / MEGABYTE,
+            }
+        )
+        output.unlink()
+    shutil.rmtree(checkpoint)
+    return [section]
+
+
+def _weights_by_type(path: Path) -> dict[str, int]:
+    import ggufx
+
+    found: dict[str, int] = {}
+    with ggufx.open(path) as file:
+        for tensor in file.tensors:
+            found[tensor.type] = found.get(tensor.type, 0) + tensor.size
+    return found
+
+
+def _encode_speeds(checkpoint: Path, effort: str) -> dict[str, float]:
+    """Million weights a second of encoding one expert of the checkpoint on one thread, the best of some tries."""
+    code = """
+import sys, time, numpy as np
+from ggufx import checkpoint, types
+from ggufx.transforms import decode_source
+source = checkpoint.Checkpoint(sys.argv[1])
+found = {}
+for kind, part in (("IQ2_XXS", "w1"), ("IQ4_KS", "w3"), ("IQ2_KS", "w2")):
+    name = f"layers.0.ffn.experts.0.{part}."
+    rows, half = source[name + "weight"].shape
+    inputs = [source.read(name + part) for part in ("weight", "scale")]
+    values, _, _ = decode_source("FP4", rows, 2 * half, inputs, 1)
+    codec, energy = types.get(kind), np.square(values).mean(axis=0)
+    weights = energy if codec.needs_importance else None
+    out = codec.encode(values, weights, effort=sys.argv[2], threads=1)
+    best = 1e9
+    for _ in range(5):
+        start = time.perf_counter()
+        codec.encode(values, weights, effort=sys.argv[2], threads=1, out=out)
+        best = min(best, time.perf_counter() - start)
+    found[kind] = values.size / best / 1e6
+print(repr(found))
+"""
+    found: dict[str, float] = ast.literal_eval(run_python(code, checkpoint, effort).output.splitlines()[-1])
+    return found
+
+
 def _read_through(directory: Path) -> None:
     buffer = bytearray(1 << 20)
     for path in directory.iterdir():
@@ -567,6 +678,7 @@ SUBJECTS: Mapping[str, Callable[[argparse.Namespace], list[Section]]] = {
     "import": import_package,
     "open": open_file,
     "convert": convert,
+    "quantize": quantize,
     "decode": decode,
 }
 
@@ -580,6 +692,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work-dir", type=Path, default=Path(".bench"), help="where files are made (default: .bench)")
     parser.add_argument("--rounds", type=int, default=20, help="rounds of decode and import (default: 20)")
     parser.add_argument("--all-types", action="store_true", help="decode: every type, not only the main ones")
+    parser.add_argument(
+        "--quantize-gigabytes", type=float, default=2, help="length of the checkpoint that is quantized (default: 2)"
+    )
     parser.add_argument("--convert-rounds", type=int, default=5, help="rounds of convert (default: 5)")
     parser.add_argument(
         "--gigabytes", type=float, nargs="+", default=[3, 6], help="convert: lengths of the checkpoints (default: 3 6)"

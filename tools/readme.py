@@ -1,10 +1,12 @@
 """Rewrite the generated parts of README.md in place.
 
-    python tools/readme.py [README.md] [--check] [--bench FILE ...]
+    python tools/readme.py [README.md] [--check] [--recipes] [--bench FILE ...]
 
 A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``:
 
 - ``types``: the table of ``ggufx types --markdown``.
+- ``recipes``: sizes of the shipped recipes, planned on DeepSeek-V4-Flash's full tensor list (with ``--recipes``: a minute).
+- ``encode``: the table of ``tools/frontier.py --json FILE`` (``--frontier FILE``; stays as it is without one).
 - ``bench``: the tables of ``tools/bench.py all --json FILE`` (``--bench FILE ...``; the part stays as it is without one).
 
 ``--check`` writes nothing and exits with 1 when a part is not up to date.
@@ -16,6 +18,7 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,38 @@ def bench(data: Mapping[str, Any]) -> str:
     from bench import sections_of
 
     return "\n\n".join(section.markdown() for section in sections_of(data)) + "\n"
+
+
+def recipes() -> str:
+    """Return what the shipped recipes of DeepSeek-V4-Flash come to, as Markdown: one line a recipe, one column a target."""
+    from make_fullshape_v4 import make_fullshape_v4
+
+    from ggufx import quantize, recipe
+
+    targets = ("ik_llama.cpp", "nisparks", "llama.cpp")
+    lines = [f"| recipe | {' | '.join(targets)} |", "|---|" + "--:|" * len(targets)]
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "DeepSeek-V4-Flash"
+        make_fullshape_v4(checkpoint)
+        for name in recipe.shipped():
+            if not name.startswith("deepseek-v4-flash"):
+                continue
+            cells = []
+            for target in targets:
+                plan = quantize.plan_quantize(
+                    checkpoint, Path(folder) / "out.gguf", recipe=name, target=target, imatrix=quantize.ENERGY
+                )
+                bits = plan.to_json()["file"]["bits_per_weight"]
+                cells.append(f"{plan.nbytes / 1e9:.1f} GB, {bits:.3f}")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def encode(data: dict[str, Any]) -> str:
+    """Return what ``tools/frontier.py --json`` wrote as the table that it prints."""
+    from frontier import markdown
+
+    return markdown(data)
 
 
 def rewritten(text: str, generators: Mapping[str, Callable[[], str]]) -> str:
@@ -48,12 +83,19 @@ def main() -> None:
     parser.add_argument(
         "--bench", type=Path, metavar="FILE", nargs="+", help="what bench.py --json wrote, of one or more runs"
     )
+    parser.add_argument("--recipes", action="store_true", help="plan the shipped recipes for their sizes")
+    parser.add_argument("--frontier", type=Path, metavar="FILE", help="what frontier.py --json wrote")
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when a part is not up to date")
     options = parser.parse_args()
     generators: dict[str, Callable[[], str]] = {"types": catalog.markdown}
+    if options.recipes:
+        generators["recipes"] = recipes
     if options.bench:
         measured = {key: value for file in options.bench for key, value in json.loads(file.read_text("utf-8")).items()}
         generators["bench"] = lambda: bench(measured)
+    if options.frontier:
+        errors_and_speed = json.loads(options.frontier.read_text("utf-8"))
+        generators["encode"] = lambda: encode(errors_and_speed)
     before = options.readme.read_text(encoding="utf-8")
     after = rewritten(before, generators)
     if options.check:

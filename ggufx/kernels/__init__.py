@@ -5,7 +5,8 @@ its docstring what a module of it defines. A kernel module for the CPU may defin
 read-only uint8 [R, row_nbytes]):
 
 ``decode(rows, out, block_len)``
-    Fill ``out``, float32 [R, row_len], with exactly what the type's NumPy specification gives.
+    Fill ``out`` [R, row_len] of a dtype of :data:`OUTPUTS` with exactly what the type's NumPy specification gives, rounded to
+    nearest even if narrower than float32. Each dtype is an overload of its own, compiled when it is first wanted.
 ``encode(values, out, block_len)``
     Fill ``out``, uint8 [R, row_nbytes], from float32 [R, row_len] with exactly what the NumPy specification gives. Only for
     types without a search: importance and effort change nothing. A search is called by the type's ``encode_rows``.
@@ -23,11 +24,17 @@ import gc
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
+from typing import Final
 
-__all__ = ["exists", "find", "narrower"]
+__all__ = ["OUTPUTS", "exists", "find", "uncollected"]
+
+OUTPUTS: Final = {"float32": "float32", "float16": "uint16", "bfloat16": "int16"}
+"""Dtypes that kernels decode to, and how they are handed over: Numba knows no 16-bit floats on the CPU, so the dtype of the
+bits tells which they are."""
 
 
 def _module_name(name: str, cuda: bool, torch: bool) -> str:
@@ -45,15 +52,6 @@ def exists(name: str, *, cuda: bool = False, torch: bool = False) -> bool:
 
 
 @cache
-def narrower(name: str) -> Callable[..., None] | None:
-    """Return the kernel that fills uint16 [n] with the ``float16`` or ``bfloat16`` bits of float32 [n], or ``None``."""
-    if name not in ("float16", "bfloat16"):
-        return None
-    kernel: Callable[..., None] = getattr(importlib.import_module(f"{__name__}._narrow"), f"to_{name}")
-    return kernel
-
-
-@cache
 def find(name: str, *, cuda: bool = False, torch: bool = False) -> ModuleType | None:
     """Return the kernel module of type ``name``, or ``None`` when the type has none.
 
@@ -66,11 +64,20 @@ def find(name: str, *, cuda: bool = False, torch: bool = False) -> ModuleType | 
         numba and os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
     ):
         return None
-    # What importing Numba makes nearly all stays: looking for garbage among it is a sixth of the time (measured).
+    with uncollected():
+        return importlib.import_module(_module_name(name, cuda, torch))
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Stop looking for garbage meanwhile: what importing Numba and compiling make nearly all stays.
+
+    The search for it is a sixth of the time of the one, a tenth of the other's (measured).
+    """
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return importlib.import_module(_module_name(name, cuda, torch))
+        yield
     finally:
         if collecting:
             gc.enable()

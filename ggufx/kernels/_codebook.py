@@ -16,21 +16,25 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
-from ggufx.kernels._jit import bits_to_float, float_to_bits, float_to_half, half_to_float, kernel
+from ggufx.kernels._jit import (
+    bits_to_float,
+    float_to_bits,
+    float_to_half,
+    half_to_float,
+    inline,
+    kernel,
+    larger,
+    smaller,
+)
 from ggufx.kernels._lanes import best_of_kinds, lane_sums, model_cost, nearest_codes, pick_lane, survey, windows
 
-__all__ = ["block_search", "codebook_search", "store_planes", "subroutine"]
+__all__ = ["block_search", "codebook_search"]
 
 _MAX_LANES = 128
 DEAD = 1e-9
 """Importance of columns whose sub-block has none."""
-
-
-def inline(function: Any) -> Any:
-    return numba.njit(nogil=True, forceinline=True)(function)
 
 
 @inline
@@ -46,28 +50,8 @@ def _total(terms, count):
 @inline
 def _exponent_scale(bits):
     """Return the power of two that brings a float of these bits near 1, and its inverse."""
-    field = min(max(bits >> np.uint32(23), np.uint32(1)), np.uint32(253))
+    field = smaller(larger(bits >> np.uint32(23), np.uint32(1)), np.uint32(253))
     return bits_to_float((np.uint32(254) - field) << np.uint32(23)), bits_to_float(field << np.uint32(23))
-
-
-def subroutine(function: Any) -> Any:
-    """Compile a function that is called, so that its code is there once."""
-    return numba.njit(nogil=True)(function)
-
-
-@subroutine
-def store_planes(codes, at, count, n_bits, shift, run, out, start):
-    """Pack ``n_bits`` bits at ``shift`` of codes: runs of ``run`` bytes, first the lowest bits of each byte of a run."""
-    per_byte = 8 // n_bits
-    mask = (1 << n_bits) - 1
-    for first in range(0, count, run * per_byte):
-        to = start + first // per_byte
-        for j in range(run):
-            out[to + j] = (codes[at + first + j] >> shift) & mask
-        for p in range(1, per_byte):
-            source = at + first + p * run
-            for j in range(run):
-                out[to + j] |= ((codes[source + j] >> shift) & mask) << (p * n_bits)
 
 
 def _keeper(half: bool, ceiling: float, floor: float) -> Any:
@@ -79,7 +63,7 @@ def _keeper(half: bool, ceiling: float, floor: float) -> Any:
     def stored(d, up, down):
         value = (-lowest if d < zero else lowest) if abs(d) < lowest else d
         value *= up
-        size = min(max(abs(value), least), most)
+        size = smaller(larger(abs(value), least), most)
         if half:
             size = half_to_float(float_to_half(size))
         return (-size if value < zero else size) * down
@@ -240,9 +224,9 @@ def codebook_search(
                     else:
                         best64(sum1, sum2, scale, curve, energy, 4 * k)
                     for p in range(4 * k, 4 * k + 4):
-                        widest = max(widest, abs(scale[p]))
+                        widest = larger(widest, abs(scale[p]))
                 # 2: D by the model.
-                base = max(widest / extreme, np.float32(1e-30))
+                base = larger(widest / extreme, np.float32(1e-30))
                 spread = np.float32(span_high - span_low)
                 for j in range(n_values):
                     if symmetric:

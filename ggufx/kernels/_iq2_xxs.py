@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from ggufx import tables
-from ggufx.kernels._jit import float_to_bits, float_to_half, half_to_float, kernel
-from ggufx.kernels._linear import down, exponent_of, mean_square, up
+from ggufx.kernels._jit import float_to_bits, float_to_half, half_to_float, inline, kernel, larger, smaller, subroutine
+from ggufx.kernels._linear import down, exponent_of, floats, mean_square, scratch_of, up
 
 _GRID = np.ascontiguousarray(tables.GRID_IQ2_XXS).astype(np.float32)
 # What the C library's encoder takes the magnitudes 8, 25 and 43 for.
@@ -37,7 +37,7 @@ _INDEX = np.uint32(0xFF)
 _UPPER = np.uint32(0xFFFFFF00)
 
 
-@kernel
+@subroutine
 def _half_sums(points, ax, wt, first, a, b, c):
     """Per point and lane: ``sum w g^2``, ``sum w x g`` and ``min w x g`` over four elements from ``first``."""
     for p in range(points.shape[0]):
@@ -52,7 +52,7 @@ def _half_sums(points, ax, wt, first, a, b, c):
             c[p, i] = low if low < high else high
 
 
-@kernel
+@subroutine
 def _lines(first, left, right, twice_odd, a8, b8):
     """A and 2 B of the eight points from ``first``, all lanes."""
     for u in range(8):
@@ -64,7 +64,7 @@ def _lines(first, left, right, twice_odd, a8, b8):
             b8[u, i] = _TWO * (left[1, p, i] + right[1, q, i] - twice_odd[i] * c)
 
 
-@kernel
+@subroutine
 def _sweep(left, right, twice_odd, scale, lift, a8, b8, best):
     """Per scale and lane: the point of least error, in the low byte of ``best``; the bits above are the error's.
 
@@ -85,22 +85,22 @@ def _sweep(left, right, twice_odd, scale, lift, a8, b8, best):
                 best[k, i] = least
 
 
-@kernel
+@inline
 def _line(g, lane, left, right, twice_odd):
     p, q = _LEFT_OF[g], _RIGHT_OF[g]
-    c = min(left[2, p, lane], right[2, q, lane])
+    c = smaller(left[2, p, lane], right[2, q, lane])
     return left[0, p, lane] + right[0, q, lane], left[1, p, lane] + right[1, q, lane] - twice_odd[lane] * c
 
 
-@kernel
+@subroutine
 def _evaluate(d, window, scales, line_a, line_b, lines, first, chosen):
     """Best sub-scales within ``window`` of the nearest and best lines for d; returns error, ``sum u B``, ``sum u^2 A``."""
     total, ub, uua = _ZERO, _ZERO, _ZERO
     for k in range(8):
         middle = np.rint((scales[k] / d * np.float32(8) - _ONE) * np.float32(0.5))
-        centre = np.int64(min(max(middle, _ZERO), np.float32(15)))
+        centre = np.int64(smaller(larger(middle, _ZERO), np.float32(15)))
         least, least_a, least_b, least_u = _INF, _ZERO, _ZERO, _ZERO
-        for a in range(max(centre - window, 0), min(centre + window, 15) + 1):
+        for a in range(larger(centre - window, 0), smaller(centre + window, 15) + 1):
             u = np.float32(2 * a + 1) * np.float32(0.125)
             s = d * u
             error, sum_a, sum_b = _ZERO, _ZERO, _ZERO
@@ -122,7 +122,6 @@ def _evaluate(d, window, scales, line_a, line_b, lines, first, chosen):
     return total, ub, uua
 
 
-@kernel
 def encode_search(values, importance, out, by_energy, multiples, window, starts, passes, exact):
     """Encode by the exact search: sample scales, keep the points that win somewhere, then fit d and the sub-scales to them.
 
@@ -131,34 +130,32 @@ def encode_search(values, importance, out, by_energy, multiples, window, starts,
     refitted ``passes`` times. ``exact``: the final points are the best of the whole grid, not of those kept.
     """
     samples = multiples.shape[0]
+    lane, each = floats(_LANES), floats(samples, _LANES)
+    scratch = scratch_of(
+        *[floats(8, _LANES)] * 4,
+        *(floats(3, len(half), _LANES) for half in (_LEFT, _RIGHT)),
+        *(each, each, (np.uint32, (samples, _LANES)), lane, lane, lane, (np.uint32, (_LANES,))),
+        *[floats(_LANES, samples)] * 2,
+        *[(np.int64, (_LANES, samples))] * 2,
+        *((np.int64, (_LANES,)), floats(8), floats(8), (np.int64, (8,)), (np.int64, (_BLOCKS, 8))),
+        *(floats(64), floats(64), floats(256), floats(64), floats(_BLOCKS), floats(_BLOCKS)),
+        *(floats(1, _LANES), floats(1, _LANES), (np.uint32, (1, _LANES))),
+    )
+    _encode_search(values, importance, out, scratch, by_energy, multiples, window, starts, passes, exact)
+
+
+@kernel
+def _encode_search(values, importance, out, scratch, by_energy, multiples, window, starts, passes, exact):
+    ax, wt, a8, b8, left, right, scale, lift, best, twice_odd, energy, tops, signs = scratch[:13]
+    line_a, line_b, line_g, line_of, lines, scales, curvature, chosen, kept = scratch[13:22]
+    model, ratio, w, buffer, factors, stored, last_scale, last_lift, last = scratch[22:]
+    samples = multiples.shape[0]
     blocks = values.shape[1] // 256
     count = values.shape[0] * blocks
-    ax, wt = np.zeros((8, _LANES), np.float32), np.zeros((8, _LANES), np.float32)
-    left = np.zeros((3, _LEFT.shape[0], _LANES), np.float32)
-    right = np.zeros((3, _RIGHT.shape[0], _LANES), np.float32)
-    a8, b8 = np.zeros((8, _LANES), np.float32), np.zeros((8, _LANES), np.float32)
-    scale, lift = np.zeros((samples, _LANES), np.float32), np.zeros((samples, _LANES), np.float32)
-    best = np.zeros((samples, _LANES), np.uint32)
-    twice_odd, energy, tops = (
-        np.zeros(_LANES, np.float32),
-        np.zeros(_LANES, np.float32),
-        np.zeros(_LANES, np.float32),
-    )
-    signs = np.zeros(_LANES, np.uint32)
-    line_a, line_b = np.zeros((_LANES, samples), np.float32), np.zeros((_LANES, samples), np.float32)
-    line_g, line_of = np.zeros((_LANES, samples), np.int64), np.zeros((_LANES, samples), np.int64)
-    lines = np.zeros(_LANES, np.int64)
-    scales, curvature = np.zeros(8, np.float32), np.zeros(8, np.float32)
-    chosen, kept = np.zeros(8, np.int64), np.zeros((_BLOCKS, 8), np.int64)
-    model, ratio = np.zeros(64, np.float32), np.zeros(64, np.float32)
-    w, buffer = np.zeros(256, np.float32), np.zeros(64, np.float32)
-    factors, stored = np.zeros(_BLOCKS, np.float32), np.zeros(_BLOCKS, np.float32)
-    last_scale, last_lift = np.zeros((1, _LANES), np.float32), np.zeros((1, _LANES), np.float32)
-    last = np.zeros((1, _LANES), np.uint32)
     for k in range(64):
         ratio[k] = np.float32(0.72) + np.float32(0.01) * np.float32(k)
     for start in range(0, count, _BLOCKS):
-        n = min(_BLOCKS, count - start)
+        n = smaller(_BLOCKS, count - start)
         for block in range(n):
             r, b = divmod(start + block, blocks)
             x, m = values[r, b * 256 : b * 256 + 256], importance[b * 256 : b * 256 + 256]
@@ -186,7 +183,7 @@ def encode_search(values, importance, out, by_energy, multiples, window, starts,
                     ax[j, lane] = v
                     wt[j, lane] = w[at + j]
                     total += w[at + j] * v * v
-                    top = max(top, v)
+                    top = larger(top, v)
                 signs[lane] = negative
                 twice_odd[lane] = _TWO if odd else _ZERO
                 energy[lane] = total * np.float32(1.001) + np.float32(1e-30)
@@ -195,7 +192,7 @@ def encode_search(values, importance, out, by_energy, multiples, window, starts,
                 lane = 32 * block + 4 * group
                 top = np.float32(43e-12)
                 for i in range(lane, lane + 4):
-                    top = max(top, tops[i])
+                    top = larger(top, tops[i])
                 top = top / np.float32(43)
                 for k in range(samples):
                     s = multiples[k] * top
@@ -231,7 +228,7 @@ def encode_search(values, importance, out, by_energy, multiples, window, starts,
                         sum_b += line_b[i, line_of[i, k]]
                     if sum_a > _ZERO and sum_b > _ZERO and sum_b * (sum_b / sum_a) > most:
                         most, scales[group], curvature[group] = sum_b * (sum_b / sum_a), sum_b / sum_a, sum_a
-                largest = max(largest, scales[group])
+                largest = larger(largest, scales[group])
             d0 = largest * np.float32(8.0 / 31.0)
             stored[block] = _ZERO
             if d0 > _ZERO:
@@ -240,21 +237,23 @@ def encode_search(values, importance, out, by_energy, multiples, window, starts,
                     step = np.float32(8) / d
                     for group in range(8):
                         a = np.rint((scales[group] * step - _ONE) * np.float32(0.5))
-                        a = min(max(a, _ZERO), np.float32(15))
+                        a = smaller(larger(a, _ZERO), np.float32(15))
                         off = d * (_TWO * a + _ONE) * np.float32(0.125) - scales[group]
                         cost += curvature[group] * off * off
                     model[k] = cost
                 least = _INF
                 for _ in range(starts):
-                    k = np.argmin(model)
-                    for near in range(max(k - 2, 0), min(k + 3, 64)):
+                    k = 0
+                    for near in range(1, 64):
+                        k = near if model[near] < model[k] else k
+                    for near in range(larger(k - 2, 0), smaller(k + 3, 64)):
                         model[near] = _INF
                     d = d0 * ratio[k]
                     for _ in range(passes):
                         _, ub, uua = _evaluate(d, window, scales, line_a, line_b, lines, 32 * block, chosen)
                         d = ub / uua if uua > _ZERO and ub > _ZERO else d
                     bits = float_to_half(d * factors[block])
-                    bits = min(bits, np.uint16(0x7BFF))
+                    bits = smaller(bits, np.uint16(0x7BFF))
                     # Half subnormals are far apart: the nearest one need not be the best.
                     reach = 3 if bits < np.uint16(0x0400) else 0
                     for shift in range(-reach, reach + 1):
@@ -270,7 +269,7 @@ def encode_search(values, importance, out, by_energy, multiples, window, starts,
             out[r, b * _NBYTES + 1] = np.uint8(bits >> np.uint16(8))
             for group in range(8):
                 s = stored[block] * np.float32(2 * kept[block, group] + 1) * np.float32(0.125)
-                s = max(s, np.float32(1e-12))
+                s = larger(s, np.float32(1e-12))
                 for i in range(32 * block + 4 * group, 32 * block + 4 * group + 4):
                     last_scale[0, i] = s
                     last_lift[0, i] = energy[i] / s
@@ -307,17 +306,17 @@ def encode_search(values, importance, out, by_energy, multiples, window, starts,
                     out[r, at + 4 + k] = np.uint8((word >> np.uint32(8 * k)) & np.uint32(0xFF))
 
 
-@kernel
+@inline
 def _round(value):
     return np.int64(np.rint(value))
 
 
-@kernel
+@subroutine
 def _uniform_scale(x, w, levels):
     """Scale of a fit with levels 0..4 that the C library starts from; ``levels`` wrap as its unsigned bytes do."""
     top = x[0]
     for i in range(32):
-        top = max(top, x[i])
+        top = larger(top, x[i])
     inverse = np.float32(4) / top
     scale = _ONE / inverse
     best = _ZERO
@@ -333,13 +332,13 @@ def _uniform_scale(x, w, levels):
         scale = _ONE / tried
         error = _ZERO
         for i in range(32):
-            off = x[i] - scale * np.float32(min(_round(tried * x[i]), 4))
+            off = x[i] - scale * np.float32(smaller(_round(tried * x[i]), 4))
             error += w[i] * off * off
         if error < best:
             best, chosen = error, tried
     s1, s2 = _ZERO, _ZERO
     for i in range(32):
-        level = min(_round(chosen * x[i]), 4)
+        level = smaller(_round(chosen * x[i]), 4)
         levels[i] = np.uint8(level)
         s1 += w[i] * x[i] * np.float32(level)
         s2 += w[i] * np.float32(level) * np.float32(level)
@@ -349,7 +348,7 @@ def _uniform_scale(x, w, levels):
             old = np.float32(levels[i])
             t1, t2 = s1 - w[i] * x[i] * old, s2 - w[i] * old * old
             if t1 > _ZERO and t2 > _ZERO:
-                level = min(_round(x[i] * t2 / t1), 4)
+                level = smaller(_round(x[i] * t2 / t1), 4)
                 if level != np.int64(levels[i]):
                     new = np.float32(level)
                     t1 += w[i] * x[i] * new
@@ -363,7 +362,7 @@ def _uniform_scale(x, w, levels):
     return s1 / s2 if s2 > _ZERO else _ZERO
 
 
-@kernel
+@subroutine
 def _nearest_points(x, roots, inverse, scale, starts, neighbours, levels, points):
     """Levels 0..2 of 32 magnitudes and the grid points that hold them, the best neighbour where none does."""
     for run in range(4):
@@ -371,7 +370,7 @@ def _nearest_points(x, roots, inverse, scale, starts, neighbours, levels, points
         code = 0
         for j in range(8):
             level = _round(np.float32(0.5) * (inverse * x[at + j] - _ONE))
-            levels[at + j] = min(max(level, 0), 2)
+            levels[at + j] = smaller(larger(level, 0), 2)
             code += levels[at + j] * 3**j
         first, last = starts[code], starts[code + 1]
         g = neighbours[first]
@@ -389,7 +388,7 @@ def _nearest_points(x, roots, inverse, scale, starts, neighbours, levels, points
         points[run] = g
 
 
-@kernel
+@inline
 def _sums(x, w, levels):
     s1, s2 = _ZERO, _ZERO
     for i in range(32):
@@ -443,7 +442,7 @@ def encode_reference(values, importance, out, starts, neighbours):
                     signs[run] = negative & np.uint32(127)
                 top = x[0]
                 for i in range(32):
-                    top = max(top, x[i])
+                    top = larger(top, x[i])
                 if top < np.float32(1e-8):
                     continue
                 scale = _uniform_scale(x, w, bytes_)
@@ -471,19 +470,19 @@ def encode_reference(values, importance, out, starts, neighbours):
                     grid_points[group, run] = points[run]
                     words[group] |= signs[run] << np.uint32(7 * run)
                 scales[group] = scale
-                largest = max(largest, scale)
+                largest = larger(largest, scale)
             start = b * _NBYTES
             for k in range(_NBYTES):
                 out[r, start + k] = np.uint8(0)
             if largest <= _ZERO:
                 continue
             d = largest / np.float32(31)
-            bits = min(float_to_half(d), np.uint16(0x7BFF))
+            bits = smaller(float_to_half(d), np.uint16(0x7BFF))
             out[r, start] = np.uint8(bits & np.uint16(0xFF))
             out[r, start + 1] = np.uint8(bits >> np.uint16(8))
             inverse = _ONE / d
             for group in range(8):
-                a = min(max(_round(np.float32(0.5) * (inverse * scales[group] - _ONE)), 0), 15)
+                a = smaller(larger(_round(np.float32(0.5) * (inverse * scales[group] - _ONE)), 0), 15)
                 word = words[group] | np.uint32(a) << np.uint32(28)
                 for k in range(4):
                     out[r, start + 2 + 8 * group + k] = np.uint8(grid_points[group, k])

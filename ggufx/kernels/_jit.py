@@ -18,29 +18,41 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import caching
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.compiler_machinery import register_pass
 from numba.core.errors import TypingError
 from numba.core.runtime import rtsys
+from numba.core.typed_passes import InlineOverloads, NativeLowering, NopythonRewrites
+from numba.core.untyped_passes import InlineClosureLikes, InlineInlinables
 from numba.extending import intrinsic
+
+from ggufx.kernels import uncollected
+from ggufx.kernels._floats import plain_nans, store_floats, widen_brains, widen_halves
 
 __all__ = [
     "bits_to_float",
-    "code_lookup",
     "float_at",
     "float_to_bits",
     "float_to_half",
     "half_at",
     "half_to_float",
     "halves_to_pairs",
+    "inline",
     "kernel",
+    "larger",
     "load16",
     "load32",
     "load64",
+    "load_floats16",
     "nibble_lookup",
-    "nibbles_and_bits",
     "pairs_to_halves",
+    "put",
     "scale_bytes16",
     "scale_signed16",
+    "smaller",
     "store64",
+    "subroutine",
     "trits4",
     "trits16",
     "widen_brains16",
@@ -49,6 +61,7 @@ __all__ = [
 
 
 _KNOWN_NUMBA = "0.68."
+"""Versions whose insides the shortcuts below were tried with; others go Numba's own, slower way."""
 
 
 @cache
@@ -117,14 +130,107 @@ def kernel(function: Callable[..., Any], key: str | None = None) -> Any:
 
     A function made by a factory that closes over other compiled functions needs a ``key``, its own among those of the factory.
     """
-    dispatcher = numba.njit(nogil=True)(function)
+    # Nobody calls kernels from C: the wrapper for that would only be compiled.
+    dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, error_model="numpy", **_pipeline(_Compiler))(function)
     if hasattr(dispatcher, "_cache"):  # NUMBA_DISABLE_JIT gives the plain function back
+        dispatcher._compiler.compile = uncollected()(dispatcher._compiler.compile)
         try:
             dispatcher._cache = _Cache(function, key)
         except RuntimeError:
             # No writable folder at all (read-only install without a home): compile in every process.
             return dispatcher
     return dispatcher
+
+
+@intrinsic
+def put(typing_context: Any, out: Any, index: Any, value: Any) -> Any:
+    """Write ``out[index] = value``, a float32 in the format that the array's dtype stands for."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = plain_nans(builder, signature.args[0], args[2])
+        store_floats(context, builder, signature.args[0], args[0], args[1], value)
+        return context.get_dummy_value()
+
+    return types.void(out, types.intp, types.float32), codegen
+
+
+class _PartLibrary(JITCodeLibrary):  # type: ignore[misc]
+    """Code of a subroutine, which only kernels link: optimised and turned into machine code as a part of them, not before."""
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _LowerPart(NativeLowering):  # type: ignore[misc]
+    _name = "ggufx_lower_part"
+
+    def run_pass(self, state: Any) -> bool:
+        state.library = _PartLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+        # Without this Numba asks for the address of a wrapper that is not there.
+        state.flags.no_compile = True
+        super().run_pass(state)
+        lowered = state["cr"]
+        if not state.flags.forceinline:
+            # What LLVM copies into its callers it optimises in every place; and where the length of a loop becomes known
+            # there, unrolls it before it could vectorise it.
+            function = state.library.get_function(lowered.fndesc.llvm_func_name)
+            function.add_function_attribute("noinline")
+        # What identifies the function for its callers; Numba takes nothing but a built-in function. This one harms nobody.
+        entry = [state.func_id.func_qualname].count
+        state.targetctx.insert_user_function(entry, lowered.fndesc, [state.library])
+        state["cr"] = lowered._replace(cfunc=entry)
+        return True
+
+
+_POINTLESS = frozenset((InlineClosureLikes, InlineOverloads, NopythonRewrites, InlineInlinables))
+"""Passes of Numba for closures, comprehensions and array expressions, of which kernels have none: they are told so."""
+
+
+class _Compiler(CompilerBase):  # type: ignore[misc]
+    """Numba's own pipeline for machine code without what kernels do not need."""
+
+    lowering: Any = NativeLowering
+
+    def define_pipelines(self) -> list[Any]:
+        manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
+        manager.passes = [
+            (self.lowering if found is NativeLowering else found, why)
+            for found, why in manager.passes
+            if found not in _POINTLESS
+        ]
+        manager._finalized = False
+        manager.finalize()
+        return [manager]
+
+
+class _PartCompiler(_Compiler):
+    lowering = _LowerPart
+
+
+def _pipeline(compiler: Any) -> dict[str, Any]:
+    return {"pipeline_class": compiler} if numba.__version__.startswith(_KNOWN_NUMBA) else {}
+
+
+_PART = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "no_cpython_wrapper": True}
+
+
+def subroutine(function: Callable[..., Any]) -> Any:
+    """Compile a function that kernels call, so that its code is there once, however many calls there are.
+
+    It becomes part of their machine code. So it has no way in from Python and no place on disk: either costs as much to make
+    as a small function itself.
+    """
+    return numba.njit(**_pipeline(_PartCompiler), **_PART)(function)
+
+
+def inline(function: Callable[..., Any]) -> Any:
+    """Compile a function that becomes part of every kernel or subroutine that calls it, at every call: for small ones."""
+    return numba.njit(forceinline=True, **_pipeline(_PartCompiler), **_PART)(function)
 
 
 def _bitcast(source: Any, target: Any) -> Any:
@@ -142,6 +248,29 @@ def _bitcast(source: Any, target: Any) -> Any:
     return cast
 
 
+def _extreme(comparison: str) -> Any:
+    @intrinsic
+    def pick(typing_context: Any, a: Any, b: Any) -> Any:
+        unified = typing_context.unify_types(types.unliteral(a), types.unliteral(b))
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            if isinstance(unified, types.Float):
+                second = builder.fcmp_ordered(comparison, args[1], args[0])
+            else:
+                compare = builder.icmp_signed if unified.signed else builder.icmp_unsigned
+                second = compare(comparison, args[1], args[0])
+            return builder.select(second, args[1], args[0])
+
+        return unified(unified, unified), codegen
+
+    return pick
+
+
+larger = _extreme(">")
+"""Return what ``max`` of two numbers does, which Numba compiles as a function of its own for every pair of types."""
+smaller = _extreme("<")
+"""Return what ``min`` of two numbers does."""
+
 bits_to_float = _bitcast(types.uint32, types.float32)
 """Reinterpret uint32 bits as float32."""
 float_to_bits = _bitcast(types.float32, types.uint32)
@@ -152,7 +281,7 @@ float_to_bits = _bitcast(types.float32, types.uint32)
 # not there, which kills the process. They run once a block, so their cost does not show.
 
 
-@kernel
+@inline
 def half_to_float(bits):
     """Widen binary16 bits (uint16) to float32; exact for every input, subnormals, infinities and NaN included."""
     magnitude = np.uint32(bits & np.uint16(0x7FFF))
@@ -165,13 +294,13 @@ def half_to_float(bits):
     return bits_to_float(sign | float_to_bits(value))
 
 
-@kernel
+@inline
 def half_at(data, index):
     """Read the binary16 at byte ``index`` of a uint8 array as float32."""
     return half_to_float(np.uint16(data[index] | (np.uint16(data[index + 1]) << np.uint16(8))))
 
 
-@kernel
+@inline
 def float_at(data, index):
     """Read the little-endian float32 at byte ``index`` of a uint8 array."""
     low = data[index] | (np.uint32(data[index + 1]) << np.uint32(8))
@@ -179,7 +308,7 @@ def float_at(data, index):
     return bits_to_float(low | (high << np.uint32(16)))
 
 
-@kernel
+@inline
 def float_to_half(value):
     """Round a float32 to binary16 bits (uint16): to nearest, ties to even, subnormals kept, NaN to the quiet 0x7E00."""
     bits = np.uint32(float_to_bits(value))
@@ -244,10 +373,8 @@ def _load_bytes(context: Any, builder: Any, array_type: Any, array: Any, index: 
 
 def _store_scaled(context: Any, builder: Any, out_type: Any, out: Any, index: Any, values: Any, scale: Any) -> None:
     """Store ``float32(values) * scale`` for 16 signed bytes: one IEEE multiplication each."""
-    target = context.make_array(out_type)(context, builder, out)
-    product = builder.fmul(builder.sitofp(values, _FLOATS), _splat(builder, scale, _FLOATS))
-    where = builder.bitcast(builder.gep(target.data, [index]), _FLOATS.as_pointer())
-    builder.store(product, where, align=4)
+    scale = _splat(builder, plain_nans(builder, out_type, scale), _FLOATS)
+    store_floats(context, builder, out_type, out, index, builder.fmul(builder.sitofp(values, _FLOATS), scale))
 
 
 def _reorder_nibbles(order: list[int]) -> Any:
@@ -306,57 +433,6 @@ def nibble_lookup(table: tuple[int, ...]) -> Any:
         return types.void(codes, types.intp, types.float32, out, types.intp, types.intp), codegen
 
     return decode16
-
-
-def code_lookup(
-    low_bits: int, high_bits: int = 0, table: tuple[int, ...] | None = None, *, minimum: bool = False
-) -> Any:
-    """Return an intrinsic that decodes 16 codes whose low and high bits lie in two runs of 16 bytes.
-
-    ``decode16(data, low, low_shift, high, high_shift, scale, shift, out, position)`` takes from byte ``low + j`` of ``data``
-    the ``low_bits`` bits at ``low_shift``, from byte ``high + j`` the ``high_bits`` bits at ``high_shift`` (above the low
-    ones), and writes, for j in 0..15, ``out[position + j] = float32(table[code] + shift) * scale``, in one IEEE
-    multiplication. Without a table the code is its own value. With ``minimum`` there is one more argument and
-    ``float32(minimum)`` is subtracted from the product (two roundings, as the formulas of the ``_1`` and ``_K`` types have
-    it). ``table[code] + shift`` must fit a signed byte: the shifted twins of the formats' tables do. Shifts are uint8.
-    """
-    arguments = (types.intp, types.uint8, types.intp, types.uint8, types.float32, types.int8)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any, floor: Any) -> Any:
-        def bits(index: Any, amount: Any, count: int) -> Any:
-            loaded = _load_bytes(context, builder, signature.args[0], args[0], index)
-            moved = loaded if count == 8 else builder.lshr(loaded, _splat(builder, amount, _BYTES))
-            return builder.and_(moved, ir.Constant(_BYTES, [(1 << count) - 1] * _LANES))
-
-        codes = bits(args[1], args[2], low_bits)
-        if high_bits:
-            high = bits(args[3], args[4], high_bits)
-            codes = builder.or_(codes, builder.shl(high, ir.Constant(_BYTES, [low_bits] * _LANES)))
-        values = codes if table is None else _vector_lookup(builder, codes, table, _LANES)
-        values = builder.add(values, _splat(builder, args[6], _BYTES))
-        target = context.make_array(signature.args[7])(context, builder, args[7])
-        product = builder.fmul(builder.sitofp(values, _FLOATS), _splat(builder, args[5], _FLOATS))
-        if floor is not None:
-            product = builder.fsub(product, _splat(builder, floor, _FLOATS))
-        where = builder.bitcast(builder.gep(target.data, [args[8]]), _FLOATS.as_pointer())
-        builder.store(product, where, align=4)
-        return context.get_dummy_value()
-
-    @intrinsic
-    def with_minimum(typing_context, data, low, low_shift, high, high_shift, scale, shift, out, position, floor):
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return generate(context, builder, signature, args, args[9])
-
-        return types.void(data, *arguments, out, types.intp, types.float32), codegen
-
-    @intrinsic
-    def plain(typing_context, data, low, low_shift, high, high_shift, scale, shift, out, position):
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return generate(context, builder, signature, args, None)
-
-        return types.void(data, *arguments, out, types.intp), codegen
-
-    return with_minimum if minimum else plain
 
 
 @intrinsic
@@ -437,45 +513,6 @@ def scale_signed16(
     return types.void(types.uint64, types.uint64, types.uint16, types.float32, out, types.intp), codegen
 
 
-@intrinsic
-def nibbles_and_bits(
-    typing_context: Any, codes: Any, index: Any, bits: Any, scale: Any, shift: Any, floor: Any, out: Any, position: Any
-) -> Any:
-    """Decode 16 bytes of nibbles with a fifth bit each: 32 codes, low nibbles first, bit j of ``bits`` to code j.
-
-    ``out[position + j] = float32(code + shift) * scale - floor`` for j in 0..31; without the subtraction when ``floor`` is
-    ``None``.
-    """
-    subtracts = not isinstance(floor, types.NoneType)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        packed = _load_bytes(context, builder, signature.args[0], args[0], args[1])
-        target = context.make_array(signature.args[6])(context, builder, args[6])
-        half = ir.IntType(16)
-        halves = (
-            builder.and_(packed, ir.Constant(_BYTES, [15] * _LANES)),
-            builder.lshr(packed, ir.Constant(_BYTES, [4] * _LANES)),
-        )
-        for number, nibbles in enumerate(halves):
-            mask = builder.trunc(builder.lshr(args[2], ir.Constant(args[2].type, _LANES * number)), half)
-            fifth = builder.select(
-                _lanes_of_bits(builder, mask),
-                ir.Constant(_BYTES, [16] * _LANES),
-                ir.Constant(_BYTES, [0] * _LANES),
-            )
-            values = builder.add(builder.or_(nibbles, fifth), _splat(builder, args[4], _BYTES))
-            product = builder.fmul(builder.sitofp(values, _FLOATS), _splat(builder, args[3], _FLOATS))
-            if subtracts:
-                product = builder.fsub(product, _splat(builder, args[5], _FLOATS))
-            where = builder.add(args[7], ir.Constant(args[7].type, _LANES * number))
-            where = builder.bitcast(builder.gep(target.data, [where]), _FLOATS.as_pointer())
-            builder.store(product, where, align=4)
-        return context.get_dummy_value()
-
-    floor_type = types.float32 if subtracts else types.none
-    return types.void(codes, types.intp, types.uint32, types.float32, types.int8, floor_type, out, types.intp), codegen
-
-
 def _trits(builder: Any, rest: Any) -> Any:
     """Turn 16 bytes, fractions of 256, into their first base-3 digits less one: ``(x * 3 >> 8) - 1``."""
     values = ir.Constant(_BYTES, [-1] * _LANES)
@@ -518,33 +555,17 @@ def trits4(typing_context: Any, codes: Any, scale: Any, out: Any, position: Any)
     return types.void(types.uint32, types.float32, out, types.intp), codegen
 
 
-def _widen(*, brain: bool) -> Any:
-    shorts = ir.VectorType(ir.IntType(16), _LANES)
-    words = ir.VectorType(ir.IntType(32), _LANES)
-
-    def constant(number: int) -> Any:
-        return ir.Constant(words, [number] * _LANES)
+def _widen(element: Any, convert: Callable[[Any, Any, Any, Any], Any]) -> Any:
+    stored = ir.VectorType(element, _LANES)
 
     @intrinsic
     def widen(typing_context: Any, data: Any, index: Any, out: Any, position: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            source = context.make_array(signature.args[0])(context, builder, args[0])
-            pointer = builder.bitcast(builder.gep(source.data, [args[1]]), shorts.as_pointer())
-            bits = builder.zext(builder.load(pointer, align=1), words)
-            if brain:
-                wide = builder.shl(bits, constant(16))
-            else:
-                # As half_to_float, sixteen at a time.
-                sign = builder.shl(builder.and_(bits, constant(0x8000)), constant(16))
-                moved = builder.shl(builder.and_(bits, constant(0x7FFF)), constant(13))
-                factor = ir.Constant(_FLOATS, [2.0**112] * _LANES)
-                finite = builder.bitcast(builder.fmul(builder.bitcast(moved, _FLOATS), factor), words)
-                special = builder.icmp_unsigned(">=", moved, constant(0x7C00 << 13))
-                magnitude = builder.select(special, builder.or_(moved, constant(0x7F800000)), finite)
-                wide = builder.or_(magnitude, sign)
-            target = context.make_array(signature.args[2])(context, builder, args[2])
-            where = builder.bitcast(builder.gep(target.data, [args[3]]), words.as_pointer())
-            builder.store(wide, where, align=4)
+            data_type, _, out_type, _ = signature.args
+            source = context.make_array(data_type)(context, builder, args[0])
+            pointer = builder.bitcast(builder.gep(source.data, [args[1]]), stored.as_pointer())
+            values = convert(context, builder, out_type, builder.load(pointer, align=1))
+            store_floats(context, builder, out_type, args[2], args[3], plain_nans(builder, out_type, values))
             return context.get_dummy_value()
 
         return types.void(data, types.intp, out, types.intp), codegen
@@ -552,7 +573,14 @@ def _widen(*, brain: bool) -> Any:
     return widen
 
 
-widen_halves16 = _widen(brain=False)
-"""``widen_halves16(data, index, out, position)``: 16 binary16 from byte ``index`` of ``data`` to ``out[position:]``: exact."""
-widen_brains16 = _widen(brain=True)
+def _from_halves(context: Any, builder: Any, out_type: Any, halves: Any) -> Any:
+    # Narrower outputs lose what makes a NaN signalling anyway.
+    return widen_halves(context, builder, halves, signalling=out_type.dtype == types.float32)
+
+
+widen_halves16 = _widen(ir.IntType(16), _from_halves)
+"""``widen_halves16(data, index, out, position)``: 16 binary16 from byte ``index`` of ``data`` to ``out[position:]``."""
+widen_brains16 = _widen(ir.IntType(16), lambda context, builder, out_type, brains: widen_brains(builder, brains))
 """The same of bfloat16."""
+load_floats16 = _widen(ir.FloatType(), lambda context, builder, out_type, values: values)
+"""The same of float32."""

@@ -7,17 +7,22 @@ scales near the optimum, each with its exact error; the f16 scales are refitted,
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from ggufx.kernels._jit import kernel
+from ggufx.kernels._jit import kernel, larger, smaller, subroutine
+from ggufx.kernels._lanes import planes
 from ggufx.kernels._linear import (
     LANES,
     down,
     error_plain,
     explain,
     exponent_of,
+    floats,
     keep_best,
     mean_square,
+    scratch_of,
     store_half,
     up,
 )
@@ -32,7 +37,7 @@ _COARSE = np.float32(2.0**-18)
 """Under this a half (a subnormal) has steps of more than 1.5 %."""
 
 
-@kernel
+@subroutine
 def _fill_lanes(values, importance, by_energy, start, n, sub, xt, wt, wxt, factors, w, buffer):
     """Lay ``n`` blocks of 256 from number ``start`` into the lanes, scaled by a power of two; the others are zero."""
     blocks = values.shape[1] // 256
@@ -67,7 +72,7 @@ def _fill_lanes(values, importance, by_energy, start, n, sub, xt, wt, wxt, facto
             z[i] = x[i] * y[i]
 
 
-@kernel
+@subroutine
 def _explain_affine(xt, wxt, wt, inverse, shift, top, sq, sqq, sxq):
     """Per lane, with codes ``q = clamp(rint((x + shift) * inverse), 0, top)``: sums of w q, w q q and w x q."""
     n = inverse.shape[0]
@@ -92,7 +97,7 @@ def _explain_affine(xt, wxt, wt, inverse, shift, top, sq, sqq, sxq):
             sxq[i] = c
 
 
-@kernel
+@subroutine
 def _error_affine(xt, wt, scale, shift, top, error):
     """Per lane: ``sum w (x - y)^2`` for ``y = scale q - shift`` with the nearest codes."""
     n = scale.shape[0]
@@ -112,7 +117,7 @@ def _error_affine(xt, wt, scale, shift, top, error):
             error[i] = total
 
 
-@kernel
+@subroutine
 def _solve(sw, sx, sq, sqq, sxq, best, scale, shift, gain_q, gain_qq):
     """Per lane: least-squares scale >= 0 and shift >= 0 of the codes behind the sums; keep them if they explain more."""
     for i in range(sw.shape[0]):
@@ -139,7 +144,7 @@ def _solve(sw, sx, sq, sqq, sxq, best, scale, shift, gain_q, gain_qq):
         gain_qq[i] = b if better else gain_qq[i]
 
 
-@kernel
+@subroutine
 def _rank(targets, weights, first, n, unit, top, low, cost):
     """Return the best of ``unit`` times 64 ratios as a common step of ``targets``, each a multiple from ``low`` to ``top``."""
     for k in range(cost.shape[0]):
@@ -153,11 +158,13 @@ def _rank(targets, weights, first, n, unit, top, low, cost):
             t = top if t > top else t
             off = target - step * ((t + _MAGIC) - _MAGIC)
             cost[k] += weight * off * off
-    k = np.argmin(cost)
+    k = 0
+    for i in range(1, cost.shape[0]):
+        k = i if cost[i] < cost[k] else k
     return unit * (np.float32(0.72) + np.float32(0.01) * np.float32(k)), cost[k]
 
 
-@kernel
+@subroutine
 def _settle(targets, weights, first, n, step, factor, top, low):
     """Return ``step``, or where ``step * factor`` is a half of few digits, the better of its neighbours but 0."""
     real = step * factor
@@ -166,34 +173,32 @@ def _settle(targets, weights, first, n, step, factor, top, low):
     least, chosen = _INF, step
     below = np.floor(abs(real) * np.float32(2.0**24))
     for k in range(3):
-        unit = max(below + np.float32(k), _ONE) * np.float32(2.0**-24)
+        unit = larger(below + np.float32(k), _ONE) * np.float32(2.0**-24)
         unit = (-unit if real < _ZERO else unit) / factor
         cost = _ZERO
         for i in range(first, first + n):
-            off = targets[i] - unit * min(max(np.rint(targets[i] / unit), low), top)
+            off = targets[i] - unit * smaller(larger(np.rint(targets[i] / unit), low), top)
             cost += weights[i] * off * off
         if cost < least:
             least, chosen = cost, unit
     return chosen
 
 
-@kernel
-def _pack_two_bits(codes, row, at):
-    for half in range(2):
-        for j in range(32):
-            byte = np.uint8(0)
-            for k in range(4):
-                byte |= (codes[128 * half + 32 * k + j] & np.uint8(3)) << np.uint8(2 * k)
-            row[at + 32 * half + j] = byte
+_store_nibbles = planes(256, 4, 0, 32)
+_store_far_nibbles = planes(256, 4, 0, 64)
+_store_pairs = planes(256, 2, 0, 32)
+_store_high_pairs = planes(256, 2, 4, 32)
+_store_third_bits = planes(256, 1, 2, 32)
+_store_fifth_bits = planes(256, 1, 4, 32)
 
 
-@kernel
+@subroutine
 def _pack_affine(bits, codes, scales, minima, row, start):
     """Write codes [256], scales and minima of Q2_K, Q4_K or Q5_K; the f16 are written by the caller."""
     if bits == 2:
         for k in range(16):
             row[start + k] = np.uint8(scales[k] | minima[k] << 4)
-        _pack_two_bits(codes, row, start + 16)
+        _store_pairs(codes, 0, row, start + 16)
         return
     for k in range(4):
         row[start + 4 + k] = np.uint8(scales[k] | (scales[k + 4] >> 4) << 6)
@@ -201,28 +206,17 @@ def _pack_affine(bits, codes, scales, minima, row, start):
         row[start + 12 + k] = np.uint8((scales[k + 4] & 15) | (minima[k + 4] & 15) << 4)
     at = start + 16
     if bits == 5:
-        for j in range(32):
-            byte = np.uint8(0)
-            for k in range(8):
-                byte |= (codes[32 * k + j] >> np.uint8(4)) << np.uint8(k)
-            row[at + j] = byte
+        _store_fifth_bits(codes, 0, row, at)
         at += 32
-    for quarter in range(4):
-        for j in range(32):
-            low, high = codes[64 * quarter + j], codes[64 * quarter + 32 + j]
-            row[at + 32 * quarter + j] = (low & np.uint8(15)) | (high << np.uint8(4))
+    _store_nibbles(codes, 0, row, at)
 
 
-@kernel
+@subroutine
 def _pack_plain(bits, codes, scales, row, start):
     """Write codes [256] and signed scales of Q3_K or Q6_K."""
     if bits == 3:
-        for j in range(32):
-            byte = np.uint8(0)
-            for k in range(8):
-                byte |= (codes[32 * k + j] >> np.uint8(2)) << np.uint8(k)
-            row[start + j] = byte
-        _pack_two_bits(codes, row, start + 32)
+        _store_third_bits(codes, 0, row, start)
+        _store_pairs(codes, 0, row, start + 32)
         for k in range(8):
             row[start + 96 + k] = np.uint8(((scales[k] + 32) & 15) | ((scales[k + 8] + 32) & 15) << 4)
         for k in range(4):
@@ -231,20 +225,23 @@ def _pack_plain(bits, codes, scales, row, start):
                 byte |= ((scales[4 * part + k] + 32) >> 4) << (2 * part)
             row[start + 104 + k] = np.uint8(byte)
         return
-    for half in range(2):
-        for j in range(64):
-            low, high = codes[128 * half + j], codes[128 * half + 64 + j]
-            row[start + 64 * half + j] = (low & np.uint8(15)) | (high << np.uint8(4))
-        for j in range(32):
-            byte = np.uint8(0)
-            for k in range(4):
-                byte |= (codes[128 * half + 32 * k + j] >> np.uint8(4)) << np.uint8(2 * k)
-            row[start + 128 + 32 * half + j] = byte
+    _store_far_nibbles(codes, 0, row, start)
+    _store_high_pairs(codes, 0, row, start + 128)
     for k in range(16):
         row[start + 192 + k] = np.uint8(scales[k] & 255)
 
 
-@kernel
+def _scratch(sub: int, n_rows: int, n_blocks: int) -> tuple[Any, ...]:
+    """Return what both searches work in: values, weights and products in lanes; lanes; cost, w, buffer, factors; codes."""
+    return scratch_of(
+        *[floats(sub, LANES)] * 3,
+        floats(n_rows, LANES),
+        *(floats(n) for n in (_RATIOS, 256, 64, n_blocks)),
+        (np.uint8, (256,)),
+        *[(np.int64, (16,))] * 2,
+    )
+
+
 def encode_affine(values, importance, out, bits, block_nbytes, by_energy, steps, window, near, passes):
     """Encode Q2_K, Q4_K or Q5_K (by ``bits``).
 
@@ -252,6 +249,12 @@ def encode_affine(values, importance, out, bits, block_nbytes, by_energy, steps,
     the nearest, each with ``near`` minima to either side of the one that suits it. ``passes``: rounds of stage 3.
     """
     sub = 16 if bits == 2 else 32
+    scratch = _scratch(sub, 27, LANES * sub // 256)
+    _encode_affine(values, importance, out, scratch, sub, bits, block_nbytes, by_energy, steps, window, near, passes)
+
+
+@kernel
+def _encode_affine(values, importance, out, scratch, sub, bits, block_nbytes, by_energy, steps, window, near, passes):
     per_block = 256 // sub
     n_blocks = LANES // per_block
     top, limit = np.float32((1 << bits) - 1), np.float32(15 if bits == 2 else 63)
@@ -262,23 +265,14 @@ def encode_affine(values, importance, out, bits, block_nbytes, by_energy, steps,
         at_d, start_min = 0, 2
     blocks = values.shape[1] // 256
     count = values.shape[0] * blocks
-    xt, wt, wxt = (
-        np.zeros((sub, LANES), np.float32),
-        np.zeros((sub, LANES), np.float32),
-        np.zeros((sub, LANES), np.float32),
-    )
-    lanes = np.zeros((27, LANES), np.float32)
+    xt, wt, wxt, lanes, cost, w, buffer, factors, codes, scales, minima = scratch
     sw, sx, low, high, sq, sqq, sxq = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4], lanes[5], lanes[6]
     best, scale, shift, gain_q, gain_qq = lanes[7], lanes[8], lanes[9], lanes[10], lanes[11]
     inverse, offset, d, dmin, first_s = lanes[12], lanes[13], lanes[14], lanes[15], lanes[16]
     error, least, try_s, try_m, real_s, real_m = lanes[18], lanes[19], lanes[20], lanes[21], lanes[22], lanes[23]
     stiff, slope, target, chosen_m = lanes[24], lanes[25], lanes[26], lanes[17]
-    cost, w, buffer = np.zeros(_RATIOS, np.float32), np.zeros(256, np.float32), np.zeros(64, np.float32)
-    factors = np.ones(n_blocks, np.float32)
-    codes = np.zeros(256, np.uint8)
-    scales, minima = np.zeros(16, np.int64), np.zeros(16, np.int64)
     for start in range(0, count, n_blocks):
-        n = min(n_blocks, count - start)
+        n = smaller(n_blocks, count - start)
         _fill_lanes(values, importance, by_energy, start, n, sub, xt, wt, wxt, factors, w, buffer)
         for i in range(LANES):
             sw[i] = _ZERO
@@ -319,7 +313,7 @@ def encode_affine(values, importance, out, bits, block_nbytes, by_energy, steps,
             at, first = b * block_nbytes, block * per_block
             largest, deepest = _ZERO, _ZERO
             for i in range(first, first + per_block):
-                largest = max(largest, scale[i])
+                largest = larger(largest, scale[i])
             step = largest / limit
             if step > _ZERO:
                 step, _ = _rank(scale, stiff, first, per_block, step, limit, _ZERO, cost)
@@ -327,9 +321,9 @@ def encode_affine(values, importance, out, bits, block_nbytes, by_energy, steps,
             step = store_half(step * factors[block], out[r], at + at_d) / factors[block]
             for i in range(first, first + per_block):
                 d[i] = step
-                first_s[i] = min(np.rint(scale[i] / step), limit) if step > _ZERO else _ZERO
-                target[i] = max(shift[i] + slope[i] * (step * first_s[i] - scale[i]), _ZERO)
-                deepest = max(deepest, target[i])
+                first_s[i] = smaller(np.rint(scale[i] / step), limit) if step > _ZERO else _ZERO
+                target[i] = larger(shift[i] + slope[i] * (step * first_s[i] - scale[i]), _ZERO)
+                deepest = larger(deepest, target[i])
             step = deepest / limit
             if step > _ZERO:
                 step, _ = _rank(target, sw, first, per_block, step, limit, _ZERO, cost)
@@ -405,14 +399,19 @@ def encode_affine(values, importance, out, bits, block_nbytes, by_energy, steps,
                 i = block * per_block + k
                 scales[k], minima[k] = np.int64(first_s[i]), np.int64(chosen_m[i])
                 for j in range(sub):
-                    t = min(max((xt[j, i] + offset[i]) * inverse[i], _ZERO), top)
+                    t = smaller(larger((xt[j, i] + offset[i]) * inverse[i], _ZERO), top)
                     codes[k * sub + j] = np.uint8(np.int32((t + _MAGIC) - _MAGIC))
             _pack_affine(bits, codes, scales, minima, out[r], b * block_nbytes)
 
 
-@kernel
 def encode_plain(values, importance, out, bits, block_nbytes, by_energy, steps, window, passes):
     """Encode Q3_K or Q6_K (by ``bits``); ``steps``: levels that the largest element of a sub-block is tried at."""
+    scratch = _scratch(16, 17, LANES // 16)
+    _encode_plain(values, importance, out, scratch, bits, block_nbytes, by_energy, steps, window, passes)
+
+
+@kernel
+def _encode_plain(values, importance, out, scratch, bits, block_nbytes, by_energy, steps, window, passes):
     sub, per_block = 16, 16
     n_blocks = LANES // per_block
     low, high = -np.float32(1 << (bits - 1)), np.float32((1 << (bits - 1)) - 1)
@@ -421,12 +420,7 @@ def encode_plain(values, importance, out, bits, block_nbytes, by_energy, steps, 
     at_d = 108 if bits == 3 else 208
     blocks = values.shape[1] // 256
     count = values.shape[0] * blocks
-    xt, wt, wxt = (
-        np.zeros((sub, LANES), np.float32),
-        np.zeros((sub, LANES), np.float32),
-        np.zeros((sub, LANES), np.float32),
-    )
-    lanes = np.zeros((17, LANES), np.float32)
+    xt, wt, wxt, lanes, cost, w, buffer, factors, codes, scales, _ = scratch
     extreme, inverse, s1, s2, best, best_inverse, scale = (
         lanes[0],
         lanes[1],
@@ -446,12 +440,8 @@ def encode_plain(values, importance, out, bits, block_nbytes, by_energy, steps, 
         lanes[13],
         lanes[14],
     )
-    cost, w, buffer = np.zeros(_RATIOS, np.float32), np.zeros(256, np.float32), np.zeros(64, np.float32)
-    factors = np.ones(n_blocks, np.float32)
-    codes = np.zeros(256, np.uint8)
-    scales = np.zeros(16, np.int64)
     for start in range(0, count, n_blocks):
-        n = min(n_blocks, count - start)
+        n = smaller(n_blocks, count - start)
         _fill_lanes(values, importance, by_energy, start, n, sub, xt, wt, wxt, factors, w, buffer)
         for i in range(LANES):
             extreme[i] = _ZERO
@@ -490,7 +480,7 @@ def encode_plain(values, importance, out, bits, block_nbytes, by_energy, steps, 
             for i in range(first, first + per_block):
                 d[i] = step
                 t = np.rint(scale[i] / step) if step != _ZERO else _ZERO
-                first_s[i] = min(max(t, bottom), limit)
+                first_s[i] = smaller(larger(t, bottom), limit)
         for turn in range(passes):
             for i in range(LANES):
                 least[i] = _INF
@@ -532,6 +522,6 @@ def encode_plain(values, importance, out, bits, block_nbytes, by_energy, steps, 
                 i = block * per_block + k
                 scales[k] = np.int64(first_s[i])
                 for j in range(sub):
-                    t = min(max(xt[j, i] * inverse[i], low), high)
+                    t = smaller(larger(xt[j, i] * inverse[i], low), high)
                     codes[k * sub + j] = np.uint8(np.int32((t + _MAGIC) - _MAGIC - low))
             _pack_plain(bits, codes, scales, out[r], b * block_nbytes)

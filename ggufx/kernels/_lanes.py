@@ -17,7 +17,17 @@ from numba.extending import intrinsic
 
 from ggufx.kernels._vector import Vector
 
-__all__ = ["best_of_kinds", "lane_sums", "midpoints", "model_cost", "nearest_codes", "pick_lane", "survey", "windows"]
+__all__ = [
+    "best_of_kinds",
+    "lane_sums",
+    "midpoints",
+    "model_cost",
+    "nearest_codes",
+    "pick_lane",
+    "planes",
+    "survey",
+    "windows",
+]
 
 BYTES = 64
 """Codes that a staged search compares at a time."""
@@ -349,3 +359,35 @@ def nearest_codes(table: tuple[int, ...]) -> Any:
         return types.void(x, types.intp, types.float32, types.float32, codes, types.intp), codegen
 
     return nearest16
+
+
+def planes(count: int, n_bits: int, shift: int, run: int) -> Any:
+    """Return an intrinsic ``store(codes, at, out, start)`` that packs ``n_bits`` bits at ``shift`` of ``count`` codes.
+
+    In runs of ``run`` bytes: the lowest bits of the bytes of a run come first, ``run`` codes, then the next ones.
+    """
+    per_byte = 8 // n_bits
+    bytes_of_run = ir.VectorType(_BYTE, run)
+
+    @intrinsic
+    def store(typing_context, codes, at, out, start):
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            f = _Frame(context, builder, signature, args)
+
+            def where(argument: int, base: Any, offset: int) -> Any:
+                pointer = f.pointer(argument, builder.add(base, ir.Constant(base.type, offset)))
+                return builder.bitcast(pointer, bytes_of_run.as_pointer())
+
+            for first in range(0, count, run * per_byte):
+                packed = None
+                for p in range(per_byte):
+                    code = Vector(builder, builder.load(where(0, args[1], first + p * run), align=1))
+                    code = (code >> shift & ((1 << n_bits) - 1)) << p * n_bits
+                    packed = code if packed is None else packed | code
+                assert packed is not None
+                builder.store(packed.value, where(2, args[3], first // per_byte), align=1)
+            return context.get_dummy_value()
+
+        return types.void(codes, types.intp, out, types.intp), codegen
+
+    return store

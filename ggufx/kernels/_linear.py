@@ -7,9 +7,23 @@ largest of a block is near 1; sums then neither overflow nor vanish, whatever th
 
 from __future__ import annotations
 
+from itertools import accumulate
+from math import prod
+from typing import Any
+
 import numpy as np
 
-from ggufx.kernels._jit import bits_to_float, float_to_bits, float_to_half, half_to_float, kernel
+from ggufx.kernels._jit import (
+    bits_to_float,
+    float_to_bits,
+    float_to_half,
+    half_to_float,
+    inline,
+    kernel,
+    larger,
+    smaller,
+    subroutine,
+)
 
 LANES = 64
 _MAGIC = np.float32(12582912)  # 1.5 * 2^23: adding and subtracting it rounds half to even, as rint does
@@ -17,28 +31,28 @@ _ZERO = np.float32(0)
 _ONE = np.float32(1)
 
 
-@kernel
+@inline
 def exponent_of(x):
     """Return the float32 exponent field of the largest magnitude, within 1..253."""
     top = np.uint32(0)
     for i in range(x.shape[0]):
-        top = max(top, np.uint32(float_to_bits(x[i]) & np.uint32(0x7FFFFFFF)))
-    return min(max(np.int32(top >> np.uint32(23)), np.int32(1)), np.int32(253))
+        top = larger(top, np.uint32(float_to_bits(x[i]) & np.uint32(0x7FFFFFFF)))
+    return smaller(larger(np.int32(top >> np.uint32(23)), np.int32(1)), np.int32(253))
 
 
-@kernel
+@inline
 def down(exponent):
     """Return ``2^(127 - exponent)``: brings values of that exponent field to 1..2."""
     return bits_to_float(np.uint32(254 - exponent) << np.uint32(23))
 
 
-@kernel
+@inline
 def up(exponent):
     """Return ``2^(exponent - 127)``."""
     return bits_to_float(np.uint32(exponent) << np.uint32(23))
 
 
-@kernel
+@inline
 def store_half(value, row, at):
     """Store ``value`` as the nearest finite half at byte ``at`` of ``row``; return what was stored."""
     bits = float_to_half(value)
@@ -49,7 +63,7 @@ def store_half(value, row, at):
     return half_to_float(bits)
 
 
-@kernel
+@subroutine
 def mean_square(x, factor, lanes):
     """Return the mean of ``(x * factor)^2``, summed in a fixed order that vectorises."""
     n = lanes.shape[0]
@@ -70,7 +84,7 @@ def mean_square(x, factor, lanes):
     return total / np.float32(x.shape[0])
 
 
-@kernel
+@subroutine
 def explain(xt, wxt, wt, inverse, low, high, s1, s2):
     """Per lane: with codes ``l = clamp(rint(x * inverse))``, give ``s1 = sum w x l`` and ``s2 = sum w l l``."""
     n = inverse.shape[0]
@@ -91,7 +105,7 @@ def explain(xt, wxt, wt, inverse, low, high, s1, s2):
             s2[i] = b
 
 
-@kernel
+@subroutine
 def keep_best(s1, s2, inverse, best, best_inverse, best_scale):
     """Per lane: where the explained energy ``s1^2 / s2`` is above ``best``, take it, its inverse and its scale."""
     for i in range(s1.shape[0]):
@@ -104,7 +118,7 @@ def keep_best(s1, s2, inverse, best, best_inverse, best_scale):
         best_scale[i] = scale if better else best_scale[i]
 
 
-@kernel
+@subroutine
 def error_plain(xt, wt, scale, low, high, error):
     """Per lane: ``sum w (x - y)^2`` for ``y = scale l`` with the nearest levels."""
     n = scale.shape[0]
@@ -124,7 +138,7 @@ def error_plain(xt, wt, scale, low, high, error):
             error[i] = total
 
 
-@kernel
+@inline
 def to_half_digits(values):
     """Round to the 11 significant bits of a half (not subnormal), to nearest, ties to even."""
     for i in range(values.shape[0]):
@@ -133,7 +147,7 @@ def to_half_digits(values):
         values[i] = bits_to_float(np.uint32(bits + np.uint32(0xFFF) + odd) & np.uint32(0xFFFFE000))
 
 
-@kernel
+@subroutine
 def code(xt, inverse, low, high, codes):
     """Per lane: ``codes[j] = clamp(rint(x * inverse)) - low`` as bytes."""
     n = inverse.shape[0]
@@ -146,7 +160,7 @@ def code(xt, inverse, low, high, codes):
             c[i] = np.uint8(np.int32((t + _MAGIC) - _MAGIC - low))
 
 
-@kernel
+@subroutine
 def among_subnormals(xt, wt, lane, d, factor, low, high):
     """Return the best of the half subnormals round ``d``: their step is coarse, so rounding to the nearest is not best."""
     best, best_d = np.float32(np.inf), d
@@ -157,7 +171,7 @@ def among_subnormals(xt, wt, lane, d, factor, low, high):
         inverse = _ONE / scale if scale != _ZERO else _ZERO
         error = _ZERO
         for j in range(xt.shape[0]):
-            level = np.rint(min(max(xt[j, lane] * inverse, low), high))
+            level = np.rint(smaller(larger(xt[j, lane] * inverse, low), high))
             difference = xt[j, lane] - scale * level
             error += wt[j, lane] * difference * difference
         if error < best:
@@ -165,7 +179,7 @@ def among_subnormals(xt, wt, lane, d, factor, low, high):
     return best_d
 
 
-@kernel
+@subroutine
 def pack_block(codes, nibbles, lane, bits, row, at):
     """Write the codes of one block of 32 behind its scale: Q4_0's, Q5_0's or Q6_0's layout, by ``bits``."""
     if bits == 5:
@@ -188,7 +202,26 @@ def pack_block(codes, nibbles, lane, bits, row, at):
         row[at + 2 + j] = nibbles[j, lane]
 
 
-@kernel
+Part = tuple[type[np.generic], tuple[int, ...]]
+
+
+def floats(*shape: int) -> Part:
+    """Name a part of :func:`scratch_of`: float32 of ``shape``."""
+    return np.float32, shape
+
+
+def scratch_of(*parts: Part) -> tuple[Any, ...]:
+    """Return zeroed arrays of these dtypes and shapes for a kernel to work in, each at the start of a cache line.
+
+    Allocating in kernels costs a tenth of a second of compiling per kind of array; vectors across cache lines a fifth of the
+    speed.
+    """
+    nbytes = [-(-prod(shape) * np.dtype(dtype).itemsize // 64) * 64 for dtype, shape in parts]
+    memory = np.zeros(sum(nbytes) + 64, np.uint8)
+    starts = accumulate(nbytes, initial=-memory.__array_interface__["data"][0] % 64)
+    return tuple(np.ndarray(shape, dtype, memory, start) for (dtype, shape), start in zip(parts, starts, strict=False))
+
+
 def encode_block32(values, importance, out, bits, block_nbytes, by_energy, steps, ends, refits):
     """Search the f16 scale of every block of 32 codes of ``bits`` bits around zero.
 
@@ -197,25 +230,28 @@ def encode_block32(values, importance, out, bits, block_nbytes, by_energy, steps
     that end at ``ends``. The best of each group by explained energy is refitted ``refits`` times; the best of these by its
     error as stored (beside a spike, energy tells nothing about the others) makes the codes.
     """
+    scratch = scratch_of(
+        *[floats(32, LANES)] * 3, floats(12, LANES), floats(32), (np.uint8, (32, LANES)), (np.uint8, (16, LANES))
+    )
+    scratch[4].fill(1)  # the weights, where there is no importance
+    arrays = values, values.reshape(-1), importance, out.reshape(-1), scratch
+    _encode_block32(*arrays, bits, block_nbytes, by_energy, steps, ends, refits)
+
+
+@kernel
+def _encode_block32(values, flat, importance, flat_out, scratch, bits, block_nbytes, by_energy, steps, ends, refits):
     blocks = values.shape[1] // 32
     count = values.shape[0] * blocks
     low, high = -np.float32(1 << (bits - 1)), np.float32((1 << (bits - 1)) - 1)
     weighted = importance.shape[0] > 0
-    xt = np.zeros((32, LANES), np.float32)
-    wt = np.zeros((32, LANES), np.float32)
-    wxt = np.zeros((32, LANES), np.float32)
-    codes = np.zeros((32, LANES), np.uint8)
-    lanes = np.zeros((12, LANES), np.float32)
+    xt, wt, wxt, lanes, w, codes, nibbles = scratch
     extreme, inverse, s1, s2 = lanes[0], lanes[1], lanes[2], lanes[3]
     best, best_inverse, best_scale, factor, turned = lanes[4], lanes[5], lanes[6], lanes[7], lanes[8]
     error, least, chosen = lanes[9], lanes[10], lanes[11]
-    w = np.ones(32, np.float32)
-    flat, flat_out = values.reshape(-1), out.reshape(-1)
     row_factor, sigma2 = _ONE, _ZERO
-    nibbles = np.zeros((16, LANES), np.uint8)
     r, b = 0, -1
     for first in range(0, count, LANES):
-        n = min(LANES, count - first)
+        n = smaller(LANES, count - first)
         for lane in range(n):
             b += 1
             if b == blocks:
@@ -226,8 +262,8 @@ def encode_block32(values, importance, out, bits, block_nbytes, by_energy, steps
             at = (first + lane) * 32
             top = np.uint32(0)
             for j in range(w.shape[0]):
-                top = max(top, np.uint32(float_to_bits(flat[at + j]) & np.uint32(0x7FFFFFFF)))
-            e = min(max(np.int32(top >> np.uint32(23)), np.int32(1)), np.int32(253))
+                top = larger(top, np.uint32(float_to_bits(flat[at + j]) & np.uint32(0x7FFFFFFF)))
+            e = smaller(larger(np.int32(top >> np.uint32(23)), np.int32(1)), np.int32(253))
             f = down(e)
             factor[lane] = up(e)
             if weighted and by_energy:
@@ -285,15 +321,16 @@ def encode_block32(values, importance, out, bits, block_nbytes, by_energy, steps
             pack_block(codes, nibbles, lane, bits, flat_out, (first + lane) * block_nbytes)
 
 
-@kernel
 def encode_block32_reference(values, importance, out):
     """Q4_0's bytes as the C library makes them (FORMATS 6.2): plain rounding, or 19 scales by weighted explained energy."""
+    scratch = scratch_of(*[floats(32, LANES)] * 3, floats(7, LANES), (np.uint8, (32, LANES)))
+    _encode_block32_reference(values, importance, out, scratch)
+
+
+@kernel
+def _encode_block32_reference(values, importance, out, scratch):
     low, high = np.float32(-8), np.float32(7)
-    xt = np.zeros((32, LANES), np.float32)
-    wt = np.zeros((32, LANES), np.float32)
-    wxt = np.zeros((32, LANES), np.float32)
-    codes = np.zeros((32, LANES), np.uint8)
-    lanes = np.zeros((7, LANES), np.float32)
+    xt, wt, wxt, lanes, codes = scratch
     extreme, inverse, s1, s2 = lanes[0], lanes[1], lanes[2], lanes[3]
     best, best_inverse, best_scale = lanes[4], lanes[5], lanes[6]
     blocks = values.shape[1] // 32
@@ -301,7 +338,7 @@ def encode_block32_reference(values, importance, out):
     sigma2 = _ZERO
     weighted = importance.shape[0] > 0
     for first in range(0, count, LANES):
-        n = min(LANES, count - first)
+        n = smaller(LANES, count - first)
         for lane in range(n):
             r, b = divmod(first + lane, blocks)
             if weighted and (b == 0 or lane == 0):

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
+from ggufx.kernels._vector import Block, Vector
 
-from ggufx.kernels._jit import kernel, load32, load64
-
-_LOW6 = np.uint64(0x3F3F3F3F)
-_LOW4 = np.uint64(0x0F0F0F0F)
-_TOP2 = np.uint64(0x30303030)
-_TWO = np.uint64(2)
-_FOUR = np.uint64(4)
-_WORD = np.uint64(32)
+_BYTES = range(0, 32, 8)
 
 
-@kernel
-def scales_and_minima(row, at):
-    """Unpack the twelve bytes of Q4_K and Q5_K at ``at`` into two uint64 of eight bytes each."""
-    both, low = load64(row, at), np.uint64(load32(row, at + 8))
-    scales, minima = both, both >> _WORD
-    upper_scales = (low & _LOW4) | ((scales >> _TWO) & _TOP2)
-    upper_minima = ((low >> _FOUR) & _LOW4) | ((minima >> _TWO) & _TOP2)
-    return (scales & _LOW6) | (upper_scales << _WORD), (minima & _LOW6) | (upper_minima << _WORD)
+def scales_and_minima(b: Block) -> tuple[Vector, Vector]:
+    """Return the eight scales and the eight minima of a block of Q4_K or Q5_K: two f16, then twelve bytes of six bits each."""
+
+    def floats(scale: Vector, byte: int, nibble: int) -> Vector:
+        low = b.fields(12, 4, [bit + nibble for bit in _BYTES])
+        high = b.fields(byte, 2, [bit + 6 for bit in _BYTES])
+        codes = b.fields(byte, 6, _BYTES).take(range(8), low | high << 4)
+        return scale.take(range(8)) * codes.floats()
+
+    return floats(b.d, 4, 0), floats(b.half(2), 8, 4)

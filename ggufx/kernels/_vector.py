@@ -9,6 +9,7 @@ LLVM IR: every CPU gets correct code, x86 and ARM get byte shuffles for the look
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -17,6 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ggufx import tables
+from ggufx.kernels._floats import plain_nans, store_floats, widen_halves
 from ggufx.kernels._jit import _vector_lookup
 
 __all__ = ["BYTE", "LANES", "WORD", "Block", "Vector", "block_intrinsic", "trellis"]
@@ -109,6 +111,10 @@ class Vector:
         wide = ir.VectorType(ir.IntType(n_bits), self.lanes)
         return Vector(self.builder, self.builder.zext(self.value, wide))
 
+    def extend(self, n_bits: int) -> Vector:
+        """Sign-extend integers."""
+        return self.mask_of(n_bits)
+
     def narrow(self, n_bits: int) -> Vector:
         """Keep the low bits of integers."""
         return Vector(self.builder, self.builder.trunc(self.value, ir.VectorType(ir.IntType(n_bits), self.lanes)))
@@ -168,10 +174,12 @@ class Block:
         data, start, d, out, position = args
         self._builder = builder
         self._source = builder.gep(context.make_array(data_type)(context, builder, data).data, [start])
-        self._target = builder.gep(context.make_array(out_type)(context, builder, out).data, [position])
+        self._store = partial(store_floats, context, builder, out_type, out)
+        self._position = position
         self._loaded: dict[tuple[int, int, int], Vector] = {}
-        lane = ir.Constant(ir.VectorType(_FLOAT, LANES), ir.Undefined)
-        self.d = Vector(builder, builder.insert_element(lane, d, ir.Constant(ir.IntType(32), 0))).spread(0)
+        self._plain = partial(plain_nans, builder, out_type)
+        self._widen = partial(widen_halves, context, builder)
+        self.d = self._scale(d)
 
     def load(self, byte: int, lanes: int, n_bits: int = 8) -> Vector:
         """Load little-endian integers from ``byte`` of the block on."""
@@ -182,6 +190,20 @@ class Block:
             value = self._builder.load(self._builder.bitcast(pointer, vector.as_pointer()), align=1)
             self._loaded[key] = Vector(self._builder, value)
         return self._loaded[key]
+
+    def _scale(self, value: Any) -> Vector:
+        lane = ir.Constant(ir.VectorType(_FLOAT, LANES), ir.Undefined)
+        scalar = self._builder.insert_element(lane, self._plain(value), ir.Constant(ir.IntType(32), 0))
+        return Vector(self._builder, scalar).spread(0)
+
+    def half(self, byte: int) -> Vector:
+        """Load a second scale, binary16 at ``byte`` of the block, in :data:`LANES` lanes of float32, to compute with."""
+        bits = self._builder.extract_element(self.load(byte, 1, 16).value, ir.Constant(ir.IntType(32), 0))
+        return self._scale(self._widen(bits, signalling=False))  # arithmetic makes any NaN quiet
+
+    def widened(self, halves: Vector) -> Vector:
+        """Widen binary16 bits to float32; signalling NaNs may become quiet ones."""
+        return Vector(self._builder, self._widen(halves.value, signalling=False))
 
     def flags(self, byte: int, lanes: int) -> Vector:
         """Load consecutive bits as a mask."""
@@ -217,9 +239,8 @@ class Block:
         return result
 
     def store(self, position: int, values: Vector) -> None:
-        """Store floats at element ``position`` of the block."""
-        pointer = self._builder.gep(self._target, [ir.Constant(ir.IntType(64), position)])
-        self._builder.store(values.value, self._builder.bitcast(pointer, values.value.type.as_pointer()), align=4)
+        """Store floats at element ``position`` of the block. Their NaNs must come from the scales, or be plain."""
+        self._store(self._builder.add(self._position, ir.Constant(self._position.type, position)), values.value)
 
     def store_twins(
         self, table: tuple[int, ...], scales: Vector, flags: Vector, codes: Callable[[int], Vector]
@@ -239,8 +260,8 @@ class Block:
 def block_intrinsic(emit: Callable[[Block], None]) -> Any:
     """Return the intrinsic ``block(data, start, d, out, position)`` whose code ``emit`` writes.
 
-    It reads the block at byte ``start`` of ``data`` (uint8, contiguous) and writes its values to ``out[position:]`` (float32,
-    contiguous); ``d`` is a float32.
+    It reads the block at byte ``start`` of ``data`` (uint8, contiguous) and writes its values to ``out[position:]``
+    (contiguous, of a dtype that kernels decode to); ``d`` is a float32.
     """
 
     @intrinsic

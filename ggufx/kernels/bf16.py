@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ggufx.kernels._jit import bits_to_float, kernel, widen_brains16
+from ggufx.kernels._jit import bits_to_float, kernel, put, widen_brains16
 
 
 @kernel
@@ -17,4 +17,4 @@ def decode(rows, out, block_len):
             widen_brains16(row, 2 * i, y, i)
         for i in range(whole, row_len):
             bits = np.uint16(row[2 * i] | (np.uint16(row[2 * i + 1]) << np.uint16(8)))
-            y[i] = bits_to_float(np.uint32(bits) << np.uint32(16))
+            put(y, i, bits_to_float(np.uint32(bits) << np.uint32(16)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ggufx.kernels._jit import half_to_float, kernel, widen_halves16
+from ggufx.kernels._jit import half_to_float, kernel, put, widen_halves16
 
 
 @kernel
@@ -17,4 +17,4 @@ def decode(rows, out, block_len):
             widen_halves16(row, 2 * i, y, i)
         for i in range(whole, row_len):
             bits = np.uint16(row[2 * i] | (np.uint16(row[2 * i + 1]) << np.uint16(8)))
-            y[i] = half_to_float(bits)
+            put(y, i, half_to_float(bits))

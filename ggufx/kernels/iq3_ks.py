@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ggufx import tables
-from ggufx.kernels._codebook import codebook_search, store_planes, subroutine
-from ggufx.kernels._jit import half_at, kernel
+from ggufx.kernels._codebook import codebook_search
+from ggufx.kernels._jit import half_at, kernel, subroutine
+from ggufx.kernels._lanes import planes
 from ggufx.kernels._vector import Block, block_intrinsic
 
 _NBYTES = 102
@@ -27,6 +28,10 @@ def decode(rows, out, block_len):
             _block(row, 2 + b * _NBYTES, d, y, b * block_len)
 
 
+_store_low = planes(256, 2, 0, 32)
+_store_high = planes(256, 1, 2, 32)
+
+
 @subroutine
 def _store(row, group, d_bits, scales, flags, codes):
     row[0], row[1] = d_bits & 255, d_bits >> 8
@@ -40,8 +45,8 @@ def _store(row, group, d_bits, scales, flags, codes):
         block[0], block[1] = high, table
         for k in range(4):
             block[2 + k] = (scales[at + k] & 15) | (scales[at + k + 4] & 15) << 4
-        store_planes(codes, 256 * b, 256, 2, 0, 32, block, 6)
-        store_planes(codes, 256 * b, 256, 1, 2, 32, block, 70)
+        _store_low(codes, 256 * b, block, 6)
+        _store_high(codes, 256 * b, block, 70)
 
 
 search = codebook_search(

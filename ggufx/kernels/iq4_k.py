@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ggufx import tables
-from ggufx.kernels._codebook import codebook_search, store_planes, subroutine
-from ggufx.kernels._jit import half_at, kernel
+from ggufx.kernels._codebook import codebook_search
+from ggufx.kernels._jit import half_at, kernel, subroutine
+from ggufx.kernels._lanes import planes
 from ggufx.kernels._vector import Block, block_intrinsic
 
 _NBYTES = 144
@@ -24,6 +25,9 @@ def decode(rows, out, block_len):
             _block(row, b * _NBYTES, half_at(row, b * _NBYTES), y, b * block_len)
 
 
+_store_low = planes(256, 4, 0, 16)
+
+
 @subroutine
 def _store(row, group, d_bits, scales, flags, codes):
     block = row[group * _NBYTES : (group + 1) * _NBYTES]
@@ -36,7 +40,7 @@ def _store(row, group, d_bits, scales, flags, codes):
         block[8 + k // 2] = (scales[k] & 15) | (scales[k + 1] & 15) << 4
     for k in range(0, 16, 4):
         block[4 + k // 4] = scales[k] >> 4 | scales[k + 1] >> 4 << 2 | scales[k + 2] >> 4 << 4 | scales[k + 3] >> 4 << 6
-    store_planes(codes, 0, 256, 4, 0, 16, block, 16)
+    _store_low(codes, 0, block, 16)
 
 
 search = codebook_search(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ggufx import tables
-from ggufx.kernels._codebook import codebook_search, store_planes, subroutine
-from ggufx.kernels._jit import float_at, kernel
+from ggufx.kernels._codebook import codebook_search
+from ggufx.kernels._jit import float_at, kernel, subroutine
+from ggufx.kernels._lanes import planes
 from ggufx.kernels._vector import Block, block_intrinsic
 
 _NBYTES = 136
@@ -26,6 +27,9 @@ def decode(rows, out, block_len):
             _block(row, 4 + b * _NBYTES, d, y, b * block_len)
 
 
+_store_low = planes(256, 4, 0, 16)
+
+
 @subroutine
 def _store(row, group, d_bits, scales, flags, codes):
     row[0], row[1], row[2], row[3] = d_bits & 255, d_bits >> 8 & 255, d_bits >> 16 & 255, d_bits >> 24
@@ -34,7 +38,7 @@ def _store(row, group, d_bits, scales, flags, codes):
         at = 8 * b
         for k in range(8):
             block[k] = scales[at + k] << 1 | flags[at + k]
-        store_planes(codes, 256 * b, 256, 4, 0, 16, block, 8)
+        _store_low(codes, 256 * b, block, 8)
 
 
 search = codebook_search(

@@ -8,11 +8,13 @@ from ggufx.kernels._jit import (
     bits_to_float,
     float_to_bits,
     halves_to_pairs,
+    inline,
     kernel,
     load64,
     nibble_lookup,
     pairs_to_halves,
     store64,
+    subroutine,
 )
 
 # Twice the E2M1 values. The sign is on the integer, so that code 8 ("minus zero") gives +0 as in the reference.
@@ -68,7 +70,7 @@ _LANES = 64
 _ZERO = np.float32(0)
 
 
-@kernel
+@inline
 def _reference_scale(x, rounded_up):
     """Return ``floor(log2f(amax)) + 125`` within 0..254, 0 for amax 0."""
     top = np.uint32(0)
@@ -78,21 +80,21 @@ def _reference_scale(x, rounded_up):
     return max(field + np.int32(top >= rounded_up[field]) - 2, 0)
 
 
-@kernel
+@inline
 def _factors(e):
     """Return two factors whose product is ``2^(128 - e)``, which itself may be beyond float32."""
     first = min(128 - e, 127)
     return bits_to_float(np.uint32(first + 127) << np.uint32(23)), np.float32(2) if e == 0 else np.float32(1)
 
 
-@kernel
+@inline
 def _scale_block(x, e, scaled):
     f, g = _factors(e)
     for i in range(x.shape[0]):
         scaled[i] = x[i] * f * g
 
 
-@kernel
+@subroutine
 def _code(scaled, codes):
     """Nearest codes of many values at once (a long loop vectorises better than one of a block), in doubled units."""
     for i in range(codes.shape[0]):
@@ -110,13 +112,13 @@ def _code(scaled, codes):
         codes[i] = np.uint8(np.int32(c))
 
 
-@kernel
+@inline
 def _write(codes, at, row, start):
     store64(row, start + 1, load64(codes, at) | (load64(codes, at + 16) << np.uint64(4)))
     store64(row, start + 9, load64(codes, at + 8) | (load64(codes, at + 24) << np.uint64(4)))
 
 
-@kernel
+@subroutine
 def _errors(xt, wt, factor, back, error):
     """Per lane: ``sum w (x - y)^2`` for y of the scale ``factor`` below the one that ``xt`` (magnitudes) is in units of."""
     n = error.shape[0]

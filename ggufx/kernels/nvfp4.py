@@ -24,11 +24,11 @@ def _block(b: Block) -> None:
     for k in range(0, 4, 2):
         # 16 bytes are two sub-blocks. Shuffling bytes before or after a lookup would keep it from becoming one instruction.
         both = scales.take([k] * 8 + [k + 1] * 8)
-        for half in range(2):
-            codes = b.load(4 + 8 * k, LANES) >> 4 * half & 15
-            values = codes.lookup(tables.E2M1_DOUBLED).floats() * both
-            b.store(16 * k + 8 * half, values.take(range(8)))
-            b.store(16 * k + 8 * half + 16, values.take(range(8, 16)))
+        low, high = (
+            (b.load(4 + 8 * k, LANES) >> 4 * half & 15).lookup(tables.E2M1_DOUBLED).floats() * both for half in range(2)
+        )
+        b.store(16 * k, low.take([*range(8), *range(16, 24)], high))
+        b.store(16 * k + 16, low.take([*range(8, 16), *range(24, 32)], high))
 
 
 @kernel

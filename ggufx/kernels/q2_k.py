@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from ggufx.kernels._jit import code_lookup, half_to_float, kernel, load16
+from ggufx.kernels._jit import half_at, kernel
 from ggufx.kernels._kquants import encode_affine
+from ggufx.kernels._vector import LANES, Block, block_intrinsic
 
 __all__ = ["decode", "encode_affine"]
 
-_decode16 = code_lookup(2, minimum=True)
 _NBYTES = 84
-_NONE = np.uint8(0)
+
+
+@block_intrinsic
+def _block(b: Block) -> None:
+    packed = b.load(0, LANES)
+    scales, minima = b.d * (packed & 15).floats(), b.half(82) * (packed >> 4).floats()
+    for k in range(16):
+        codes = b.codes(16 * k, (16, 2, 32))
+        b.store(16 * k, codes.floats() * scales.spread(k) - minima.spread(k))
 
 
 @kernel
 def decode(rows, out, block_len):
     for r in range(rows.shape[0]):
         row, y = rows[r], out[r]
-        for b in range(row.shape[0] // _NBYTES):
-            start, position = b * _NBYTES, b * block_len
-            d, dmin = half_to_float(load16(row, start + 80)), half_to_float(load16(row, start + 82))
-            for s in range(16):
-                packed = row[start + s]
-                scale = d * np.float32(packed & np.uint8(15))
-                minimum = dmin * np.float32(packed >> np.uint8(4))
-                # 128 elements share 32 bytes, two bits for every 32.
-                codes = start + 16 + 32 * (s // 8) + 16 * (s % 2)
-                quarter = np.uint8(2 * (s // 2 % 4))
-                _decode16(row, codes, quarter, codes, _NONE, scale, np.int8(0), y, position + 16 * s, minimum)
+        for b in range(y.shape[0] // block_len):
+            _block(row, b * _NBYTES, half_at(row, b * _NBYTES + 80), y, b * block_len)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from ggufx.kernels._jit import half_to_float, kernel, load16, load32, nibbles_and_bits
+from ggufx.kernels._jit import half_at, kernel
 from ggufx.kernels._linear import encode_block32
+from ggufx.kernels._vector import LANES, Block, block_intrinsic
 
 __all__ = ["decode", "encode_block32"]
 
 _NBYTES = 22
 
 
+@block_intrinsic
+def _block(b: Block) -> None:
+    for i in range(0, 32, LANES):
+        fifth = b.flags(2 + i // 8, LANES).mask_of(8) & 16
+        b.store(i, ((b.codes(i, (6, 4, 16)) | fifth) - 16).floats() * b.d)
+
+
 @kernel
 def decode(rows, out, block_len):
     for r in range(rows.shape[0]):
         row, y = rows[r], out[r]
-        for b in range(row.shape[0] // _NBYTES):
-            start = b * _NBYTES
-            d, fifth = half_to_float(load16(row, start)), load32(row, start + 2)
-            nibbles_and_bits(row, start + 6, fifth, d, np.int8(-16), None, y, b * block_len)
+        for b in range(y.shape[0] // block_len):
+            _block(row, b * _NBYTES, half_at(row, b * _NBYTES), y, b * block_len)

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from ggufx.kernels._jit import code_lookup, half_to_float, kernel, load16
+from ggufx.kernels._jit import half_at, kernel
 from ggufx.kernels._kquants import encode_affine
 from ggufx.kernels._scales import scales_and_minima
+from ggufx.kernels._vector import LANES, Block, block_intrinsic
 
 __all__ = ["decode", "encode_affine"]
 
-_decode16 = code_lookup(4, 1, minimum=True)
 _NBYTES = 176
-_BYTE = np.uint64(255)
+
+
+@block_intrinsic
+def _block(b: Block) -> None:
+    scales, minima = scales_and_minima(b)
+    for i in range(0, 256, LANES):
+        codes = b.codes(i, (48, 4, 32), (16, 1, 32))
+        b.store(i, codes.floats() * scales.spread(i // 32) - minima.spread(i // 32))
 
 
 @kernel
 def decode(rows, out, block_len):
     for r in range(rows.shape[0]):
         row, y = rows[r], out[r]
-        for b in range(row.shape[0] // _NBYTES):
-            start, position = b * _NBYTES, b * block_len
-            d, dmin = half_to_float(load16(row, start)), half_to_float(load16(row, start + 2))
-            scales, minima = scales_and_minima(row, start + 4)
-            for s in range(8):
-                scale = d * np.float32((scales >> np.uint64(8 * s)) & _BYTE)
-                minimum = dmin * np.float32((minima >> np.uint64(8 * s)) & _BYTE)
-                # 64 elements share 32 bytes: low nibbles, then high ones. All eight runs share the bytes of fifth bits.
-                half = np.uint8(4 * (s % 2))
-                for run in range(0, 32, 16):
-                    low, high = start + 48 + 32 * (s // 2) + run, start + 16 + run
-                    where = position + 32 * s + run
-                    _decode16(row, low, half, high, np.uint8(s), scale, np.int8(0), y, where, minimum)
+        for b in range(y.shape[0] // block_len):
+            _block(row, b * _NBYTES, half_at(row, b * _NBYTES), y, b * block_len)

@@ -33,9 +33,6 @@ F32 = npt.NDArray[np.float32]
 _CHUNK_NBYTES = 1 << 22
 """Output bytes of a row chunk: a few hundred microseconds of work, so that handing over the GIL costs nothing."""
 
-_NARROW_LEN = 1 << 17
-"""Elements of float32 on their way to a narrower float: 512 KiB, best of 2^14 to 2^17 elements."""
-
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _FLOATS = frozenset((np.dtype(np.float32), np.dtype(np.float16), BFLOAT16, np.dtype(np.float64)))
 
@@ -300,25 +297,18 @@ class Codec(ABC):
         if rows.size == 0:
             return out
         target = out.reshape(rows.shape[0], -1)
-        function = self._kernels.get("decode") if use_kernel else None
-        direct = target.dtype == self.value_dtype and target.flags.aligned and target.flags.writeable
-
-        narrow = kernels.narrower(target.dtype.name) if function is not None and target.flags.aligned else None
-
-        def decode_narrow(start: int, stop: int) -> None:
-            """Decode a few rows at a time: float32 that stays in the processor's cache costs next to nothing."""
-            step = max(1, _NARROW_LEN // max(1, target.shape[1]))
-            buffer = np.empty((min(step, stop - start), target.shape[1]), np.float32)
-            for first in range(start, stop, step):
-                count = min(step, stop - first)
-                function(rows[first : first + count], buffer[:count], self.layout.block_len)  # type: ignore[misc]
-                narrow(buffer[:count].reshape(-1), target[first : first + count].reshape(-1).view(np.uint16))  # type: ignore[misc]
+        # Plain numbers that stay or grow are copied: no kernel is faster, and a compiler is slow to load.
+        is_plain = self.layout.block == np.dtype([("value", self.value_dtype)])
+        copies = is_plain and target.dtype.itemsize >= self.value_dtype.itemsize
+        function = self._kernels.get("decode") if use_kernel and not copies else None
+        narrows = function is not None and target.dtype.name in kernels.OUTPUTS
+        direct = target.flags.aligned and (narrows or target.dtype == self.value_dtype)
 
         def decode_chunk(start: int, stop: int) -> None:
             part = target[start:stop]
             buffer = part if direct else np.empty(part.shape, self.value_dtype)
             if function is not None:
-                function(rows[start:stop], buffer, self.layout.block_len)
+                function(rows[start:stop], buffer.view(kernels.OUTPUTS[buffer.dtype.name]), self.layout.block_len)
             else:
                 self.decode_rows(rows[start:stop], buffer)
             if not direct:
@@ -326,8 +316,7 @@ class Codec(ABC):
                 with np.errstate(over="ignore", invalid="ignore"):
                     part[...] = buffer
 
-        work = decode_chunk if direct or narrow is None else decode_narrow
-        self._in_chunks(work, rows.shape[0], target.shape[1] * 4, threads)
+        self._in_chunks(decode_chunk, rows.shape[0], target.shape[1] * 4, threads)
         return out
 
     def encode(
@@ -531,17 +520,24 @@ class Codec(ABC):
         weights = np.ascontiguousarray(importance, np.float32)
         if weights.shape != (row_len,) or not np.isfinite(weights).all() or (weights < 0).any():
             raise CodecError(f"importance must be {row_len} finite weights >= 0, got an array of {list(weights.shape)}")
-        dead = ~weights.reshape(-1, self.layout.block_len).any(axis=1)
-        if dead.any():
+        weights, dead = self.usable_importance(weights)
+        if dead:
             warnings.warn(
-                f"importance is all zero over {int(dead.sum())} of {dead.size} blocks of {self.layout.block_len} columns; "
-                "they are encoded with the mean weight",
+                f"importance is all zero over {dead} of {row_len // self.layout.block_len} blocks of "
+                f"{self.layout.block_len} columns; they are encoded with the mean weight",
                 ImportanceWarning,
                 stacklevel=3,
             )
+        return weights
+
+    def usable_importance(self, weights: F32) -> tuple[F32, int]:
+        """Return ``weights`` [row_len] with the mean in blocks that are all zero (1 if all are), and their number."""
+        dead = ~weights.reshape(-1, self.layout.block_len).any(axis=1)
+        count = int(dead.sum())
+        if count:
             weights = weights.copy()
             weights.reshape(-1, self.layout.block_len)[dead] = weights.mean() if weights.any() else 1
-        return weights
+        return weights, count
 
     def _finite(self, part: npt.NDArray[Any], first_row: int) -> F32:
         with np.errstate(over="ignore"):

@@ -281,7 +281,7 @@ def test_killed_between_the_renames_of_a_split(
     wanted = [p.read_bytes() for p in convert(editable.path, tmp_path / "whole" / "o.gguf", **options)]  # type: ignore[arg-type]
     assert len(wanted) > 3
     applied.clear()
-    original, count = execute._rename, [0]
+    original, count = execute.rename, [0]
 
     def rename(partial: Path, path: Path, *, overwrite: bool) -> None:
         if count[0] == at:
@@ -290,7 +290,7 @@ def test_killed_between_the_renames_of_a_split(
         original(partial, path, overwrite=overwrite)
 
     with monkeypatch.context() as patch:
-        patch.setattr(execute, "_rename", rename)
+        patch.setattr(execute, "rename", rename)
         with pytest.raises(Stop):
             convert(editable.path, tmp_path / "o.gguf", **options)  # type: ignore[arg-type]
     assert len(list(tmp_path.glob("o-*.gguf"))) == at
@@ -628,7 +628,7 @@ def test_a_finished_looking_file_of_before_is_not_taken_for_ours(
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(execute, "_rename", rename)
+        patch.setattr(execute, "rename", rename)
         with pytest.raises(Stop):
             convert(editable.path, out, overwrite=True)
     partial_path(out).unlink()

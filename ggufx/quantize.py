@@ -1,0 +1,861 @@
+"""Quantize a checkpoint or a GGUF by a recipe, in one pass: sources are decoded tile by tile, nothing is written in between.
+
+:func:`prepare` decides every tensor's type and says what it found (the linter) before any work; the plan made of that runs in
+the one engine: streaming, bounded, resumable, atomic.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from ggufx import convert, dialects, execute, plan, types
+from ggufx import imatrix as imatrix_module
+from ggufx import recipe as recipe_module
+from ggufx.architectures.deepseek_v4 import LAYER
+from ggufx.checkpoint import Checkpoint
+from ggufx.container import Value
+from ggufx.dialects import Dialect
+from ggufx.errors import FallbackError, PlanError, RecipeError
+from ggufx.execute import Progress, TileDone
+from ggufx.file import File, open
+from ggufx.imatrix import ImportanceMatrix, Place
+from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform, Weights
+from ggufx.recipe import NATIVE, Finding, Recipe, Rule
+
+__all__ = ["ENERGY", "Choice", "Quantization", "Source", "Tally", "plan_quantize", "prepare", "quantize"]
+
+ENERGY: Final = "energy"
+"""In place of an importance matrix: the mean squares of a matrix's own columns, for types that demand importance."""
+
+NATIVE_KINDS: Final = frozenset({"FP8", "FP4", "F8_E4M3_B128", "MXFP4", "NVFP4", "F64", "F32", "F16", "BF16"})
+"""What models are trained or published in: quantizing these is what quantizing is for."""
+_INTEGERS: Final = frozenset({"I8", "I16", "I32", "I64"})
+
+# What a type that does not fit a row's length becomes: upstream's table, and ik_llama.cpp's.
+_UPSTREAM_FALLBACK: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
+    **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
+    "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
+}  # fmt: skip
+_IK_FALLBACK: Final[Mapping[str, str]] = {
+    **_UPSTREAM_FALLBACK,
+    **dict.fromkeys(
+        (
+            "Q2_K", "Q3_K", "IQ2_K", "IQ3_K", "IQ2_KS", "IQ3_KS", "IQ2_KL", "IQ4_KS", "IQ4_KSS", "IQ1_KT", "IQ2_KT", "IQ3_KT",
+            "IQ4_KT",
+        ),
+        "IQ4_NL",
+    ),
+    **dict.fromkeys(("Q4_K", "IQ4_K", "IQ5_KS"), "Q5_0"),
+    **dict.fromkeys(("Q5_K", "IQ5_K"), "Q6_0"),
+    **dict.fromkeys(("Q6_K", "IQ6_K"), "Q8_0"),
+}  # fmt: skip
+
+QUANTIZATION_VERSION: Final = 2  # ggml.h's GGML_QNT_VERSION
+
+# An imatrix is recorded under upstream's names.
+_UPSTREAM_NAMES: Final = {family.nisparks: family.upstream for family in LAYER if family.nisparks != family.upstream}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor that could be quantized.
+
+    Attributes
+    ----------
+    name, shape
+        As they will be in the output; numpy order.
+    kind
+        A key of :data:`ggufx.plan.SOURCE_BITS` or a codec's name; ``id N`` for a type that no dialect knows.
+    nbytes
+        Bytes of codes and scales.
+    stays
+        It stays as it is unless a rule names it with ``!``.
+    stack
+        Its matrices; empty for a type that no dialect knows.
+    keep
+        Plans it as it is, or raises PlanError when the target cannot hold it.
+    member
+        Number of the split file it is in.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    nbytes: int
+    stays: bool
+    stack: tuple[tuple[Matrix, ...], ...]
+    keep: Callable[[], PlannedTensor]
+    member: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a tensor becomes, and why.
+
+    Attributes
+    ----------
+    type
+        Type name in the output; for a kept tensor the one it has there.
+    kept
+        Its own bits, exactly.
+    rule
+        The rule that decided, if one did.
+    wanted
+        The type that was asked for, where rows did not fit it.
+    """
+
+    source: Source
+    type: str
+    kept: bool
+    rule: Rule | None = None
+    wanted: str = ""
+    weights: tuple[Weights | None, ...] = ()
+    importance: Literal["", "matrix", "energy"] = ""
+
+
+@dataclass
+class Quantization:
+    """Every decision of a run, before any work: see :func:`prepare`."""
+
+    path: Path
+    dialect: Dialect
+    choices: list[Choice]
+    findings: list[Finding]
+    effort: types.Effort
+    objective: types.Objective
+    measure: bool
+    source_files: list[str]
+    source_states: list[tuple[int, int]] | None
+    metadata: Callable[[Sequence[PlannedTensor], int | None], dict[str, Value]]
+    skipped: Sequence[tuple[str, str]] = ()
+    alignment: int = 32
+    label: str = ""
+    keep_split: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def errors(self) -> list[Finding]:
+        """Findings that nothing will be written with."""
+        return [finding for finding in self.findings if finding.severity == "error"]
+
+    @property
+    def exit_code(self) -> int:
+        """0 without errors; 3 if they are all rows that a type does not fit; else 1."""
+        if not self.errors:
+            return 0
+        return 3 if all(error.code == "fallback" for error in self.errors) else 1
+
+    def check(self) -> None:
+        """Raise RecipeError if there is an error among the findings."""
+        if self.errors:
+            kind = FallbackError if self.exit_code == 3 else RecipeError
+            more = f" ({len(self.errors) - 1} more errors)" if len(self.errors) > 1 else ""
+            raise kind(f"{self.errors[0].message}{more}")
+
+    @cached_property
+    def tensors(self) -> list[PlannedTensor]:
+        """The output's tensors, in the source's order."""
+        self.check()
+        return [self._planned(choice) for choice in self.choices]
+
+    def plan(
+        self,
+        outfile: str | Path,
+        *,
+        split_max_nbytes: int | None = None,
+        overrides: Mapping[str, Value] | None = None,
+    ) -> Plan:
+        """Return the plan; raises RecipeError for findings that are errors, PlanError for an output that is a source."""
+        path = Path(convert.fill_file_type(str(outfile), self.label))
+        if any(path.exists() and path.samefile(source) for source in self.source_files):
+            raise PlanError(f"{path}: is the source itself; choose another --outfile")
+        number = _file_type(self.tensors, self.dialect)
+        metadata = self.metadata(self.tensors, number)
+        if any(not choice.kept for choice in self.choices):
+            metadata["general.quantization_version"] = Value.u32(QUANTIZATION_VERSION)
+        metadata.update(overrides or {})
+        members = [choice.source.member for choice in self.choices] if self.keep_split else None
+        return plan.build(
+            path,
+            metadata,
+            self.tensors,
+            source_files=self.source_files,
+            source_states=self.source_states,
+            dialect=self.dialect.name,
+            alignment=self.alignment,
+            split_max_nbytes=split_max_nbytes,
+            members=members,
+            skipped=self.skipped,
+            notes=list(dict.fromkeys([*self.notes, *(f.message for f in self.findings if f.severity != "error")])),
+            file_type=(self.dialect.file_type_name(number) if number is not None else None) or "",
+        )
+
+    def _planned(self, choice: Choice) -> PlannedTensor:
+        if choice.kept:
+            return choice.source.keep()
+        source = choice.source
+        codec = types.get(choice.type)
+        type_id = self.dialect.type_id(codec)
+        assert type_id is not None, choice
+        first = source.stack[0][0]
+        op = convert.operation(source.kind, choice.type)
+        effort = self.effort if self.effort != "reference" or codec.reproduces else "normal"
+        transform = Transform(
+            op, source.kind, choice.type, tuple(part.row_len for part in source.stack[0]), first.rows_per_scale,
+            # BF16 and F32 have the mantissa of FP8 and FP4 and a wider exponent; that every value survives is tested.
+            exact=op == "encode" and source.kind in ("FP8", "FP4") and choice.type in ("BF16", "F32"),
+            effort=effort if op == "encode" else "", objective=self.objective, importance=choice.importance,
+            measure=self.measure and op == "encode",
+        )  # fmt: skip
+        return plan.plan_tensor(source.name, source.shape, codec.name, type_id, transform, source.stack, choice.weights)
+
+
+def prepare(
+    source: str | Path | Checkpoint | File,
+    *,
+    recipe: Recipe | str | Path | None = None,
+    default: str | None = None,
+    imatrix: ImportanceMatrix | str | Path | None = None,
+    target: str | None = None,
+    effort: types.Effort = "normal",
+    objective: types.Objective = "reference",
+    pure: bool = False,
+    output_type: str | None = None,
+    embedding_type: str | None = None,
+    leave_output: bool = False,
+    allow_requantize: bool = False,
+    fallback: bool = True,
+    keep_split: bool = False,
+    measure: bool = False,
+    dialect: str | None = None,
+    mtp: bool = False,
+    model_name: str | None = None,
+    chat_template: str | None = None,
+    skip: Sequence[str] = (),
+    allow_nan: bool = False,
+) -> Quantization:
+    """Decide every tensor's type; reads headers, the tokenizer and the importance matrix, no tensor.
+
+    Parameters
+    ----------
+    source
+        A GGUF (any member of a split), or the directory of a checkpoint.
+    recipe
+        Rules, a recipe's file, or the name of a shipped one. A tensor that no rule matches becomes ``default``.
+    default
+        Type of what no rule decides; without one it keeps its own bits.
+    imatrix
+        Importance of the columns: a file, or ``"energy"`` (see :data:`ENERGY`).
+    target
+        Dialect to write. By default the first that holds every type asked for: the source's own, llama.cpp, ik_llama.cpp,
+        nisparks.
+    effort, objective
+        As in :meth:`ggufx.types.Codec.encode`; ``reference`` where a type promises the C library's bytes, else ``normal``.
+    pure
+        ``default`` for the embeddings and the head, too. Otherwise the head gets at least Q6_K and the embeddings at least
+        Q4_K, as two low-bit ends of a model cost more than they save.
+    output_type, embedding_type, leave_output
+        Types of ``output.weight`` and ``token_embd.weight`` where no rule decides; leave the head as it is.
+    allow_requantize
+        Let lossy types be quantized again.
+    fallback
+        Take the next type of the field's tables where a row's length does not fit a block; otherwise that is an error.
+    keep_split
+        Split as the source is.
+    measure
+        Sum up errors on the way (:class:`Tally` reports them).
+    dialect
+        Of a GGUF source, where ids leave it open.
+    mtp, model_name, chat_template, skip, allow_nan
+        Of a checkpoint, as in :func:`ggufx.convert.plan_convert`.
+
+    Returns
+    -------
+    Quantization
+        Choices and findings; its ``plan`` is what to execute.
+
+    Raises
+    ------
+    RecipeError, PlanError, GGUFError
+        The recipe, the source or the importance matrix cannot be read.
+    """
+    rules = _loaded(recipe)
+    wanted = [_codec_name(name) for name in (default, output_type, embedding_type) if name is not None]
+    opened = source if isinstance(source, File | Checkpoint) else _open(source, dialect)
+    chosen = _target(rules, wanted, opened, target)
+    if isinstance(opened, File):
+        sources, quantization = _gguf_sources(opened, chosen)
+    else:
+        sources, quantization = _checkpoint_sources(
+            opened, chosen, mtp=mtp, model_name=model_name, template=chat_template, skip=skip, allow_nan=allow_nan
+        )
+    matrix = _matrix(imatrix)
+    quantization.effort, quantization.objective, quantization.measure = effort, objective, measure
+    quantization.keep_split = keep_split
+    quantization.label = rules.name or (default or "").upper()
+    decide = _Decider(
+        rules, None if default is None else _codec_name(default), chosen, matrix, pure=pure,
+        output_type=None if output_type is None else _codec_name(output_type),
+        embedding_type=None if embedding_type is None else _codec_name(embedding_type), leave_output=leave_output,
+        allow_requantize=allow_requantize, fallback=fallback, tied=all(s.name != "output.weight" for s in sources),
+        n_source_files=len(quantization.source_files),
+    )  # fmt: skip
+    quantization.choices = [decide(item) for item in sources]
+    quantization.findings = recipe_module.lint(rules, {s.name: s.stays for s in sources}) + decide.findings()
+    if isinstance(matrix, ImportanceMatrix):
+        _add_matrix(quantization, matrix, decide)
+    return quantization
+
+
+def plan_quantize(
+    source: str | Path | Checkpoint | File,
+    outfile: str | Path,
+    *,
+    split_max_nbytes: int | None = None,
+    overrides: Mapping[str, Value] | None = None,
+    **options: Any,
+) -> Plan:
+    """Plan a quantization: :func:`prepare` (which takes ``options``), refusing its errors, and its plan.
+
+    Parameters
+    ----------
+    outfile
+        Output; ``{ftype}`` becomes the recipe's name.
+    split_max_nbytes
+        Bytes of tensor data per file.
+    overrides
+        Metadata keys to add or replace.
+    """
+    prepared = prepare(source, **options)
+    return prepared.plan(outfile, split_max_nbytes=split_max_nbytes, overrides=overrides)
+
+
+def quantize(
+    source: str | Path | Checkpoint | File,
+    outfile: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = True,
+    threads: int | None = None,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    observer: execute.Observer | None = None,
+    **options: Any,
+) -> list[Path]:
+    """Quantize: :func:`plan_quantize` (which takes ``options``) and :func:`ggufx.execute.execute`.
+
+    Returns
+    -------
+    list of Path
+        The finished files.
+    """
+    return execute.execute(
+        plan_quantize(source, outfile, **options),
+        overwrite=overwrite,
+        resume=resume,
+        threads=threads,
+        executor=executor,
+        progress=progress,
+        observer=observer,
+    )
+
+
+# Sources --------------------------------------------------------------------------------------------------------
+
+
+def _loaded(given: Recipe | str | Path | None) -> Recipe:
+    if given is None:
+        return Recipe()
+    return given if isinstance(given, Recipe) else recipe_module.load(given)
+
+
+def _codec_name(name: str) -> str:
+    """Return upstream's spelling of a type; raises RecipeError, which also knows mixes and interleaved types."""
+    return Recipe.parse(f".={name}", "type").rules[0].types[0]
+
+
+def _open(source: str | Path, dialect: str | None) -> File | Checkpoint:
+    path = Path(source)
+    if path.is_dir():
+        return Checkpoint(path)
+    return open(path, dialect=dialect)
+
+
+def _matrix(given: ImportanceMatrix | str | Path | None) -> ImportanceMatrix | Literal["energy"] | None:
+    if given is None or isinstance(given, ImportanceMatrix):
+        return given
+    return "energy" if str(given) == ENERGY else imatrix_module.load(given)
+
+
+def _target(rules: Recipe, wanted: Sequence[str], source: File | Checkpoint, target: str | None) -> Dialect:
+    """Return the dialect asked for, or the first that holds every type that the rules name."""
+    if target is not None:
+        return dialects.get(target)
+    names = [*wanted, *(rule.types[0] for rule in rules.rules)]
+    codecs = [types.get(name) for name in dict.fromkeys(names) if name != NATIVE]
+    own = list(source.equivalent) if isinstance(source, File) else []
+    order = [dialects.get(name) for name in dict.fromkeys([*own, *dialects.DIALECTS])]
+    # A file's own types are held by its own dialect; another one only has to be looked at where that lacks a type.
+    return next((d for d in order if all(d.type_id(codec) is not None for codec in codecs)), order[0])
+
+
+def _gguf_sources(file: File, target: Dialect) -> tuple[list[Source], Quantization]:
+    paths = [str(path) for path in file.paths]
+    members = {path: number for number, path in enumerate(paths)}
+    sources = []
+    for tensor in file.tensors:
+        member = members[str(tensor.path)]
+        span = Span(member, tensor.file_offset, tensor.nbytes)
+        stack: tuple[tuple[Matrix, ...], ...] = ()
+        if tensor.codec is not None and tensor.size:
+            stack = tuple((matrix,) for matrix in _matrices(tensor.name, tensor.shape, tensor.codec, span))
+        keep = _keeper(tensor.name, tensor.shape, tensor.type, tensor.type_id, tensor.codec, span, stack, target, file)
+        stays = recipe_module.stays(tensor.name, tensor.shape)
+        sources.append(Source(tensor.name, tensor.shape, tensor.type, tensor.nbytes, stays, stack, keep, member))
+
+    def metadata(tensors: Sequence[PlannedTensor], file_type: int | None) -> dict[str, Value]:
+        # A single file that kept its split keys would be refused by loaders as an invalid split.
+        keys = {key: value for key, value in file.metadata.typed().items() if not key.startswith("split.")}
+        if file_type is None:
+            keys.pop("general.file_type", None)  # better none than that of another mix
+        elif "general.file_type" in keys or any(t.transform.op == "encode" for t in tensors):
+            keys["general.file_type"] = Value.u32(file_type)
+        if "ggufx.dialect" in keys:
+            keys["ggufx.dialect"] = Value.string(target.name)
+        return keys
+
+    found = Quantization(
+        file.path, target, [], [], "normal", "reference", False, paths, None, metadata, alignment=file.alignment
+    )
+    return sources, found
+
+
+def _matrices(name: str, shape: tuple[int, ...], codec: types.Codec, span: Span) -> list[Matrix]:
+    """Cut a tensor into the matrices that are stacked in it, so that each expert is weighed by its own importance."""
+    row_len = shape[-1] if shape else 1
+    rows = prod(shape[:-1])
+    count = shape[0] if len(shape) == 3 else 1
+    nbytes = span.nbytes // count
+    return [
+        Matrix(name, codec.name, rows // count, row_len, Span(span.file, span.offset + number * nbytes, nbytes))
+        for number in range(count)
+    ]
+
+
+def _keeper(
+    name: str,
+    shape: tuple[int, ...],
+    kind: str,
+    type_id: int,
+    codec: types.Codec | None,
+    span: Span,
+    stack: Sequence[Sequence[Matrix]],
+    target: Dialect,
+    file: File,
+) -> Callable[[], PlannedTensor]:
+    def keep() -> PlannedTensor:
+        if codec is None:
+            if file.dialect is not None and file.dialect != target.name:
+                raise PlanError(
+                    f"{file.path}: tensor {name!r} has {kind}, which no known dialect defines: it cannot be moved to "
+                    f"{target.name}"
+                )
+            return plan.copy_tensor(name, shape, kind, type_id, span)
+        number = target.type_id(codec)
+        if number is not None:
+            return plan.copy_tensor(name, shape, kind, number, span)
+        if kind == "F8_E4M3_B128" and stack:
+            brain = types.get("BF16")
+            transform = Transform("encode", kind, brain.name, (shape[-1],), exact=True)
+            wide = target.type_id(brain)
+            assert wide is not None
+            return plan.plan_tensor(name, shape, brain.name, wide, transform, stack)
+        raise PlanError(
+            f"{file.path}: tensor {name!r} is {kind}, which {target.name} cannot hold; name another type for it, or another "
+            "--target"
+        )
+
+    return keep
+
+
+def _checkpoint_sources(
+    checkpoint: Checkpoint,
+    target: Dialect,
+    *,
+    mtp: bool,
+    model_name: str | None,
+    template: str | None,
+    skip: Sequence[str],
+    allow_nan: bool,
+) -> tuple[list[Source], Quantization]:
+    conversion = convert.Conversion(
+        checkpoint, target.name, dense="bf16", mtp=mtp, model_name=model_name, chat_template=template, skip=skip,
+        allow_nan=allow_nan,
+    )  # fmt: skip
+    sources = []
+    for output in conversion.outputs:
+        stack = conversion.stack(output)
+        kind = stack[0][0].kind
+        nbytes = sum(
+            m.codes.nbytes + (m.scales.nbytes if m.scales is not None else 0) for parts in stack for m in parts
+        )
+        stays = output.role in ("vector", "router", "table") or recipe_module.stays(output.name, output.shape)
+        sources.append(
+            Source(output.name, output.shape, kind, nbytes, stays, stack, lambda o=output: conversion.tensor(o))  # type: ignore[misc]
+        )
+
+    def metadata(tensors: Sequence[PlannedTensor], file_type: int | None) -> dict[str, Value]:
+        return conversion.metadata(tensors, file_type)
+
+    found = Quantization(
+        checkpoint.path, target, [], [], "normal", "reference", False, [str(path) for path in checkpoint.shards],
+        list(checkpoint.shard_states), metadata, skipped=conversion.skipped, notes=conversion.notes,
+    )  # fmt: skip
+    return sources, found
+
+
+# Decisions ------------------------------------------------------------------------------------------------------
+
+
+class _Decider:
+    """Chooses a type for one tensor after the other, and remembers what there is to say of it."""
+
+    def __init__(
+        self,
+        rules: Recipe,
+        default: str | None,
+        target: Dialect,
+        matrix: ImportanceMatrix | Literal["energy"] | None,
+        *,
+        pure: bool,
+        output_type: str | None,
+        embedding_type: str | None,
+        leave_output: bool,
+        allow_requantize: bool,
+        fallback: bool,
+        tied: bool,
+        n_source_files: int,
+    ) -> None:
+        self.rules, self.default, self.target, self.matrix = rules, default, target, matrix
+        self.pure, self.leave_output, self.tied = pure, leave_output, tied
+        self.output_type, self.embedding_type = output_type, embedding_type
+        self.allow_requantize, self.fallback, self.n_source_files = allow_requantize, fallback, n_source_files
+        self.matrix_files: dict[str, int] = {}
+        self.used: set[str] = set()
+        self.missing: dict[str, int] = {}
+        self._said: dict[tuple[str, str, str], list[str]] = {}
+
+    def say(self, severity: Literal["error", "warning", "note"], code: str, message: str, name: str) -> None:
+        """Remember a finding; those that differ in their tensor only (``{}`` in the message) are told as one."""
+        self._said.setdefault((severity, code, message), []).append(name)
+
+    def findings(self) -> list[Finding]:
+        """Return what was said, worst first."""
+        found = []
+        for (severity, code, message), names in self._said.items():
+            text = message.replace("{}", names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else ""))
+            found.append(Finding(severity, code, text, tuple(names)))  # type: ignore[arg-type]
+        return sorted(found, key=lambda finding: ("error", "warning", "note").index(finding.severity))
+
+    def __call__(self, source: Source) -> Choice:
+        rule = self.rules.find(source.name, stays=source.stays)
+        wanted = self._wanted(source, rule)
+        if wanted in (None, NATIVE):
+            return self._kept(source, rule)
+        assert wanted is not None
+        if source.kind in _INTEGERS or not source.stack:
+            if rule is not None:
+                self.say(
+                    "error",
+                    "not-numbers",
+                    f"{{}} is {source.kind} and cannot become {wanted} ({rule.label})",
+                    source.name,
+                )
+            return self._kept(source, rule)
+        if wanted == source.kind:
+            return self._kept(source, rule)
+        if self.target.type_id(types.get(wanted)) is None:
+            others = " or ".join(d.name for d in dialects.DIALECTS.values() if d.type_id(types.get(wanted)) is not None)
+            what = rule.label if rule is not None else f"type {wanted}"
+            self.say(
+                "error", "target",
+                f"{what}: {self.target.name} cannot hold {wanted} ({{}}); choose --target {others or '(none holds it)'}, or "
+                "name an alternative with '|'", source.name,
+            )  # fmt: skip
+            return self._kept(source, rule)
+        fitting = self._fitting(source, wanted)
+        if fitting == source.kind:
+            return self._kept(source, rule)
+        if not types.get(fitting).can_encode:
+            self.say(
+                "error",
+                "no-encoder",
+                f"{{}}: ggufx cannot encode {fitting} yet; `ggufx types` lists what it can",
+                source.name,
+            )
+            return self._kept(source, rule)
+        if source.kind not in NATIVE_KINDS and not self.allow_requantize:
+            self.say(
+                "error", "requantize",
+                f"{{}}: requantizing from type {source.kind} is disabled, it would lose twice; start from the original "
+                "weights, or pass --allow-requantize", source.name,
+            )  # fmt: skip
+        elif source.kind not in NATIVE_KINDS:
+            self.say(
+                "warning", "requantize", f"{{}}: requantizing from {source.kind}, which is lossy already", source.name
+            )
+        weights, importance = self._importance(source, fitting)
+        return Choice(source, fitting, False, rule, wanted if wanted != fitting else "", weights, importance)
+
+    def _wanted(self, source: Source, rule: Rule | None) -> str | None:
+        if rule is not None:
+            codecs = [(name, None if name == NATIVE else types.get(name)) for name in rule.types]
+            held = (name for name, codec in codecs if codec is None or self.target.type_id(codec) is not None)
+            return next(held, rule.types[0])
+        if source.stays:
+            return None
+        head = source.name == "output.weight" or (self.tied and source.name == "token_embd.weight")
+        if head and self.leave_output:
+            return None
+        if head and self.output_type is not None:
+            return self.output_type
+        if source.name == "token_embd.weight" and self.embedding_type is not None:
+            return self.embedding_type
+        if self.default is None or self.pure or source.name not in ("output.weight", "token_embd.weight"):
+            return self.default
+        least = "Q6_K" if head else "Q4_K"
+        bits = types.get(self.default).layout.bits_per_weight()
+        return self.default if bits >= types.get(least).layout.bits_per_weight() else least
+
+    def _kept(self, source: Source, rule: Rule | None) -> Choice:
+        try:
+            planned = source.keep()
+        except PlanError as error:
+            self.say("error", "target", str(error), source.name)
+            return Choice(source, source.kind, True, rule)
+        return Choice(source, planned.type, True, rule)
+
+    def _fitting(self, source: Source, wanted: str) -> str:
+        """Return ``wanted``, or what the field's tables have for rows that it does not fit."""
+        row_len = source.shape[-1]
+        table = _UPSTREAM_FALLBACK if self.target.name == "llama.cpp" else _IK_FALLBACK
+        # F16 cannot hold every value of BF16, FP8 or FP4; upstream's last resort is F16 whatever the source.
+        wide = "F16" if source.kind in ("F16", "F32", "F64") else "BF16"
+        fitting = wanted
+        while row_len % types.get(fitting).layout.block_len:
+            following = table.get(fitting, wide)
+            held = self.target.type_id(types.get(following)) is not None
+            fitting = following if held else wide
+        if fitting != wanted:
+            block_len = types.get(wanted).layout.block_len
+            self.say(
+                "note" if self.fallback else "error", "fallback",
+                f"{{}}: tensor cols {row_len} are not divisible by {block_len}, required for {wanted.lower()} - "
+                + (f"using fallback quantization {fitting.lower()}" if self.fallback else "and --no-fallback was given"),
+                source.name,
+            )  # fmt: skip
+        return fitting
+
+    def _importance(
+        self, source: Source, target: str
+    ) -> tuple[tuple[Weights | None, ...], Literal["", "matrix", "energy"]]:
+        codec = types.get(target)
+        if self.matrix == "energy":
+            return (), "energy" if codec.needs_importance else ""
+        name = source.name
+        if self.matrix is not None:
+            found = self.matrix.places(_upstream_name(name), source.shape) or self.matrix.places(name, source.shape)
+            if found is not None:
+                self.used.add(name)
+                if None in found:
+                    self.missing[name] = found.count(None)
+                per_matrix = found if len(found) == len(source.stack) else found * len(source.stack)
+                return tuple(place and self._weights(place, source.shape[-1]) for place in per_matrix), "matrix"
+        if codec.needs_importance:
+            what = (
+                "no importance matrix was given" if self.matrix is None else f"{self.matrix.path} has no entry for it"
+            )
+            self.say(
+                "error", "importance",
+                f"Missing importance matrix for tensor {{}} in a very low-bit quantization ({target}): {what}; pass --imatrix "
+                f"FILE, or --imatrix {ENERGY} to make do with the weights' own column energy", name,
+            )  # fmt: skip
+        elif self.matrix is not None and codec.lossy:
+            self.say(
+                "note", "importance", f"{self.matrix.path} has no entry for {{}}: quantized without importance", name
+            )
+        return (), ""
+
+    def _weights(self, place: Place, row_len: int) -> Weights:
+        file = self.matrix_files.setdefault(str(place.path), self.n_source_files + len(self.matrix_files))
+        return Weights(Span(file, place.offset, row_len * 4), place.divisor)
+
+
+def _upstream_name(name: str) -> str:
+    match = re.match(r"^(blk\.\d+\.)(.+)$", name)
+    return name if match is None else match[1] + _UPSTREAM_NAMES.get(match[2], match[2])
+
+
+def _add_matrix(quantization: Quantization, matrix: ImportanceMatrix, decide: _Decider) -> None:
+    """Make the importance matrix a source of the plan, and write down that it was used."""
+    for path in decide.matrix_files:
+        quantization.source_files.append(path)
+        if quantization.source_states is not None:
+            status = Path(path).stat()
+            quantization.source_states.append((status.st_size, status.st_mtime_ns))
+    if decide.missing:
+        count = sum(decide.missing.values())
+        quantization.findings.append(
+            Finding(
+                "note", "missing-experts",
+                f"{matrix.path}: no data for {count} experts of {len(decide.missing)} tensors; their columns all weigh 1",
+                tuple(decide.missing),
+            )
+        )  # fmt: skip
+    unused = [name for name in matrix if name not in {_upstream_name(used) for used in decide.used} | decide.used]
+    if unused and not decide.used:
+        quantization.findings.append(
+            Finding(
+                "warning", "imatrix",
+                f"{matrix.path}: none of its {len(unused)} entries ({unused[0]}, ...) is of a tensor that is quantized",
+            )
+        )  # fmt: skip
+    base = quantization.metadata
+
+    def metadata(tensors: Sequence[PlannedTensor], file_type: int | None) -> dict[str, Value]:
+        return base(tensors, file_type) | imatrix_module.metadata(matrix)
+
+    if decide.used:
+        quantization.metadata = metadata
+
+
+def _file_type(tensors: Sequence[PlannedTensor], target: Dialect) -> int | None:
+    """Return the ``general.file_type`` of the type that most weights have; ``None`` where the target has no number for it."""
+    weights: Counter[str] = Counter()
+    for tensor in tensors:
+        weights[tensor.type] += prod(tensor.shape)
+    if not weights:
+        return None
+    held = set(weights)
+    if {"F8_E4M3_B128", "MXFP4"} <= held and weights.most_common(1)[0][0] in ("F8_E4M3_B128", "MXFP4"):
+        return target.file_type_number("F8_E4M3_MXFP4") or target.file_type_number("MXFP4_MOE")
+    name = weights.most_common(1)[0][0]
+    # llama.cpp numbers mixes, not types: the middle one stands for them.
+    spellings = {"MXFP4": ("MXFP4_MOE",), "Q3_K": ("Q3_K_M",), "Q4_K": ("Q4_K_M",), "Q5_K": ("Q5_K_M",)}.get(
+        name, (name,)
+    )
+    return next((number for s in spellings if (number := target.file_type_number(s)) is not None), None)
+
+
+# The log --------------------------------------------------------------------------------------------------------
+
+
+class Tally:
+    """What a run did, tensor by tensor: an observer of :func:`ggufx.execute.execute`.
+
+    Parameters
+    ----------
+    quantization, plan
+        What runs.
+    on_tensor
+        Called with the field's line for every tensor that is finished.
+    """
+
+    def __init__(self, quantization: Quantization, plan: Plan, on_tensor: Callable[[str], None] | None = None) -> None:
+        self._choices = {choice.source.name: choice for choice in quantization.choices}
+        self._left = {tensor.name: len(tensor.tiles) for tensor in plan.tensors}
+        self._sums: dict[str, list[float]] = {tensor.name: [0.0, 0.0, 0.0] for tensor in plan.tensors}
+        self._plan = plan
+        self._on_tensor = on_tensor
+        self._done = 0
+        self.dead_blocks: Counter[str] = Counter()
+
+    def __call__(self, done: TileDone) -> None:
+        """Count a finished tile."""
+        name = done.tensor.name
+        self._left[name] -= 1
+        if done.dead_blocks:
+            self.dead_blocks[name] = max(self.dead_blocks[name], done.dead_blocks)
+        sums = self._sums[name]
+        if not done.resumed:
+            sums[0] += done.outcome.square_sum
+            sums[1] += done.outcome.error_sum
+            sums[2] += done.tile.rows * sum(done.tensor.transform.parts)
+        if self._left[name] == 0:
+            self._done += 1
+            if self._on_tensor is not None:
+                self._on_tensor(self._line(done.tensor))
+
+    def _line(self, tensor: PlannedTensor) -> str:
+        dims = [*reversed(tensor.shape), *[1] * (4 - len(tensor.shape))]
+        choice = self._choices[tensor.name]
+        head = (
+            f"[{self._done:4d}/{len(self._left):4d}] {tensor.name:36s} - [{', '.join(f'{n:5d}' for n in dims)}], "
+            f"type = {choice.source.kind.lower():>6s}, "
+        )
+        after = tensor.nbytes / 2**20
+        if choice.kept and choice.type == choice.source.kind:
+            return f"{head}size = {after:8.3f} MiB"
+        before = choice.source.nbytes / 2**20
+        return f"{head}converting to {tensor.type.lower()} .. size = {before:8.2f} MiB -> {after:8.2f} MiB"
+
+    def relative_error(self, name: str) -> float | None:
+        """Return the relative RMS error of a tensor over what was measured of it; ``None`` if nothing was."""
+        square, error, _ = self._sums[name]
+        return (error / square) ** 0.5 if square else None
+
+    def by_type(self) -> dict[str, dict[str, Any]]:
+        """Return tensors, weights, bytes, bits per weight and, where measured, relative RMS error by type."""
+        groups: dict[str, dict[str, Any]] = {}
+        sums: dict[str, list[float]] = {}
+        for tensor in self._plan.tensors:
+            group = groups.setdefault(tensor.type, {"n_tensors": 0, "n_weights": 0, "nbytes": 0})
+            group["n_tensors"] += 1
+            group["n_weights"] += prod(tensor.shape)
+            group["nbytes"] += tensor.nbytes
+            total = sums.setdefault(tensor.type, [0.0, 0.0])
+            total[0] += self._sums[tensor.name][0]
+            total[1] += self._sums[tensor.name][1]
+        for kind, group in groups.items():
+            group["bits_per_weight"] = group["nbytes"] * 8 / group["n_weights"] if group["n_weights"] else 0.0
+            square, error = sums[kind]
+            group["relative_rms"] = (error / square) ** 0.5 if square else None
+        return dict(sorted(groups.items(), key=lambda item: -item[1]["nbytes"]))
+
+    def report(self) -> dict[str, Any]:
+        """Return everything as plain JSON data."""
+        tensors = []
+        for tensor in self._plan.tensors:
+            choice = self._choices[tensor.name]
+            tensors.append(
+                {
+                    "name": tensor.name,
+                    "shape": list(tensor.shape),
+                    "source_type": choice.source.kind,
+                    "type": tensor.type,
+                    "kept": choice.kept,
+                    "rule": None if choice.rule is None else choice.rule.label,
+                    "wanted": choice.wanted or tensor.type,
+                    "importance": choice.importance or None,
+                    "source_nbytes": choice.source.nbytes,
+                    "nbytes": tensor.nbytes,
+                    "relative_rms": self.relative_error(tensor.name),
+                    "measured_weights": int(self._sums[tensor.name][2]) if self._sums[tensor.name][0] else 0,
+                }
+            )
+        return {
+            "file": self._plan.to_json()["file"],
+            "by_type": self.by_type(),
+            "tensors": tensors,
+            "notes": list(self._plan.notes),
+            "blocks_without_importance": dict(self.dead_blocks),
+        }
