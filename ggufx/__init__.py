@@ -1,7 +1,7 @@
 """ggufx: convert native FP8/FP4 checkpoints to GGUF without losing a bit, and read every fork's GGUF into numpy.
 
 ``ggufx.open`` reads; the modules ``convert``, ``verify``, ``diff``, ``inspect``, ``rewrite``, ``measure`` hold the commands as
-functions of the same name and load on first use (``ggufx.convert.convert(...)``).
+functions of the same name and load on first use (``ggufx.convert.convert(...)``), and so does ``torch``, the way to a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ggufx.version import __version__
 __all__ = ["File", "GGUFError", "Quality", "Tensor", "__version__", "open", "quality", "types"]
 
 _MODULES = frozenset(
-    {"convert", "diff", "imatrix", "inspect", "measure", "quantize", "recipe", "rewrite", "testing", "verify"}
+    {"convert", "diff", "imatrix", "inspect", "measure", "quantize", "recipe", "rewrite", "testing", "torch", "verify"}
 )
 
 

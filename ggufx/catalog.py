@@ -16,6 +16,8 @@ def type_row(codec: Codec) -> dict[str, Any]:
     Keys: ``type``; ``ids`` (dialect -> id, inherited ones included); ``block`` (elements), ``bytes`` (per block), ``header``
     (bytes per row), ``bpw`` (bits per weight without the header); and whether there is a way to ``decode``, ``encode`` and
     ``native pack``, a Numba ``kernel`` and a ``CUDA`` one, and the reference encoder's very bytes (``byte-compatible``).
+    ``torch`` says what decodes tensors of other devices, and CUDA's of a type without a kernel: ``True`` for plain torch,
+    ``"CPU"`` where the rows go to the CPU and the values come back, ``False`` for a type that does not decode.
     """
     layout = codec.layout
     return {
@@ -30,6 +32,7 @@ def type_row(codec: Codec) -> dict[str, Any]:
         "native pack": codec.can_pack,
         "kernel": codec.has_kernel,
         "CUDA": codec.has_cuda,
+        "torch": codec.has_torch or ("CPU" if codec.can_decode else False),
         "byte-compatible": codec.reproduces,
     }
 

@@ -14,6 +14,7 @@ __all__ = [
     "DiskError",
     "FallbackError",
     "GGUFError",
+    "MissingExtra",
     "NonFiniteError",
     "OutputExists",
     "PlanError",
@@ -64,6 +65,10 @@ class UnknownDialect(GGUFError):
 
 class AmbiguousDialect(GGUFError):
     """Several dialects explain the file and give its type ids different meanings."""
+
+
+class MissingExtra(GGUFError, ImportError):
+    """A module needs a package that is not installed; names the extra of ggufx that brings it."""
 
 
 class PluginError(GGUFError):

@@ -38,7 +38,8 @@ def test_the_table_has_every_type_and_says_what_it_can() -> None:
     assert set(rows) == {codec.name for codec in types.all_codecs()}
     q8_0 = {
         "type": "Q8_0", "ids": {"llama.cpp": 8, "ik_llama.cpp": 8, "nisparks": 8}, "block": 32, "bytes": 34, "header": 0,
-        "bpw": 8.5, "decode": True, "encode": True, "native pack": False, "kernel": True, "byte-compatible": True,
+        "bpw": 8.5, "decode": True, "encode": True, "native pack": False, "kernel": True, "torch": True,
+        "byte-compatible": True,
     }  # fmt: skip
     assert rows["Q8_0"].items() >= q8_0.items()
     assert rows["F8_E4M3_B128"]["ids"] == {"nisparks": 42}
@@ -54,6 +55,15 @@ def test_a_kernel_counts_only_for_a_type_that_decodes() -> None:
     for codec in types.all_codecs():
         assert codec.has_kernel == (codec.can_decode and kernels.exists(codec.name))
         assert codec.has_cuda == (codec.can_decode and kernels.exists(codec.name, cuda=True))
+        assert codec.has_torch == (codec.can_decode and kernels.exists(codec.name, torch=True))
+
+
+def test_the_table_says_who_decodes_for_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {row["type"]: row for row in catalog.type_rows()}
+    assert all(row["torch"] is row["decode"] for row in rows.values())  # plain torch, for every type of ours
+    monkeypatch.setattr(kernels, "exists", lambda name, **_: False)
+    assert catalog.type_row(types.get("Q8_0"))["torch"] == "CPU"
+    assert catalog.type_row(types.get("IQ1_KT"))["torch"] is False
 
 
 def test_markdown_of_nothing_is_nothing() -> None:

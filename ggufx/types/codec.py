@@ -6,7 +6,9 @@ A type is one file with one subclass of :class:`Codec`. It writes the NumPy spec
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 import warnings
 from abc import ABC
 from collections.abc import Callable, Mapping
@@ -221,6 +223,11 @@ class Codec(ABC):
         return self.can_encode and self.layout.block_len > 1 and "encode" not in self._kernels
 
     @property
+    def has_torch(self) -> bool:
+        """Whether plain torch decodes the type, on any device of torch's; asking does not load torch."""
+        return self._own and self.can_decode and kernels.exists(self.name, torch=True)
+
+    @property
     def _own(self) -> bool:
         return type(self).__module__.startswith("ggufx.")
 
@@ -334,7 +341,8 @@ class Codec(ABC):
         ----------
         values
             Real array [..., row_len]. Must be finite. Converted to float32 first, except for integer types and float64,
-            which take the numbers as they are.
+            which take the numbers as they are. A torch tensor gives a torch tensor on the same device: see
+            :func:`ggufx.torch.encode`.
         importance
             Non-negative weights [row_len] of the columns (a row of an importance matrix). Types without a search ignore
             them. Blocks of columns whose weights are all zero get the mean weight, with an :class:`ImportanceWarning`.
@@ -360,6 +368,20 @@ class Codec(ABC):
         UnsupportedType
             The type has no encoder.
         """
+        if isinstance(values, getattr(sys.modules.get("torch"), "Tensor", ())):
+            # Found by name, as kernels are: this package must not import what is above it, nor torch.
+            on_device = importlib.import_module("ggufx.torch").encode
+            packed: U8 = on_device(
+                values,
+                self,
+                importance,
+                effort=effort,
+                objective=objective,
+                out=out,
+                threads=threads,
+                use_kernel=use_kernel,
+            )
+            return packed
         array = np.asarray(values)
         if array.ndim == 0:
             raise CodecError("a row has at least one axis; got a scalar")

@@ -1,0 +1,12 @@
+"""Q5_1 in torch, see :mod:`ggufx.types.q5_1`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ggufx.kernels.torch._words import Fields, fields, half
+
+
+def decode(block: Fields, header: Fields) -> Tensor:
+    codes = fields(block["qs"], 4, 16) | fields(block["qh"], 1) << 4
+    return half(block["d"]) * codes + half(block["m"])

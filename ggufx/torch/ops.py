@@ -1,0 +1,401 @@
+"""The operations as torch knows them: ``torch.ops.ggufx.*``, with the shapes for tracing and gradients for activations.
+
+An operation is opaque to torch.compile and torch.export: they see its result's shape and dtype (the fake kernels below), not
+how a type is decoded. Types go by name, because an operation takes tensors, numbers and strings only. Weights are frozen: only
+activations (and a bias) have gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ggufx import kernels, types
+from ggufx.errors import CodecError
+from ggufx.torch.decoding import CUDA_DTYPES, decode_rows, runs_cuda
+from ggufx.types import Codec
+
+__all__ = ["FUSED_BATCH", "choose", "dequantize", "experts", "join_planes", "linear", "linear_planes", "split_planes"]
+
+FUSED_BATCH: Final = 8
+"""Rows of activations up to which the fused products work."""
+
+_WORKSPACE_LEN: Final = 1 << 28
+"""Decoded weights at a time on a GPU: a bf16 workspace of 512 MB holds all but the largest matrices whole."""
+_WORKSPACE_LEN_CPU: Final = 1 << 22
+"""The same on a CPU, where a workspace that stays near its caches is the faster one."""
+
+
+# Ways -------------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _cuda_verb(type_name: str, verb: str) -> Callable[..., Any] | None:
+    """Return a function of a CUDA kernel module, or ``None`` where the module or the function does not exist."""
+    module = kernels.find(type_name, cuda=True)
+    return None if module is None else getattr(module, verb, None)
+
+
+def choose(type_name: str, x: Tensor, out_features: int, *, planes: bool = False) -> str:
+    """Return how ``x @ w.T`` is done: ``fused``, ``fp8`` or ``workspace``.
+
+    ``x`` is [B, in_features]; ``planes`` says whether codes and scales are apart. The measured thresholds are in
+    ``ggufx.kernels.cuda._thresholds``; a way that the device, dtype or type does not have is never chosen.
+    """
+    if not runs_cuda(x.device) or x.dtype not in CUDA_DTYPES:
+        return "workspace"
+    able = {"workspace"}
+    if x.shape[0] <= FUSED_BATCH and _cuda_verb(type_name, "linear") is not None:
+        able.add("fused")
+    if planes and x.dtype == torch.bfloat16:
+        supported = _cuda_verb("_scaled", "supported")
+        if supported is not None and supported(x.device):
+            able.add("fp8")
+    table = _cuda_verb("_thresholds", "choose")
+    if table is not None:
+        way: str = table(type_name, x.shape[0], out_features, x.shape[1])
+        if way in able:
+            return way
+    return "fused" if "fused" in able else "workspace"
+
+
+def _codec(type_name: str, *tensors: Tensor) -> Codec:
+    for tensor in tensors:
+        if tensor.dtype != torch.uint8:
+            raise CodecError(f"packed rows of {type_name} must be torch.uint8, got {tensor.dtype}")
+    return types.get(type_name)
+
+
+def _row_len(codec: Codec, packed: Tensor) -> int:
+    if packed.ndim == 0:
+        raise CodecError(f"packed rows of {codec.name} have at least one axis; got a scalar")
+    # While a graph is traced the length may be a symbol: a weight's row is one length for ever, so it becomes a number.
+    return codec.layout.row_len(int(packed.shape[-1]))
+
+
+def _check_columns(codec: Codec, x: Tensor, row_len: int) -> None:
+    if x.ndim == 0 or x.shape[-1] != row_len:
+        raise CodecError(f"activations {list(x.shape)} do not fit {codec.name} rows of {row_len} elements")
+    if not x.dtype.is_floating_point:
+        raise CodecError(f"activations must be floats, got {x.dtype}")
+
+
+# dequantize -------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("ggufx::dequantize", mutates_args=())
+def dequantize(packed: Tensor, type: str, dtype: torch.dtype) -> Tensor:
+    """Decode packed rows: ``packed`` uint8 [..., row_nbytes] -> ``dtype`` [..., row_len], bits as the CPU's decoder has them.
+
+    Raises
+    ------
+    CodecError
+        Lengths or dtypes do not fit the type.
+    UnknownType, UnsupportedType
+        No type of that name, or no decoder for it.
+    """
+    codec = _codec(type, packed)
+    row_len = _row_len(codec, packed)
+    out = torch.empty((*packed.shape[:-1], row_len), dtype=dtype, device=packed.device)
+    rows = packed.reshape(-1, packed.shape[-1]).contiguous() if out.numel() else packed.new_empty((0, packed.shape[-1]))
+    decode_rows(codec, rows, out.view(rows.shape[0], row_len) if out.numel() else out.new_empty((0, row_len)))
+    return out
+
+
+@dequantize.register_fake
+def _(packed: Tensor, type: str, dtype: torch.dtype) -> Tensor:
+    return packed.new_empty((*packed.shape[:-1], _row_len(_codec(type, packed), packed)), dtype=dtype)
+
+
+def _decoded_tiles(codec: Codec, packed: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield ``(rows, their values [rows, row_len])`` in one workspace: valid until the next is asked for."""
+    row_len = _row_len(codec, packed)
+    limit = _WORKSPACE_LEN_CPU if packed.device.type == "cpu" else _WORKSPACE_LEN
+    step = min(max(1, limit // max(1, row_len)), packed.shape[0])
+    workspace = torch.empty((step, row_len), dtype=dtype, device=packed.device)
+    for start in range(0, packed.shape[0], max(1, step)):
+        tile = packed[start : start + step].contiguous()
+        values = workspace[: tile.shape[0]]
+        decode_rows(codec, tile, values)
+        yield slice(start, start + tile.shape[0]), values
+
+
+# linear -----------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("ggufx::linear", mutates_args=())
+def linear(x: Tensor, packed: Tensor, type: str, bias: Tensor | None = None) -> Tensor:
+    """Multiply by a packed matrix: ``x`` [..., row_len], ``packed`` uint8 [R, row_nbytes] -> [..., R] of ``x``'s dtype.
+
+    Up to eight rows of activations go through the fused CUDA kernel where the type has one; else the matrix is decoded to
+    ``x``'s dtype, all of it or in tiles of 512 MB, and multiplied by torch's matmul.
+
+    Raises
+    ------
+    CodecError
+        Lengths or dtypes do not fit.
+    """
+    codec = _codec(type, packed)
+    _check_columns(codec, x, _row_len(codec, packed))
+    out = _multiply(codec, x.reshape(-1, x.shape[-1]), packed)
+    if bias is not None:
+        out += bias
+    return out.view(*x.shape[:-1], packed.shape[0])
+
+
+def _multiply(codec: Codec, x: Tensor, packed: Tensor, way: str | None = None) -> Tensor:
+    """Return ``x`` [B, row_len] times ``packed`` uint8 [R, row_nbytes], [B, R]."""
+    out = x.new_empty((x.shape[0], packed.shape[0]))
+    if (way or choose(codec.name, x, packed.shape[0])) == "fused":
+        fused = _cuda_verb(codec.name, "linear")
+        assert fused is not None
+        if out.numel():
+            fused(x.contiguous(), packed.contiguous(), out)
+        return out
+    for rows, values in _decoded_tiles(codec, packed, x.dtype):
+        if values.shape[0] == packed.shape[0]:
+            torch.mm(x, values.T, out=out)
+        else:
+            out[:, rows] = x @ values.T
+    return out
+
+
+@linear.register_fake
+def _(x: Tensor, packed: Tensor, type: str, bias: Tensor | None = None) -> Tensor:
+    codec = _codec(type, packed)
+    _check_columns(codec, x, _row_len(codec, packed))
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+@torch.library.custom_op("ggufx::linear_grad", mutates_args=())
+def _linear_grad(grad: Tensor, packed: Tensor, type: str) -> Tensor:
+    """Return the gradient [..., row_len] of :func:`linear`'s activations from that of its result [..., R]."""
+    codec = _codec(type, packed)
+    flat = grad.reshape(-1, grad.shape[-1])
+    out = flat.new_zeros((flat.shape[0], _row_len(codec, packed)))
+    for rows, values in _decoded_tiles(codec, packed, grad.dtype):
+        if values.shape[0] == packed.shape[0]:
+            torch.mm(flat, values, out=out)
+        else:
+            out += flat[:, rows] @ values
+    return out.view(*grad.shape[:-1], out.shape[-1])
+
+
+@_linear_grad.register_fake
+def _(grad: Tensor, packed: Tensor, type: str) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], _row_len(_codec(type, packed), packed)))
+
+
+def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, ctx.type, *_ = inputs
+    ctx.save_for_backward(packed)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (packed,) = ctx.saved_tensors
+    grad_x = _linear_grad(grad, packed, ctx.type) if ctx.needs_input_grad[0] else None
+    return grad_x, None, None, _bias_grad(ctx, grad, 3)
+
+
+def _bias_grad(ctx: Any, grad: Tensor, position: int) -> Tensor | None:
+    # The dispatcher drops arguments that have their default: without a bias there may be no such input.
+    if len(ctx.needs_input_grad) <= position or not ctx.needs_input_grad[position]:
+        return None
+    return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+
+linear.register_autograd(_linear_backward, setup_context=_keep_weight)
+
+
+# linear on planes -------------------------------------------------------------------------------------------------------
+
+
+def split_planes(type_name: str, rows: Tensor) -> list[Tensor] | None:
+    """Take codes and scales of rows uint8 [R, row_nbytes] apart; ``None`` for a type that has no such form.
+
+    The first two planes are codes and scales, uint8, the same on every device. What a CUDA kernel adds is made of them, belongs
+    to its device, and may have strides that a copy would lose: it is made anew, never moved or stored.
+    """
+    split = _cuda_verb(type_name, "split") if runs_cuda(rows.device) else None
+    if split is None:
+        split = getattr(kernels.find(type_name, torch=True), "split", None)
+    return None if split is None else list(split(rows))
+
+
+def join_planes(type_name: str, planes: Sequence[Tensor]) -> Tensor:
+    """Return the packed rows uint8 [R, row_nbytes] that :func:`split_planes` took apart."""
+    module = kernels.find(type_name, torch=True)
+    assert module is not None
+    rows: Tensor = module.join(planes[0], planes[1])
+    return rows
+
+
+@torch.library.custom_op("ggufx::linear_planes", mutates_args=())
+def linear_planes(
+    x: Tensor, planes: Sequence[Tensor], type: str, out_features: int, bias: Tensor | None = None
+) -> Tensor:
+    """Multiply by a matrix whose codes and scales are apart (see :func:`split_planes`); otherwise as :func:`linear`.
+
+    Large batches of bfloat16 go through torch's block-scaled FP8 matmul on Hopper and newer: the activations are rounded to
+    FP8, which costs some 3 % of error.
+    """
+    codec = types.get(type)
+    _check_columns(codec, x, planes[0].shape[-1])
+    flat = x.reshape(-1, x.shape[-1])
+    way = choose(codec.name, flat, out_features, planes=True)
+    if way == "fp8":
+        scaled = _cuda_verb("_scaled", "linear_fp8")
+        assert scaled is not None
+        out: Tensor = scaled(flat.contiguous(), tuple(planes)).to(x.dtype)
+    elif way == "fused" and planes[0].data_ptr() % 16 == 0:
+        fused = _cuda_verb(codec.name, "linear")
+        assert fused is not None
+        out = x.new_empty((flat.shape[0], out_features))
+        if out.numel():
+            # Of the rows it takes the device alone: aligned planes are read instead.
+            fused(flat.contiguous(), planes[0], out, planes=tuple(planes))
+    else:
+        out = _multiply(codec, flat, join_planes(type, planes), "workspace")
+    if bias is not None:
+        out = out + bias
+    return out.view(*x.shape[:-1], out_features)
+
+
+@linear_planes.register_fake
+def _(x: Tensor, planes: Sequence[Tensor], type: str, out_features: int, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.custom_op("ggufx::linear_planes_grad", mutates_args=())
+def _linear_planes_grad(grad: Tensor, planes: Sequence[Tensor], type: str, in_features: int) -> Tensor:
+    return _linear_grad(grad, join_planes(type, planes), type)
+
+
+@_linear_planes_grad.register_fake
+def _(grad: Tensor, planes: Sequence[Tensor], type: str, in_features: int) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _keep_planes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, planes, ctx.type, *_ = inputs
+    ctx.in_features, ctx.n_planes = x.shape[-1], len(planes)
+    ctx.save_for_backward(*planes)
+
+
+def _linear_planes_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _linear_planes_grad(grad, list(ctx.saved_tensors), ctx.type, ctx.in_features)
+    return grad_x, [None] * ctx.n_planes, None, None, _bias_grad(ctx, grad, 4)
+
+
+linear_planes.register_autograd(_linear_planes_backward, setup_context=_keep_planes)
+
+
+# experts ----------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("ggufx::experts", mutates_args=())
+def experts(x: Tensor, packed: Tensor, expert_ids: Tensor, type: str) -> Tensor:
+    """Multiply each token by the experts it is routed to; only these are decoded, each once.
+
+    Parameters
+    ----------
+    x
+        Activations [T, row_len].
+    packed
+        Stacked experts, uint8 [E, R, row_nbytes].
+    expert_ids
+        Integers [T, K], the experts of each token.
+    type
+        Name of the packed type.
+
+    Returns
+    -------
+    [T, K, R] of ``x``'s dtype
+
+    Raises
+    ------
+    IndexError
+        An expert id is not below E. The fused kernel does not look: that would wait for the device.
+    CodecError
+        Lengths or dtypes do not fit.
+    """
+    codec = _codec(type, packed)
+    _check_routing(codec, x, packed, expert_ids)
+    tokens, k = expert_ids.shape
+    out = x.new_empty((tokens, k, packed.shape[1]))
+    if out.numel() == 0:
+        return out
+    if tokens <= FUSED_BATCH and runs_cuda(x.device) and x.dtype in CUDA_DTYPES:
+        fused = _cuda_verb("experts", "linear")
+        if fused is not None and _cuda_verb(codec.name, "linear") is not None:
+            fused(x.contiguous(), packed.contiguous(), expert_ids.int().contiguous(), out, codec.name)
+            return out
+    flat = out.view(tokens * k, -1)
+    for expert, pairs in _grouped(expert_ids, packed.shape[0]):
+        flat[pairs] = _multiply(codec, x[pairs // k], packed[expert])
+    return out
+
+
+@experts.register_fake
+def _(x: Tensor, packed: Tensor, expert_ids: Tensor, type: str) -> Tensor:
+    _check_routing(_codec(type, packed), x, packed, expert_ids)
+    return x.new_empty((*expert_ids.shape, packed.shape[1]))
+
+
+def _check_routing(codec: Codec, x: Tensor, packed: Tensor, expert_ids: Tensor) -> None:
+    _check_columns(codec, x, _row_len(codec, packed))
+    if x.ndim != 2 or packed.ndim != 3 or expert_ids.ndim != 2 or x.shape[0] != expert_ids.shape[0]:
+        raise CodecError(
+            f"expected activations [T, row_len], experts [E, R, row_nbytes] and ids [T, K]; got {list(x.shape)}, "
+            f"{list(packed.shape)}, {list(expert_ids.shape)}"
+        )
+
+
+def _grouped(expert_ids: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield ``(expert, positions in expert_ids.flatten() that name it)`` for each expert that is named."""
+    flat = expert_ids.reshape(-1)
+    order = flat.argsort(stable=True)
+    hit, counts = torch.unique_consecutive(flat[order], return_counts=True)
+    # One wait for the device, for all of them.
+    for expert, pairs in zip(hit.tolist(), order.split(counts.tolist()), strict=True):
+        if not 0 <= expert < count:
+            raise IndexError(f"expert id {expert} is not one of {count} experts")
+        yield expert, pairs
+
+
+@torch.library.custom_op("ggufx::experts_grad", mutates_args=())
+def _experts_grad(grad: Tensor, packed: Tensor, expert_ids: Tensor, type: str) -> Tensor:
+    """Return the gradient [T, row_len] of :func:`experts`' activations from that of its result [T, K, R]."""
+    codec = _codec(type, packed)
+    tokens, k = expert_ids.shape
+    out = grad.new_zeros((tokens * k, _row_len(codec, packed)))
+    flat = grad.reshape(tokens * k, -1)
+    if flat.numel():
+        for expert, pairs in _grouped(expert_ids, packed.shape[0]):
+            out[pairs] = _linear_grad(flat[pairs], packed[expert], type)
+    # Summed per token at the end: an addition per expert would depend on their order.
+    return out.view(tokens, k, -1).sum(1)
+
+
+@_experts_grad.register_fake
+def _(grad: Tensor, packed: Tensor, expert_ids: Tensor, type: str) -> Tensor:
+    return grad.new_empty((grad.shape[0], _row_len(_codec(type, packed), packed)))
+
+
+def _keep_routing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, expert_ids, ctx.type = inputs
+    ctx.save_for_backward(packed, expert_ids)
+
+
+def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+    packed, expert_ids = ctx.saved_tensors
+    return (_experts_grad(grad, packed, expert_ids, ctx.type) if ctx.needs_input_grad[0] else None), None, None, None
+
+
+experts.register_autograd(_experts_backward, setup_context=_keep_routing)

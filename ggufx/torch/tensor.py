@@ -1,0 +1,251 @@
+"""A packed tensor on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from types import EllipsisType
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ggufx.errors import CodecError, UnknownType
+from ggufx.torch import ops
+from ggufx.torch.decoding import dtype_of
+from ggufx.types import Codec
+
+__all__ = ["GGUFTensor", "autocast", "linear", "linear_of"]
+
+Index: TypeAlias = int | slice | EllipsisType | list[int] | Tensor
+
+
+class GGUFTensor:
+    """Packed bytes on a device, with what decodes them.
+
+    Parameters
+    ----------
+    packed
+        uint8 [..., row_nbytes]; flat uint8 [nbytes] of a tensor without axes or of a type that no dialect knows.
+    codec
+        The type; ``None`` for one that no dialect knows: such a tensor moves, but does not decode.
+    shape
+        Logical shape, the last axis is the row; by default what ``packed`` holds.
+    dtype
+        What :meth:`dequantize` gives by default; ``None``: float32, or the stored dtype of integers and float64.
+    name, type
+        For messages; the type's name by default the codec's.
+    planes
+        Codes and scales in tensors of their own, instead of ``packed`` (see :meth:`with_planes`).
+
+    Raises
+    ------
+    CodecError
+        The bytes are not those of the shape.
+    """
+
+    def __init__(
+        self,
+        packed: Tensor | None,
+        codec: Codec | None,
+        shape: Sequence[int] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        name: str = "",
+        type: str | None = None,
+        planes: Sequence[Tensor] | None = None,
+    ) -> None:
+        if (packed is None) == (planes is None):
+            raise CodecError("a tensor is either packed or in planes")
+        if shape is None:
+            if packed is None or codec is None or packed.ndim == 0:
+                raise CodecError("the shape is unknown: give one")
+            shape = (*packed.shape[:-1], codec.layout.row_len(packed.shape[-1]))
+        self.name = name
+        self.codec = codec
+        self.type = type or ("unknown" if codec is None else codec.name)
+        self.shape = tuple(shape)
+        self.planes = None if planes is None else tuple(planes)
+        self._dtype = dtype
+        if packed is not None:
+            nbytes = packed.numel() if codec is None else codec.layout.nbytes(self.shape)
+            if packed.dtype != torch.uint8 or packed.numel() != nbytes:
+                raise CodecError(
+                    f"{self.type}{list(self.shape)} takes {nbytes} bytes of torch.uint8, got {packed.dtype}"
+                    f"{list(packed.shape)}"
+                )
+            if codec is not None and self.shape:
+                packed = packed.reshape(*self.shape[:-1], codec.layout.row_nbytes(self.shape[-1]))
+        self._packed = packed
+
+    @property
+    def packed(self) -> Tensor:
+        """The bytes as they lie in the file, uint8 ``shape[:-1] + (row_nbytes,)``; made anew where they are in planes."""
+        if self._packed is not None:
+            return self._packed
+        assert self.planes is not None
+        assert self.codec is not None
+        rows = ops.join_planes(self.type, self.planes)
+        return rows.view(*self.shape[:-1], rows.shape[-1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bytes are."""
+        return self._parts[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What :meth:`dequantize` gives by default."""
+        return dtype_of(self._known()) if self._dtype is None else self._dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return sum(part.nbytes for part in self._parts)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return prod(self.shape)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Decode: the CPU decoder's bits, rounded to ``dtype`` (default :attr:`dtype`), on the same device.
+
+        Raises
+        ------
+        UnknownType, UnsupportedType
+            No dialect knows the type, or it has no decoder.
+        """
+        self._known()
+        dtype = self.dtype if dtype is None else dtype
+        packed = self.packed if self.shape else self.packed.view(1, -1)
+        return ops.dequantize(packed, self.type, dtype).view(self.shape)
+
+    def with_planes(self) -> GGUFTensor:
+        """Return the tensor with codes and scales in memory of their own; itself, if its type has no such form.
+
+        Products of F8_E4M3_B128 read planes faster than blocks of 129 bytes. Slices and :attr:`packed` cost a copy then.
+        """
+        if self.codec is None or self._packed is None or self.ndim != 2:
+            return self
+        planes = ops.split_planes(self.type, self._packed)
+        return self if planes is None else self._like(None, self.shape, planes)
+
+    def to(
+        self,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool = False,
+    ) -> GGUFTensor:
+        """Return the tensor on ``device``, decoding to ``dtype`` by default; itself where nothing changes."""
+        if isinstance(device, torch.dtype):  # as torch.Tensor.to(dtype)
+            device, dtype = None, device
+        target = self.device if device is None else torch.empty(0, device=device).device
+        if target == self.device and dtype in (None, self._dtype):
+            return self
+        parts = [part.to(target, non_blocking=non_blocking) for part in self._parts[:2]]
+        if self.planes is None:
+            return self._like(parts[0], self.shape, None, dtype or self._dtype)
+        if target != self.device:
+            return self._like(None, self.shape, ops.split_planes(self.type, ops.join_planes(self.type, parts)), dtype)
+        return self._like(None, self.shape, self.planes, dtype)
+
+    def __getitem__(self, index: Index | tuple[Index, ...]) -> GGUFTensor:
+        """Return a slice along all axes but the last one, still packed: a view where torch gives one.
+
+        Integers, slices, ``...``, lists and integer tensors, as in torch.
+        """
+        parts = index if isinstance(index, tuple) else (index,)
+        outer = max(0, self.ndim - 1)
+        named = sum(part is not Ellipsis for part in parts)
+        # An ellipsis at the end stands for the row, too; what follows an earlier one would name the row.
+        if named > outer or any(part is Ellipsis for part in parts[:-1]):
+            raise IndexError(
+                f"a packed tensor of {self.ndim} axes is cut along the first {outer} only, got {len(parts)} indices; "
+                "dequantize() first to cut rows"
+            )
+        if any(part is None or isinstance(part, bool) for part in parts):
+            raise IndexError("only integers, slices, ..., lists and integer tensors index a packed tensor")
+        self._known()
+        packed = self.packed[parts]
+        return self._like(packed, (*packed.shape[:-1], self.shape[-1]))
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len() of a tensor without axes")
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        name = f"{self.name} " if self.name else ""
+        planes = "" if self.planes is None else ", planes"
+        return f"<GGUFTensor {name}{self.type}{list(self.shape)} {self.nbytes} bytes, {self.device}{planes}>"
+
+    @property
+    def _parts(self) -> Sequence[Tensor]:
+        if self.planes is not None:
+            return self.planes
+        assert self._packed is not None
+        return (self._packed,)
+
+    def _like(
+        self,
+        packed: Tensor | None,
+        shape: Sequence[int],
+        planes: Sequence[Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> GGUFTensor:
+        return GGUFTensor(
+            packed, self.codec, shape, dtype=dtype or self._dtype, name=self.name, type=self.type, planes=planes
+        )
+
+    def _known(self) -> Codec:
+        if self.codec is None:
+            raise UnknownType(
+                f"tensor {self.name!r} is of type {self.type}, which no known dialect defines; it cannot be decoded"
+            )
+        return self.codec
+
+
+def linear(x: Tensor, w: GGUFTensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply by a packed matrix: ``x`` [..., in], ``w`` [out, in], ``bias`` [out] -> [..., out] of ``x``'s dtype.
+
+    Up to eight rows go through a fused CUDA kernel where the type has one; more rows, and other devices, through a decoded
+    workspace and torch's matmul; a tensor in planes through FP8 where that is faster (see :func:`ggufx.torch.ops.choose`).
+    Gradients reach ``x`` and ``bias``; the weight is frozen.
+
+    Under autocast ``x`` is cast as for torch's own linear.
+
+    Raises
+    ------
+    CodecError
+        Shapes or dtypes do not fit.
+    """
+    if w.ndim != 2:
+        raise CodecError(f"linear takes a matrix, {w!r} has {w.ndim} axes")
+    return linear_of(x, w.planes, None if w.planes is not None else w.packed, w.type, w.shape[0], bias)
+
+
+def linear_of(
+    x: Tensor, planes: Sequence[Tensor] | None, packed: Tensor | None, type: str, out_features: int, bias: Tensor | None
+) -> Tensor:
+    """Multiply by planes or packed rows, whichever is given; see :func:`linear`."""
+    x = autocast(x)
+    bias = None if bias is None else bias.to(x.dtype)
+    if packed is not None:
+        return ops.linear(x, packed, type, bias)
+    assert planes is not None
+    return ops.linear_planes(x, list(planes), type, out_features, bias)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Return activations in the dtype that torch.autocast asks for, where it is on."""
+    device = x.device.type
+    # Devices without autocast, such as meta, refuse to be asked whether it is on.
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))

@@ -1,0 +1,473 @@
+"""What torch sees: operations, shapes without data, graphs without breaks, gradients, modules and their state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from io import BytesIO
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import VECTORS
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import ggufx.torch as gt
+from ggufx import kernels, types
+from ggufx.errors import CodecError, UnsupportedType
+from ggufx.torch import ops
+
+TYPES = ["Q4_0", "Q6_K", "IQ2_KS", "MXFP4", "F8_E4M3_B128", "BF16"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests may have switched on for Triton must not decide how CPU tensors are decoded here."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def weight(type_name: str, *shape: int, seed: int = 0, dtype: torch.dtype | None = None) -> gt.GGUFTensor:
+    """Return a tensor of blocks of the C libraries' first vector row, normal values: no encoder needs to be compiled."""
+    codec, rng = types.get(type_name), np.random.default_rng(seed)
+    layout = codec.layout
+    if type_name in ("BF16", "F16", "F8_E4M3_B128"):
+        row = codec.encode(np.random.default_rng(8).standard_normal((1, 1024)), use_kernel=False)
+    else:
+        with np.load(VECTORS / f"{type_name.lower()}.npz") as archive:
+            row = archive["packed"][:1]
+    headers, blocks = layout.split(row)
+    packed = np.empty((*shape[:-1], layout.row_nbytes(shape[-1])), np.uint8)
+    target_headers, target = layout.split(packed.reshape(-1, packed.shape[-1]))
+    target[...] = rng.choice(blocks[0], target.shape)
+    if target_headers is not None:
+        target_headers[...] = headers
+    return gt.GGUFTensor(torch.from_numpy(packed), codec, dtype=dtype)
+
+
+def activations(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# linear -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("batch", [(), (1,), (2, 9)], ids=str)
+def test_linear_is_the_decoded_product(name: str, batch: tuple[int, ...], device: str) -> None:
+    w, x, bias = weight(name, 24, 512).to(device), activations(*batch, 512).to(device), activations(24).to(device)
+    expected = x.double() @ w.dequantize(torch.float64).T
+    for b in (None, bias):
+        y = gt.linear(x, w, b)
+        assert y.shape == (*batch, 24)
+        assert y.dtype == x.dtype
+        # As far as an ordinary float32 product is from float64's.
+        torch.testing.assert_close(y.double(), expected if b is None else expected + b, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_linear_in_half_precision_is_torchs_own(dtype: torch.dtype) -> None:
+    w, x = weight("Q8_0", 24, 256), activations(3, 256, dtype=dtype)
+    assert torch.equal(gt.linear(x, w), x @ w.dequantize(dtype).T)
+
+
+def test_a_matrix_larger_than_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, x = weight("Q4_0", 50, 64), activations(3, 64).requires_grad_()
+    expected, (expected_grad,) = gt.linear(x, w), torch.autograd.grad(gt.linear(x, w).square().sum(), x)
+    monkeypatch.setattr(ops, "_WORKSPACE_LEN_CPU", 7 * 64)
+    torch.testing.assert_close(gt.linear(x, w), expected)
+    torch.testing.assert_close(torch.autograd.grad(gt.linear(x, w).square().sum(), x)[0], expected_grad)
+
+
+@given(data=st.data())
+def test_linear_of_any_shape(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(["Q4_0", "IQ2_KS", "F16"]))
+    w = weight(name, data.draw(st.integers(0, 5)), 256 * data.draw(st.integers(1, 2)))
+    x = activations(*data.draw(st.lists(st.integers(0, 3), max_size=3)), w.shape[1])
+    torch.testing.assert_close(gt.linear(x, w), torch.nn.functional.linear(x, w.dequantize()), rtol=1e-4, atol=1e-4)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    w = weight("Q4_0", 4, 64)
+    with pytest.raises(CodecError, match=r"activations \[2, 32\] do not fit Q4_0 rows of 64 elements"):
+        gt.linear(activations(2, 32), w)
+    with pytest.raises(CodecError, match="must be floats"):
+        gt.linear(torch.ones((2, 64), dtype=torch.int32), w)
+    with pytest.raises(CodecError, match="linear takes a matrix"):
+        gt.linear(activations(2, 64), weight("Q4_0", 2, 2, 64))
+    with pytest.raises(CodecError, match=r"must be torch\.uint8"):
+        torch.ops.ggufx.dequantize(torch.zeros(18), "Q4_0", torch.float32)
+    with pytest.raises(CodecError, match="17 bytes"):
+        torch.ops.ggufx.dequantize(torch.zeros(17, dtype=torch.uint8), "Q4_0", torch.float32)
+    with pytest.raises(UnsupportedType):
+        torch.ops.ggufx.dequantize(torch.zeros(60, dtype=torch.uint8), "IQ1_KT", torch.float32)
+
+
+# What torch is told -----------------------------------------------------------------------------------------------------
+
+
+def test_the_operations_keep_torchs_contract() -> None:
+    w, x, bias = weight("IQ2_KS", 8, 256), activations(3, 256).requires_grad_(), activations(8).requires_grad_()
+    torch.library.opcheck(torch.ops.ggufx.dequantize.default, (w.packed, w.type, torch.bfloat16))
+    torch.library.opcheck(torch.ops.ggufx.linear.default, (x, w.packed, w.type, bias))
+    f8 = weight("F8_E4M3_B128", 8, 256).with_planes()
+    torch.library.opcheck(torch.ops.ggufx.linear_planes.default, (x, list(f8.planes or ()), f8.type, 8, bias))
+    stacked, ids = weight("Q4_0", 4, 8, 256), torch.tensor([[0, 3], [3, 1], [1, 3]])
+    torch.library.opcheck(torch.ops.ggufx.experts.default, (x, stacked.packed, ids, stacked.type))
+
+
+class Block(nn.Module):
+    """An embedding, a layer, routed experts: everything there is."""
+
+    def __init__(self, planes: bool = False) -> None:
+        super().__init__()
+        up = weight("F8_E4M3_B128", 256, 256, seed=3)
+        self.tokens = gt.GGUFEmbedding(weight("Q8_0", 40, 256, seed=2))
+        self.up = gt.GGUFLinear(up.with_planes() if planes else up, activations(256))
+        self.experts = gt.GGUFExperts(weight("Q4_0", 4, 32, 256, seed=4))
+
+    def forward(self, ids: Tensor, routed: Tensor) -> Tensor:
+        x = torch.relu(self.up(self.tokens(ids)))
+        return self.experts(x, routed).sum(1)
+
+
+IDS, ROUTED = torch.tensor([5, 39, 5, 0]), torch.tensor([[0, 1], [3, 1], [0, 1], [1, 0]])
+
+
+@pytest.mark.parametrize("planes", [False, True])
+def test_a_model_compiles_and_exports_in_one_graph(planes: bool) -> None:
+    block = Block(planes)
+    expected = block(IDS, ROUTED)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(IDS, ROUTED), expected)
+    exported = torch.export.export(block, (IDS, ROUTED))
+    names = {str(node.target) for node in exported.graph.nodes}
+    assert {"ggufx.dequantize.default", "ggufx.experts.default"} <= names
+    assert f"ggufx.linear{'_planes' if planes else ''}.default" in names
+    torch.testing.assert_close(exported.module()(IDS, ROUTED), expected)
+
+
+def test_a_compiled_model_takes_other_batches_and_gradients() -> None:
+    layer = gt.GGUFLinear(weight("Q4_0", 16, 64))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (2, 5, 9):
+        x = activations(batch, 64).requires_grad_()
+        y = compiled(x * 2)
+        torch.testing.assert_close(y, layer(x * 2))
+        (grad,) = torch.autograd.grad(y.square().sum(), x)
+        torch.testing.assert_close(grad, torch.autograd.grad(layer(x * 2).square().sum(), x)[0])
+
+
+def test_functions_of_packed_tensors_compile_and_batches_stay_free() -> None:
+    w = weight("Q4_0", 16, 64)
+
+    def function(x: Tensor) -> Tensor:
+        return gt.linear(x, w) + w[:3].dequantize().sum()
+
+    x = activations(3, 64)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), function(x))
+    batch = {"x": {0: torch.export.Dim("batch", min=2)}}
+    exported = torch.export.export(gt.GGUFLinear(w), (x,), dynamic_shapes=batch)
+    torch.testing.assert_close(exported.module()(activations(7, 64)), gt.linear(activations(7, 64), w))
+
+
+@pytest.mark.parametrize("planes", [False, True])
+def test_autocast_casts_as_for_torchs_own_layers(planes: bool) -> None:
+    w, bias, x = weight("F8_E4M3_B128", 8, 128), activations(8), activations(3, 128)
+    w = w.with_planes() if planes else w
+    experts, ids = gt.GGUFExperts(weight("Q4_0", 4, 8, 128)), torch.tensor([[0], [1], [0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gt.linear(x, w, bias).dtype == gt.GGUFLinear(w, bias)(x).dtype == torch.bfloat16
+        assert experts(x, ids).dtype == torch.bfloat16
+        assert gt.linear(x.double(), w).dtype == torch.float64
+    assert gt.linear(x, w, bias).dtype == torch.float32
+
+
+# Gradients --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("planes", [False, True])
+def test_gradients_are_those_of_the_decoded_weight(planes: bool) -> None:
+    w = weight("F8_E4M3_B128", 12, 256)
+    x, bias = activations(2, 3, 256).requires_grad_(), activations(12).requires_grad_()
+    y = gt.linear(x, w.with_planes() if planes else w, bias)
+    expected = torch.nn.functional.linear(x, w.dequantize(), bias)
+    ours = torch.autograd.grad(y.square().sum(), (x, bias))
+    theirs = torch.autograd.grad(expected.square().sum(), (x, bias))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+    assert gt.linear(x.detach(), w).grad_fn is None
+
+
+def test_a_lora_step_on_a_packed_base_learns() -> None:
+    torch.manual_seed(0)
+    base = gt.GGUFLinear(weight("IQ4_KS", 32, 256), activations(32))
+    down, up = nn.Linear(256, 4, bias=False), nn.Linear(4, 32, bias=False)
+    nn.init.zeros_(up.weight)
+    before = base.get_buffer("weight").clone()
+    assert not list(base.parameters())
+    optimizer = torch.optim.Adam([*down.parameters(), *up.parameters()], lr=1e-2)
+    x, target = activations(64, 256), activations(64, 32, seed=9)
+    losses = []
+    for _ in range(20):
+        adapted = up(down(x))
+        # Through the frozen weight a second time: its gradient reaches the adapter, too.
+        loss = (adapted - target).square().mean() + 1e-4 * base(adapted.repeat(1, 8)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert down.weight.grad is not None
+    assert down.weight.grad.abs().sum() > 0
+    assert losses[-1] < 0.8 * losses[0]
+    assert torch.equal(base.get_buffer("weight"), before)
+
+
+# Experts and embeddings -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 8, 30])
+def test_experts_are_the_decoded_products(tokens: int, device: str) -> None:
+    w = weight("MXFP4", 6, 8, 64).to(device)
+    x = activations(tokens, 64).to(device).requires_grad_()
+    ids = torch.randint(0, 6, (tokens, 3), generator=torch.Generator().manual_seed(0)).to(device)
+    experts = gt.GGUFExperts(w)
+    expected = torch.einsum("tc,tkrc->tkr", x, w.dequantize()[ids])
+    y = experts(x, ids)
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-2)
+    (grad,) = torch.autograd.grad(y.square().sum(), x)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), x)[0], rtol=1e-3, atol=1e-2)
+
+
+def test_experts_take_a_row_for_each_of_them() -> None:
+    w, x, ids = weight("MXFP4", 6, 8, 64), activations(5, 2, 64), torch.tensor([[0, 1], [2, 0], [5, 5], [1, 0], [3, 2]])
+    expected = torch.einsum("tkc,tkrc->tkr", x, w.dequantize()[ids])
+    torch.testing.assert_close(gt.GGUFExperts(w)(x, ids), expected)
+    with pytest.raises(CodecError, match="do not fit expert ids"):
+        gt.GGUFExperts(w)(x, ids[:, :1])
+
+
+def test_only_routed_experts_are_decoded_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, seen = weight("Q4_0", 100, 8, 64), []
+    decode_rows = ops.decode_rows
+
+    def counting(codec: types.Codec, rows: Tensor, out: Tensor) -> None:
+        seen.append(rows.shape[0])
+        decode_rows(codec, rows, out)
+
+    monkeypatch.setattr(ops, "decode_rows", counting)
+    gt.GGUFExperts(w)(activations(5, 64), torch.tensor([[7, 99], [7, 3], [99, 7], [3, 99], [3, 7]]))
+    assert seen == [8, 8, 8]
+    seen.clear()
+    gt.GGUFEmbedding(weight("Q4_0", 1000, 64))(torch.tensor([[3, 900]]))
+    assert seen == [2]
+
+
+def test_an_expert_that_is_not_there_is_an_index_error() -> None:
+    w = weight("Q4_0", 4, 8, 64)
+    for bad in (4, -1):
+        with pytest.raises(IndexError, match=f"expert id {bad} is not one of 4"):
+            gt.GGUFExperts(w)(activations(1, 64), torch.tensor([[0, bad]]))
+    with pytest.raises(CodecError, match="expected activations"):
+        torch.ops.ggufx.experts(activations(2, 64), w.packed, torch.tensor([[0]]), "Q4_0")
+
+
+def test_no_tokens_are_no_work() -> None:
+    assert gt.GGUFExperts(weight("Q4_0", 4, 8, 64))(activations(0, 64), torch.empty((0, 2), dtype=torch.int64)).shape == (
+        0, 2, 8,
+    )  # fmt: skip
+
+
+def test_an_embedding_gives_the_rows() -> None:
+    w = weight("Q6_K", 50, 256)
+    ids = torch.tensor([[3, 49], [0, 3]])
+    assert torch.equal(gt.GGUFEmbedding(w)(ids), w.dequantize()[ids])
+    assert gt.GGUFEmbedding(w)(ids[:0]).shape == (0, 2, 256)
+    with pytest.raises(IndexError):
+        gt.GGUFEmbedding(w)(torch.tensor([50]))
+    assert gt.GGUFEmbedding(w, dtype=torch.bfloat16)(ids).dtype == torch.bfloat16
+    assert gt.GGUFEmbedding(weight("Q6_K", 50, 256, dtype=torch.float16))(ids).dtype == torch.float16
+
+
+def test_modules_without_memory_tell_shapes() -> None:
+    x, ids = torch.empty((3, 128), device="meta"), torch.zeros((3, 2), dtype=torch.int64, device="meta")
+    linear = gt.GGUFLinear.empty(128, 16, "Q4_0", bias=True, device="meta")
+    assert linear(x).shape == (3, 16)
+    assert gt.GGUFEmbedding.empty(10, 64, "Q4_0", device="meta", dtype=torch.bfloat16)(ids).shape == (3, 2, 64)
+    assert gt.GGUFExperts.empty(4, 128, 8, "Q4_0", device="meta")(x, ids).shape == (3, 2, 8)
+    real = gt.GGUFLinear(weight("Q4_0", 16, 128), torch.zeros(16))
+    linear.load_state_dict(real.state_dict(), assign=True)
+    assert torch.equal(linear(activations(1, 128)), real(activations(1, 128)))
+
+
+# State ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("planes", [False, True])
+def test_a_state_dict_goes_there_and_back(planes: bool, tmp_path: Path) -> None:
+    block, other = Block(planes), Block(planes)
+    for buffer in other.buffers():
+        buffer.zero_()
+    state = block.state_dict()
+    buffer = BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(other(IDS, ROUTED), block(IDS, ROUTED))
+    save_file(state, tmp_path / "state.safetensors")
+    other.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert torch.equal(other(IDS, ROUTED), block(IDS, ROUTED))
+
+
+def test_a_state_loads_into_empty_modules() -> None:
+    linear = gt.GGUFLinear(weight("Q4_0", 16, 64), activations(16))
+    empty = gt.GGUFLinear.empty(64, 16, "q4_0", bias=True)
+    empty.load_state_dict(linear.state_dict())
+    assert torch.equal(empty(activations(2, 64)), linear(activations(2, 64)))
+    embedding = gt.GGUFEmbedding.empty(10, 64, "Q4_0", dtype=torch.bfloat16)
+    assert embedding(torch.tensor([3])).dtype == torch.bfloat16
+    assert gt.GGUFExperts.empty(3, 64, 8, "Q4_0")(activations(1, 64), torch.tensor([[2]])).shape == (1, 1, 8)
+
+
+def test_bytes_of_another_type_are_not_taken_for_numbers() -> None:
+    # Both have 18 bytes for 32 elements.
+    q4, nl = gt.GGUFLinear(weight("Q4_0", 4, 64)), gt.GGUFLinear(weight("IQ4_NL", 4, 64))
+    with pytest.raises(CodecError, match="the state is of type IQ4_NL, the module of type Q4_0"):
+        q4.load_state_dict(nl.state_dict())
+
+
+def test_modules_move_and_keep_their_bytes() -> None:
+    linear = gt.GGUFLinear(weight("F8_E4M3_B128", 8, 128).with_planes())
+    expected = linear.gguf().packed.clone()
+    linear.to(torch.bfloat16)
+    assert torch.equal(linear.gguf().packed, expected)
+    assert repr(linear) == "GGUFLinear(F8_E4M3_B128[8, 128], planes)"
+    assert repr(gt.GGUFLinear(weight("Q4_0", 8, 128))) == "GGUFLinear(Q4_0[8, 128])"
+    assert linear.to("meta").gguf().device.type == "meta"
+
+
+def test_modules_refuse_what_they_cannot_hold() -> None:
+    with pytest.raises(CodecError, match="GGUFExperts takes a weight of 3 axes"):
+        gt.GGUFExperts(weight("Q4_0", 4, 64))
+    with pytest.raises(CodecError, match=r"bias has the shape \[3\], expected \[4\]"):
+        gt.GGUFLinear(weight("Q4_0", 4, 64), torch.zeros(3))
+
+
+# The way that is chosen -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[str]]]:
+    """Kernels in plain torch under the names of CUDA ones, where Triton's interpreter would run; tells who was called."""
+    called: dict[str, list[str]] = {"ways": []}
+    modules: dict[str, ModuleType] = {}
+
+    def module(name: str, **verbs: object) -> None:
+        modules[name] = ModuleType(name)
+        for verb, function in verbs.items():
+            setattr(modules[name], verb, function)
+
+    def decode(rows: Tensor, out: Tensor) -> None:
+        called["ways"].append("decode")
+        out.copy_(torch.from_numpy(types.get("Q4_0").decode(rows.numpy())))
+
+    def linear(x: Tensor, rows: Tensor, out: Tensor, *, planes: object = None) -> None:
+        called["ways"].append("fused")
+        assert x.is_contiguous()
+        assert rows.is_contiguous()
+        assert x.shape[0] <= 8
+        out.copy_(x @ torch.from_numpy(types.get("Q4_0").decode(rows.numpy())).to(x.dtype).T)
+
+    def experts(x: Tensor, rows: Tensor, ids: Tensor, out: Tensor, type_name: str) -> None:
+        called["ways"].append("experts")
+        assert ids.dtype == torch.int32
+        w = torch.from_numpy(types.get(type_name).decode(rows.numpy()))
+        out.copy_(torch.einsum("tc,tkrc->tkr", x, w[ids.long()]))
+
+    def split(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        codes, scales = plain.split(rows)
+        # Column-major: a copy that loses the strides would be of no use to the kernel.
+        return codes, scales, torch.exp2(scales.float() - 127).t().contiguous().t()
+
+    def linear_of_planes(x: Tensor, rows: Tensor, out: Tensor, *, planes: tuple[Tensor, ...]) -> None:
+        called["ways"].append("planes")
+        codes, _, scales = planes
+        assert scales.dtype == torch.float32
+        assert scales.stride(0) == 1
+        weights = codes.view(torch.float8_e4m3fn).float() * scales.repeat_interleave(128, 1)
+        out.copy_(x @ weights.to(x.dtype).T)
+
+    plain = kernels.find("F8_E4M3_B128", torch=True)
+    assert plain is not None
+    module("f8_e4m3_b128", linear=linear_of_planes, split=split)
+    module("q4_0", decode=decode, linear=linear)
+    module("experts", linear=experts)
+    module("_thresholds", choose=lambda type_name, batch, rows, columns: called["table"][0])
+    called["table"] = ["fused"]
+    find = kernels.find
+
+    def finding(name: str, *, cuda: bool = False, torch: bool = False) -> ModuleType | None:
+        return modules.get(name.lower()) if cuda else find(name, torch=torch)
+
+    monkeypatch.setattr(kernels, "find", finding)
+    monkeypatch.setattr(type(types.get("Q4_0")), "has_cuda", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    ops._cuda_verb.cache_clear()
+    yield called
+    ops._cuda_verb.cache_clear()
+
+
+def test_small_batches_are_fused_and_large_ones_are_not(fake_cuda: dict[str, list[str]]) -> None:
+    w = weight("Q4_0", 24, 64)
+    for batch, way in ((1, "fused"), (8, "fused"), (9, "decode")):
+        x = activations(batch, 64, dtype=torch.bfloat16)
+        y = gt.linear(x, w, activations(24, dtype=torch.bfloat16))
+        assert fake_cuda["ways"].pop() == way
+        expected = (x @ w.dequantize(torch.bfloat16).T) + activations(24, dtype=torch.bfloat16)
+        torch.testing.assert_close(y, expected, rtol=2e-2, atol=1e-1)
+        fake_cuda["ways"].clear()
+    fake_cuda["table"] = ["workspace"]
+    gt.linear(activations(1, 64), w)
+    assert fake_cuda["ways"] == ["decode"]
+    # Nothing that the kernels do not write, and no type without one.
+    gt.linear(activations(1, 64, dtype=torch.float64), w)
+    gt.linear(activations(1, 64), weight("Q5_1", 4, 64))
+    assert fake_cuda["ways"] == ["decode", "decode"]
+
+
+def test_experts_of_few_tokens_are_one_launch(fake_cuda: dict[str, list[str]]) -> None:
+    w, ids = weight("Q4_0", 5, 8, 64), torch.tensor([[4, 0], [0, 1]])
+    expected = torch.einsum("tc,tkrc->tkr", activations(2, 64), w.dequantize()[ids])
+    fake_cuda["ways"].clear()
+    torch.testing.assert_close(gt.GGUFExperts(w)(activations(2, 64), ids), expected)
+    assert fake_cuda["ways"] == ["experts"]
+    gt.GGUFExperts(w)(activations(9, 64), ids.repeat(5, 1)[:9])
+    # Expert 0 has nine tokens, the other two no more than a fused product takes.
+    assert fake_cuda["ways"] == ["experts", "decode", "fused", "fused"]
+
+
+def test_what_a_kernel_adds_to_planes_is_neither_cast_nor_stored(fake_cuda: dict[str, list[str]]) -> None:
+    w, x = weight("F8_E4M3_B128", 16, 256), activations(2, 256)
+    expected = x @ torch.from_numpy(w.codec.decode(w.packed.numpy())).T
+    layer = gt.GGUFLinear(w.with_planes())
+    other = gt.GGUFLinear(weight("F8_E4M3_B128", 16, 256, seed=9).with_planes())
+    other.load_state_dict(layer.state_dict())
+    assert set(layer.state_dict()) == {"codes", "scales", "_extra_state"}
+    for module in (layer, other, layer.to(torch.bfloat16), deepcopy(layer)):
+        torch.testing.assert_close(module(x), expected, rtol=1e-3, atol=1e-3)
+    assert fake_cuda["ways"] == ["planes"] * 4
+    moved = w.with_planes().to("meta").planes
+    assert moved is not None
+    assert len(moved) == 2
+    assert w.with_planes().to(torch.float16).planes[2].stride(0) == 1  # type: ignore[index]
+
+
+def test_no_kernels_no_choice() -> None:
+    assert ops.choose("Q4_0", activations(1, 64), 24) == "workspace"
