@@ -1,0 +1,65 @@
+"""IQ2_XXS on a GPU."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ggufx import tables
+from ggufx.kernels.cuda import _launch
+from ggufx.kernels.cuda._words import MAGIC, byte_at, half_at, locate, permute, put_bytes, table_words, word_at
+
+__all__ = ["decode"]
+
+_SHAPE = _launch.Shape(block_len=256, block_nbytes=66, header_nbytes=0, parts=32)
+
+LEVELS = (8, 25, 43)
+_T0, _T1 = table_words([*LEVELS, 0, *(-level for level in LEVELS), 0], 128)
+POINTS = tuple(sum(LEVELS.index(int(value)) << 4 * j for j, value in enumerate(point)) for point in tables.GRID_IQ2_XXS)
+"""uint32 [256]: the levels 0..2 of a grid point, a nibble each: half of a permute's choice, the sign is its bit 2."""
+
+
+@triton.jit
+def spread_signs(index):
+    """Spread seven sign bits and their parity, the eighth, over bit 2 of eight nibbles."""
+    parity = index ^ (index >> 4)
+    # Bit p of this constant is the parity of the four bits of p.
+    parity = (0x6996 >> (parity & 15)) & 1
+    bits = index | (parity << 7)
+    bits = (bits | (bits << 12)) & 0x000F000F
+    bits = (bits | (bits << 6)) & 0x03030303
+    return (((bits | (bits << 3)) & 0x11111111) << 2).to(tl.uint32)
+
+
+@triton.jit
+def _decode(
+    data, out, row_nbytes, row_len, n_rows, n_units, chunks, points,
+    LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    words, _, _, block, target, at, part, mask = locate(
+        data, out, row_nbytes, row_len, n_rows, n_units, chunks, LEAD, TILE, LANES, 0, 66, 256, 32
+    )
+    # One point, eight elements, a lane.
+    group, run = part // 4, part % 4
+    index = byte_at(words, block + 2 + 8 * group + run, mask)
+    signs = word_at(words, block + 6 + 8 * group, mask, ALIGNED)
+    d = half_at(words, block, mask, EVEN)
+    scale = (d * (0.5 + (signs >> 28).to(tl.float32))) * 0.25
+    point = tl.load(points + index, mask, other=0).to(tl.uint32, bitcast=True)
+    choice = point | spread_signs((signs >> (7 * run).to(tl.uint32)) & 127)
+    put_bytes(
+        target,
+        at + 8 * part,
+        permute(_T0, _T1, choice),
+        permute(_T0, _T1, choice >> 16),
+        MAGIC + 128,
+        scale,
+        mask,
+        TILE,
+    )
+
+
+def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
+    """Fill ``out``, float [R, row_len], from ``rows``, uint8 [R, row_nbytes]."""
+    _launch.decode(_decode, _SHAPE, rows, out, _launch.table(POINTS, rows.device))

@@ -1,0 +1,60 @@
+"""IQ4_K on a GPU."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ggufx import tables
+from ggufx.kernels.cuda import _launch
+from ggufx.kernels.cuda._words import (
+    MAGIC,
+    byte_at,
+    codes16,
+    half_at,
+    locate,
+    permute,
+    put_bytes,
+    short_at,
+    table_words,
+    words2,
+)
+
+__all__ = ["decode"]
+
+_SHAPE = _launch.Shape(block_len=256, block_nbytes=144, header_nbytes=0, parts=16)
+
+_T0, _T1, _T2, _T3 = table_words(tables.IQ4, 128)
+_SHIFT = tl.constexpr(tables.SHIFTS[4])
+
+
+@triton.jit
+def _decode(
+    data, out, row_nbytes, row_len, n_rows, n_units, chunks, 
+    LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    words, _, _, block, target, at, part, mask = locate(
+        data, out, row_nbytes, row_len, n_rows, n_units, chunks, LEAD, TILE, LANES, 0, 144, 256, 16
+    )
+    # Eight code bytes a lane: low nibbles are elements of sub-block 2g, high ones, 16 further on, of 2g + 1.
+    g, half = part // 2, part % 2
+    a, b = words2(words, block + 16 + 8 * part, mask, ALIGNED)
+    d = half_at(words, block, mask, EVEN)
+    flags = short_at(words, block + 2, mask, EVEN) >> (2 * g).to(tl.uint32)
+    low = byte_at(words, block + 8 + g, mask)
+    high = byte_at(words, block + 4 + g // 2, mask) >> (4 * (g % 2)).to(tl.uint32)
+    at += 32 * g + 8 * half
+    a0, a1 = codes16(a, _T0, _T1, _T2, _T3), codes16(a >> 16, _T0, _T1, _T2, _T3)
+    b0, b1 = codes16(b, _T0, _T1, _T2, _T3), codes16(b >> 16, _T0, _T1, _T2, _T3)
+    for odd in tl.static_range(2):
+        s = ((low >> (4 * odd)) & 15) | (((high >> (2 * odd)) & 3) << 4)
+        dl = d * (s.to(tl.int32) - 32).to(tl.float32)
+        bias = MAGIC + 128 - _SHIFT * ((flags >> odd) & 1).to(tl.float32)
+        order = 0x6420 + 0x1111 * odd + a * 0
+        put_bytes(target, at + 16 * odd, permute(a0, a1, order), permute(b0, b1, order), bias, dl, mask, TILE)
+
+
+def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
+    """Fill ``out``, float [R, row_len], from ``rows``, uint8 [R, row_nbytes]."""
+    _launch.decode(_decode, _SHAPE, rows, out)

@@ -1,0 +1,42 @@
+"""IQ4_NL on a GPU."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ggufx import tables
+from ggufx.kernels.cuda import _launch
+from ggufx.kernels.cuda._words import MAGIC, codes16, half_at, locate, permute, put_bytes, table_words, words2
+
+__all__ = ["decode"]
+
+_SHAPE = _launch.Shape(block_len=32, block_nbytes=18, header_nbytes=0, parts=2)
+
+_T0, _T1, _T2, _T3 = table_words(tables.IQ4, 128)
+
+
+@triton.jit
+def _decode(
+    data, out, row_nbytes, row_len, n_rows, n_units, chunks, 
+    LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    words, _, _, block, target, at, part, mask = locate(
+        data, out, row_nbytes, row_len, n_rows, n_units, chunks, LEAD, TILE, LANES, 0, 18, 32, 2
+    )
+    # Half a block a lane. Four nibbles in a row are elements j, j + 16, j + 1, j + 17; a permute parts low from high.
+    a, b = words2(words, block + 2 + 8 * part, mask, ALIGNED)
+    d = half_at(words, block, mask, EVEN)
+    at += 8 * part
+    a0, a1 = codes16(a, _T0, _T1, _T2, _T3), codes16(a >> 16, _T0, _T1, _T2, _T3)
+    b0, b1 = codes16(b, _T0, _T1, _T2, _T3), codes16(b >> 16, _T0, _T1, _T2, _T3)
+    put_bytes(target, at, permute(a0, a1, 0x6420 + a * 0), permute(b0, b1, 0x6420 + b * 0), MAGIC + 128, d, mask, TILE)
+    put_bytes(
+        target, at + 16, permute(a0, a1, 0x7531 + a * 0), permute(b0, b1, 0x7531 + b * 0), MAGIC + 128, d, mask, TILE
+    )
+
+
+def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
+    """Fill ``out``, float [R, row_len], from ``rows``, uint8 [R, row_nbytes]."""
+    _launch.decode(_decode, _SHAPE, rows, out)

@@ -1,0 +1,74 @@
+"""IQ5_K on a GPU."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ggufx import tables
+from ggufx.kernels.cuda import _launch
+from ggufx.kernels.cuda._words import (
+    MAGIC,
+    byte_at,
+    codes16,
+    half_at,
+    locate,
+    permute,
+    put_bytes,
+    short_at,
+    table_words,
+    words2,
+)
+
+__all__ = ["decode"]
+
+_SHAPE = _launch.Shape(block_len=256, block_nbytes=176, header_nbytes=0, parts=16)
+
+_T0, _T1, _T2, _T3, _T4, _T5, _T6, _T7 = table_words(tables.IQ5, 128)
+_SHIFT = tl.constexpr(tables.SHIFTS[5])
+
+
+@triton.jit
+def codes32(nibbles, fifths):
+    """Look up four codes of five bits: the low nibbles of ``nibbles``, with bits 0 and 1 of a byte of ``fifths`` for two."""
+    low = codes16(nibbles, _T0, _T1, _T2, _T3)
+    high = codes16(nibbles, _T4, _T5, _T6, _T7)
+    # Bit 0 of byte j belongs to nibble 2j, bit 1 to nibble 2j + 1: moved to bit 2 of the nibbles of a choice.
+    pick = ((fifths << 2) & 0x04040404) | ((fifths << 5) & 0x40404040) | 0x32103210
+    return permute(low, high, pick)
+
+
+@triton.jit
+def _decode(
+    data, out, row_nbytes, row_len, n_rows, n_units, chunks, 
+    LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    words, _, _, block, target, at, part, mask = locate(
+        data, out, row_nbytes, row_len, n_rows, n_units, chunks, LEAD, TILE, LANES, 0, 176, 256, 16
+    )
+    # Eight code bytes a lane: low nibbles are elements of sub-block k, high ones, 32 further on, of k + 2.
+    q, group = part // 4, part % 4
+    k = 4 * q + group // 2
+    a, b = words2(words, block + 16 + 8 * part, mask, ALIGNED)
+    p, r = words2(words, block + 144 + 8 * group, mask, ALIGNED)
+    p, r = p >> (2 * q).to(tl.uint32), r >> (2 * q).to(tl.uint32)
+    d = half_at(words, block, mask, EVEN)
+    flags = short_at(words, block + 2, mask, EVEN) >> k.to(tl.uint32)
+    # Nibbles k % 2 of two neighbouring bytes; two bits k % 4 and k % 4 + 2 of one.
+    low = short_at(words, block + 8 + 2 * q, mask, EVEN) >> (4 * (k % 2)).to(tl.uint32)
+    high = byte_at(words, block + 4 + q, mask) >> (2 * (k % 2)).to(tl.uint32)
+    at += 64 * q + 8 * group
+    a0, a1 = codes32(a, p), codes32(a >> 16, p >> 16)
+    b0, b1 = codes32(b, r), codes32(b >> 16, r >> 16)
+    for odd in tl.static_range(2):
+        s = ((low >> (8 * odd)) & 15) | (((high >> (4 * odd)) & 3) << 4)
+        dl = d * (s.to(tl.int32) - 32).to(tl.float32)
+        bias = MAGIC + 128 - _SHIFT * ((flags >> (2 * odd)) & 1).to(tl.float32)
+        order = 0x6420 + 0x1111 * odd + a * 0
+        put_bytes(target, at + 32 * odd, permute(a0, a1, order), permute(b0, b1, order), bias, dl, mask, TILE)
+
+
+def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
+    """Fill ``out``, float [R, row_len], from ``rows``, uint8 [R, row_nbytes]."""
+    _launch.decode(_decode, _SHAPE, rows, out)

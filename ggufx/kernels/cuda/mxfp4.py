@@ -1,0 +1,66 @@
+"""MXFP4 on a GPU."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ggufx import tables
+from ggufx.kernels.cuda import _launch
+from ggufx.kernels.cuda._words import MAGIC, byte_at, locate, permute, put_bytes, table_words, words2
+
+__all__ = ["decode"]
+
+_SHAPE = _launch.Shape(block_len=32, block_nbytes=17, header_nbytes=0, parts=2)
+
+_P0, _P1 = table_words(tables.E2M1_DOUBLED[:8], 243)
+_N0, _N1 = table_words(tables.E2M1_DOUBLED[:8], 12)
+
+
+@triton.jit
+def signed4(nibbles):
+    """243 plus twice the E2M1 value of the four low nibbles of ``nibbles``, a byte each.
+
+    A permute takes a nibble's sign bit as its own order to repeat the chosen byte's sign. So a table of bytes from 128 gives
+    255 for every negative code, one of bytes below 128 gives 0 for every positive code of the flipped word, and
+    ``(243 + m) - 0`` or ``255 - (12 + m)`` is the value plus 243, without a borrow between bytes: two lookups, not three.
+    """
+    return permute(_P0, _P1, nibbles) - permute(_N0, _N1, nibbles ^ 0x88888888)
+
+
+@triton.jit
+def _decode(
+    data, out, row_nbytes, row_len, n_rows, n_units, chunks, 
+    LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    words, _, _, block, target, at, part, mask = locate(
+        data, out, row_nbytes, row_len, n_rows, n_units, chunks, LEAD, TILE, LANES, 0, 17, 32, 2
+    )
+    # Half a block a lane. Four nibbles in a row are elements j, j + 16, j + 1, j + 17; a permute parts low from high.
+    a, b = words2(words, block + 1 + 8 * part, mask, ALIGNED)
+    e = byte_at(words, block, mask)
+    # Half of E8M0: the table is doubled. 0 and 1 are subnormal; 255 is no NaN here.
+    scale = tl.where(e < 2, tl.where(e == 0, 0x00200000, 0x00400000).to(tl.uint32), (e - 1) << 23).to(
+        tl.float32, bitcast=True
+    )
+    at += 8 * part
+    a0, a1, b0, b1 = signed4(a), signed4(a >> 16), signed4(b), signed4(b >> 16)
+    put_bytes(
+        target, at, permute(a0, a1, 0x6420 + a * 0), permute(b0, b1, 0x6420 + b * 0), MAGIC + 243, scale, mask, TILE
+    )
+    put_bytes(
+        target,
+        at + 16,
+        permute(a0, a1, 0x7531 + a * 0),
+        permute(b0, b1, 0x7531 + b * 0),
+        MAGIC + 243,
+        scale,
+        mask,
+        TILE,
+    )
+
+
+def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
+    """Fill ``out``, float [R, row_len], from ``rows``, uint8 [R, row_nbytes]."""
+    _launch.decode(_decode, _SHAPE, rows, out)
