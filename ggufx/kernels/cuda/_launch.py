@@ -10,7 +10,7 @@ import triton
 
 from ggufx.kernels.cuda._words import INTERPRETED
 
-__all__ = ["Shape", "decode", "lead_of", "options", "table"]
+__all__ = ["Shape", "converts_e4m3", "decode", "lead_of", "on", "options", "table"]
 
 
 class Shape(NamedTuple):
@@ -77,7 +77,7 @@ def decode(kernel: Any, shape: Shape, rows: torch.Tensor, out: torch.Tensor, *ex
         lanes = min(tile, max(shape.parts, triton.next_power_of_2(per_row)))
     chunks = triton.cdiv(per_row, lanes)
     programs = triton.cdiv(n_rows, tile // lanes) * chunks
-    with _on(rows.device):
+    with on(rows.device):
         kernel[(programs,)](
             rows,
             out,
@@ -98,7 +98,7 @@ def decode(kernel: Any, shape: Shape, rows: torch.Tensor, out: torch.Tensor, *ex
         )
 
 
-def _on(device: torch.device) -> Any:
+def on(device: torch.device) -> Any:
     """Make ``device`` current: Triton launches on the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else _Nothing()
 

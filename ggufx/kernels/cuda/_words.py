@@ -22,18 +22,20 @@ __all__ = [
     "codes16",
     "dot2_high",
     "dot2_low",
+    "e4m3_pairs",
+    "first_half",
+    "fma_pairs",
     "funnel",
     "half_at",
-    "permute",
     "locate",
+    "narrow",
+    "permute",
     "put8",
     "put_bytes",
+    "second_half",
     "short_at",
     "table_words",
     "to_float",
-    "e4m3_pairs",
-    "first_half",
-    "second_half",
     "word_at",
     "words2",
     "words4",
@@ -96,6 +98,19 @@ def to_float(word, j: tl.constexpr):
         return tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, 0x4B000000, $2;", "=r,r,n", [word, 0x7650 + j], dtype=tl.uint32, is_pure=True, pack=1
         ).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fma_pairs(a, b, c):
+    """``a * b + c`` of pairs of binary16 (uint32), each rounded once."""
+    if INTERPRETED:
+        low = (first_half(a) * first_half(b) + first_half(c)).to(tl.float16).to(tl.uint16, bitcast=True)
+        high = (second_half(a) * second_half(b) + second_half(c)).to(tl.float16).to(tl.uint16, bitcast=True)
+        return low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+    else:
+        return tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.uint32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -279,9 +294,9 @@ def half_at(words, at, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _narrow(value, TYPE: tl.constexpr):
+def narrow(value, TYPE: tl.constexpr):
     # The interpreter truncates to bfloat16; these integers round to nearest even, as the hardware does.
-    if INTERPRETED and TYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == TYPE:
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
@@ -302,7 +317,7 @@ def put8(out, at, v0, v1, v2, v3, v4, v5, v6, v7, mask, WIDTH: tl.constexpr):
     values = tl.reshape(tl.join(even, odd), (WIDTH, 8))
     place = at[:, None] + tl.arange(0, 8)[None, :]
     keep = tl.broadcast_to(mask[:, None], (WIDTH, 8))
-    tl.store(out + place, _narrow(values, out.dtype.element_ty), keep)
+    tl.store(out + place, narrow(values, out.dtype.element_ty), keep)
 
 
 @triton.jit

@@ -6,17 +6,34 @@ import torch
 import triton
 import triton.language as tl
 
-from ggufx.kernels.cuda import _launch
-from ggufx.kernels.cuda._words import byte_at, e4m3_pairs, first_half, locate, put8, second_half, words2
+from ggufx.kernels.cuda import _launch, _linear
+from ggufx.kernels.cuda._words import (
+    byte_at,
+    e4m3_pairs,
+    first_half,
+    fma_pairs,
+    locate,
+    put8,
+    second_half,
+    words2,
+    words8,
+)
 
-__all__ = ["decode"]
+__all__ = ["decode", "linear", "split"]
 
 _SHAPE = _launch.Shape(block_len=128, block_nbytes=129, header_nbytes=0, parts=16)
 
 
 @triton.jit
+def e8m0(e):
+    """2^(e - 127): 0 is a float32 subnormal, 255 NaN."""
+    bits = tl.where(e == 0, 0x00400000, tl.where(e == 255, 0x7FC00000, e << 23))
+    return bits.to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _decode(
-    data, out, row_nbytes, row_len, n_rows, n_units, chunks, 
+    data, out, row_nbytes, row_len, n_rows, n_units, chunks,
     LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     words, _, _, block, target, at, part, mask = locate(
@@ -24,10 +41,7 @@ def _decode(
     )
     # Eight codes a lane.
     a, b = words2(words, block + 1 + 8 * part, mask, ALIGNED)
-    e = byte_at(words, block, mask)
-    # 0 is a float32 subnormal, 255 NaN.
-    bits = tl.where(e == 0, 0x00400000, tl.where(e == 255, 0x7FC00000, e << 23).to(tl.uint32)).to(tl.uint32)
-    scale = bits.to(tl.float32, bitcast=True)
+    scale = e8m0(byte_at(words, block, mask))
     c0, c1 = e4m3_pairs(a, HARDWARE)
     c2, c3 = e4m3_pairs(b, HARDWARE)
     put8(
@@ -46,6 +60,84 @@ def _decode(
     )
 
 
+@triton.jit
+def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
+    block = row + unit // 4 * 129
+    codes = words8(words, block + 1 + 32 * (unit % 4), mask, ALIGNED)
+    return codes + (byte_at(words, block, mask),)
+
+
+@triton.jit
+def _load_planes(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
+    # ``header`` points to the row's scales; eight aligned words are two loads of 16 bytes.
+    codes = _linear.quad(words, 2 * unit, mask, unit.shape[0]) + _linear.quad(words, 2 * unit + 1, mask, unit.shape[0])
+    return codes + (tl.load(header + unit // 4, mask, other=0).to(tl.uint32),)
+
+
+@triton.jit
+def _chain(x, FIRST: tl.constexpr, a, b, HARDWARE: tl.constexpr):
+    # Four products in a row stay within binary16's range and cost no more than its rounding.
+    a0, a1 = e4m3_pairs(a, HARDWARE)
+    b0, b1 = e4m3_pairs(b, HARDWARE)
+    total = fma_pairs(a0, x[2 * FIRST], a0 * 0)
+    total = fma_pairs(a1, x[2 * FIRST + 1], total)
+    total = fma_pairs(b0, x[2 * FIRST + 2], total)
+    total = fma_pairs(b1, x[2 * FIRST + 3], total)
+    return first_half(total) + second_half(total)
+
+
+@triton.jit
+def _product(raw, x, HARDWARE: tl.constexpr):
+    total = _chain(x, 0, raw[0], raw[1], HARDWARE) + _chain(x, 2, raw[2], raw[3], HARDWARE)
+    total += _chain(x, 4, raw[4], raw[5], HARDWARE) + _chain(x, 6, raw[6], raw[7], HARDWARE)
+    return total * e8m0(raw[8])
+
+
+@triton.jit
+def _dot(raw, x, sums, points, BATCH: tl.constexpr):
+    return _product(raw, x, True)
+
+
+@triton.jit
+def _dot_older(raw, x, sums, points, BATCH: tl.constexpr):
+    return _product(raw, x, False)
+
+
+_FUSED = {
+    hardware: _linear.Fused(
+        load=_load,
+        dot=_dot if hardware else _dot_older,
+        header=_linear.no_header,
+        order=_linear.FLOAT.value,
+        layout=(129, 0),
+        load_planes=_load_planes,
+    )
+    for hardware in (False, True)
+}
+
+
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
     """Fill ``out``, float [R, row_len], from ``rows``, uint8 [R, row_nbytes]."""
     _launch.decode(_decode, _SHAPE, rows, out, HARDWARE=_launch.converts_e4m3(rows.device))
+
+
+def linear(
+    x: torch.Tensor | _linear.Prepared,
+    rows: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    planes: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ids: torch.Tensor | None = None,
+) -> None:
+    """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`.
+
+    With :func:`split`'s ``planes`` rows are not read: 129-byte blocks keep the first-level cache busier than the memory.
+    """
+    fused = _FUSED[_launch.converts_e4m3(rows.device)]
+    _linear.linear(fused, x, rows, out, planes=planes, ids=ids)
+
+
+def split(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Part ``rows``, uint8 [..., row_nbytes], into codes uint8 [..., row_len] and scales uint8 [..., row_len // 128]."""
+    blocks = rows.unflatten(-1, (-1, 129))
+    return blocks[..., 1:].flatten(-2).contiguous(), blocks[..., 0].contiguous()

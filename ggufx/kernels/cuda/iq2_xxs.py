@@ -7,15 +7,17 @@ import triton
 import triton.language as tl
 
 from ggufx import tables
-from ggufx.kernels.cuda import _launch
-from ggufx.kernels.cuda._words import MAGIC, byte_at, half_at, locate, permute, put_bytes, table_words, word_at
+from ggufx.kernels.cuda import _launch, _linear
+from ggufx.kernels.cuda._linear import dots2
+from ggufx.kernels.cuda._words import MAGIC, byte_at, half_at, locate, permute, put_bytes, table_words, word_at, words2
 
-__all__ = ["decode"]
+__all__ = ["decode", "linear"]
 
 _SHAPE = _launch.Shape(block_len=256, block_nbytes=66, header_nbytes=0, parts=32)
 
 LEVELS = (8, 25, 43)
 _T0, _T1 = table_words([*LEVELS, 0, *(-level for level in LEVELS), 0], 128)
+_U0, _U1 = table_words([*LEVELS, 0, *(-level for level in LEVELS), 0])
 POINTS = tuple(sum(LEVELS.index(int(value)) << 4 * j for j, value in enumerate(point)) for point in tables.GRID_IQ2_XXS)
 """uint32 [256]: the levels 0..2 of a grid point, a nibble each: half of a permute's choice, the sign is its bit 2."""
 
@@ -60,6 +62,38 @@ def _decode(
     )
 
 
+@triton.jit
+def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
+    block = row + unit // 8 * 66
+    return words2(words, block + 2 + 8 * (unit % 8), mask, ALIGNED) + (half_at(words, block, mask, EVEN),)
+
+
+@triton.jit
+def _dot(raw, x, sums, points, BATCH: tl.constexpr):
+    indices, signs, d = raw
+    total = (indices * 0).to(tl.int32)
+    for run in tl.static_range(4):
+        point = tl.load(points + ((indices >> (8 * run)) & 255)).to(tl.uint32, bitcast=True)
+        choice = point | spread_signs((signs >> (7 * run)) & 127)
+        total += dots2(x, 2 * run, permute(_U0, _U1, choice), permute(_U0, _U1, choice >> 16), True)
+    return total.to(tl.float32) * (d * (0.5 + (signs >> 28).to(tl.float32))) * 0.25
+
+
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=_linear.NATURAL.value, layout=(66, 0))
+
+
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
     """Fill ``out``, float [R, row_len], from ``rows``, uint8 [R, row_nbytes]."""
     _launch.decode(_decode, _SHAPE, rows, out, _launch.table(POINTS, rows.device))
+
+
+def linear(
+    x: torch.Tensor | _linear.Prepared,
+    rows: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    planes: None = None,
+    ids: torch.Tensor | None = None,
+) -> None:
+    """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`."""
+    _linear.linear(_FUSED, x, rows, out, ids=ids, points=_launch.table(POINTS, rows.device))

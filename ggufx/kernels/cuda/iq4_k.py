@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from ggufx import tables
-from ggufx.kernels.cuda import _launch
+from ggufx.kernels.cuda import _launch, _linear
+from ggufx.kernels.cuda._linear import dots4
 from ggufx.kernels.cuda._words import (
     MAGIC,
     byte_at,
@@ -19,19 +20,21 @@ from ggufx.kernels.cuda._words import (
     short_at,
     table_words,
     words2,
+    words4,
 )
 
-__all__ = ["decode"]
+__all__ = ["decode", "linear"]
 
 _SHAPE = _launch.Shape(block_len=256, block_nbytes=144, header_nbytes=0, parts=16)
 
 _T0, _T1, _T2, _T3 = table_words(tables.IQ4, 128)
+_U0, _U1, _U2, _U3 = table_words(tables.IQ4)
 _SHIFT = tl.constexpr(tables.SHIFTS[4])
 
 
 @triton.jit
 def _decode(
-    data, out, row_nbytes, row_len, n_rows, n_units, chunks, 
+    data, out, row_nbytes, row_len, n_rows, n_units, chunks,
     LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     words, _, _, block, target, at, part, mask = locate(
@@ -55,6 +58,56 @@ def _decode(
         put_bytes(target, at + 16 * odd, permute(a0, a1, order), permute(b0, b1, order), bias, dl, mask, TILE)
 
 
+@triton.jit
+def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
+    block = row + unit // 8 * 144
+    g = unit % 8
+    shift = (4 * (g % 2)).to(tl.uint32)
+    return words4(words, block + 16 + 16 * g, mask, ALIGNED) + (
+        half_at(words, block, mask, EVEN),
+        short_at(words, block + 2, mask, EVEN) >> (2 * g).to(tl.uint32),
+        byte_at(words, block + 8 + g, mask),
+        byte_at(words, block + 4 + g // 2, mask) >> shift,
+    )
+
+
+@triton.jit
+def _dot(raw, x, sums, points, BATCH: tl.constexpr):
+    a, b, c, e, d, flags, low, high = raw
+    a0, a1 = codes16(a, _U0, _U1, _U2, _U3), codes16(a >> 16, _U0, _U1, _U2, _U3)
+    b0, b1 = codes16(b, _U0, _U1, _U2, _U3), codes16(b >> 16, _U0, _U1, _U2, _U3)
+    c0, c1 = codes16(c, _U0, _U1, _U2, _U3), codes16(c >> 16, _U0, _U1, _U2, _U3)
+    e0, e1 = codes16(e, _U0, _U1, _U2, _U3), codes16(e >> 16, _U0, _U1, _U2, _U3)
+    order = 0x6420 + a * 0
+    first = dots4(
+        x, 0, permute(a0, a1, order), permute(b0, b1, order), permute(c0, c1, order), permute(e0, e1, order), True
+    )
+    order = 0x7531 + a * 0
+    second = dots4(
+        x, 4, permute(a0, a1, order), permute(b0, b1, order), permute(c0, c1, order), permute(e0, e1, order), True
+    )
+    first += _SHIFT * (flags & 1).to(tl.int32) * sums[0]
+    second += _SHIFT * ((flags >> 1) & 1).to(tl.int32) * sums[1]
+    s0 = ((low & 15) | ((high & 3) << 4)).to(tl.int32) - 32
+    s1 = ((low >> 4) | (((high >> 2) & 3) << 4)).to(tl.int32) - 32
+    return d * (s0.to(tl.float32) * first.to(tl.float32) + s1.to(tl.float32) * second.to(tl.float32))
+
+
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=_linear.NATURAL.value, layout=(144, 0))
+
+
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
     """Fill ``out``, float [R, row_len], from ``rows``, uint8 [R, row_nbytes]."""
     _launch.decode(_decode, _SHAPE, rows, out)
+
+
+def linear(
+    x: torch.Tensor | _linear.Prepared,
+    rows: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    planes: None = None,
+    ids: torch.Tensor | None = None,
+) -> None:
+    """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`."""
+    _linear.linear(_FUSED, x, rows, out, ids=ids)

@@ -7,10 +7,22 @@ import triton
 import triton.language as tl
 
 from ggufx import tables
-from ggufx.kernels.cuda import _launch
-from ggufx.kernels.cuda._words import MAGIC, byte_at, codes16, locate, permute, put_bytes, table_words, word_at, words2
+from ggufx.kernels.cuda import _launch, _linear
+from ggufx.kernels.cuda._codebook4 import codes_product
+from ggufx.kernels.cuda._words import (
+    MAGIC,
+    byte_at,
+    codes16,
+    locate,
+    permute,
+    put_bytes,
+    table_words,
+    word_at,
+    words2,
+    words4,
+)
 
-__all__ = ["decode"]
+__all__ = ["decode", "linear"]
 
 _SHAPE = _launch.Shape(block_len=256, block_nbytes=136, header_nbytes=4, parts=16)
 
@@ -20,7 +32,7 @@ _SHIFT = tl.constexpr(tables.SHIFTS[4])
 
 @triton.jit
 def _decode(
-    data, out, row_nbytes, row_len, n_rows, n_units, chunks, 
+    data, out, row_nbytes, row_len, n_rows, n_units, chunks,
     LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     words, header, row_exists, block, target, at, part, mask = locate(
@@ -40,6 +52,41 @@ def _decode(
     put_bytes(target, at + 16, permute(a0, a1, 0x7531 + a * 0), permute(b0, b1, 0x7531 + b * 0), bias, dl, mask, TILE)
 
 
+@triton.jit
+def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
+    block = row + unit // 8 * 136
+    sub = unit % 8
+    return words4(words, block + 8 + 16 * sub, mask, ALIGNED) + (byte_at(words, block + sub, mask),)
+
+
+@triton.jit
+def _dot(raw, x, sums, points, BATCH: tl.constexpr):
+    total = codes_product(x, raw[0], raw[1], raw[2], raw[3], BATCH)
+    c = raw[4].to(tl.int32)
+    total += _SHIFT * (c & 1) * (sums[0] + sums[1])
+    return total.to(tl.float32) * ((c & 254) - 127).to(tl.float32)
+
+
+@triton.jit
+def _header(words, header):
+    return word_at(words, header, header >= 0, False).to(tl.float32, bitcast=True)
+
+
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_header, order=_linear.PAIR16.value, layout=(136, 4))
+
+
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
     """Fill ``out``, float [R, row_len], from ``rows``, uint8 [R, row_nbytes]."""
     _launch.decode(_decode, _SHAPE, rows, out)
+
+
+def linear(
+    x: torch.Tensor | _linear.Prepared,
+    rows: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    planes: None = None,
+    ids: torch.Tensor | None = None,
+) -> None:
+    """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`."""
+    _linear.linear(_FUSED, x, rows, out, ids=ids)

@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 
 from ggufx import tables
-from ggufx.kernels.cuda import _launch
-from ggufx.kernels.cuda._words import MAGIC, codes16, half_at, locate, permute, put_bytes, table_words, words2
+from ggufx.kernels.cuda import _launch, _linear
+from ggufx.kernels.cuda._codebook4 import codes_product
+from ggufx.kernels.cuda._words import MAGIC, codes16, half_at, locate, permute, put_bytes, table_words, words2, words4
 
-__all__ = ["decode"]
+__all__ = ["decode", "linear"]
 
 _SHAPE = _launch.Shape(block_len=32, block_nbytes=18, header_nbytes=0, parts=2)
 
@@ -19,7 +20,7 @@ _T0, _T1, _T2, _T3 = table_words(tables.IQ4, 128)
 
 @triton.jit
 def _decode(
-    data, out, row_nbytes, row_len, n_rows, n_units, chunks, 
+    data, out, row_nbytes, row_len, n_rows, n_units, chunks,
     LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     words, _, _, block, target, at, part, mask = locate(
@@ -37,6 +38,32 @@ def _decode(
     )
 
 
+@triton.jit
+def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
+    block = row + unit * 18
+    return words4(words, block + 2, mask, ALIGNED) + (half_at(words, block, mask, EVEN),)
+
+
+@triton.jit
+def _dot(raw, x, sums, points, BATCH: tl.constexpr):
+    return codes_product(x, raw[0], raw[1], raw[2], raw[3], BATCH).to(tl.float32) * raw[4]
+
+
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=_linear.PAIR16.value, layout=(18, 0))
+
+
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
     """Fill ``out``, float [R, row_len], from ``rows``, uint8 [R, row_nbytes]."""
     _launch.decode(_decode, _SHAPE, rows, out)
+
+
+def linear(
+    x: torch.Tensor | _linear.Prepared,
+    rows: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    planes: None = None,
+    ids: torch.Tensor | None = None,
+) -> None:
+    """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`."""
+    _linear.linear(_FUSED, x, rows, out, ids=ids)

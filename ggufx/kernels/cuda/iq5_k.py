@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from ggufx import tables
-from ggufx.kernels.cuda import _launch
+from ggufx.kernels.cuda import _launch, _linear
+from ggufx.kernels.cuda._linear import dots4
 from ggufx.kernels.cuda._words import (
     MAGIC,
     byte_at,
@@ -19,9 +20,10 @@ from ggufx.kernels.cuda._words import (
     short_at,
     table_words,
     words2,
+    words4,
 )
 
-__all__ = ["decode"]
+__all__ = ["decode", "linear"]
 
 _SHAPE = _launch.Shape(block_len=256, block_nbytes=176, header_nbytes=0, parts=16)
 
@@ -41,7 +43,7 @@ def codes32(nibbles, fifths):
 
 @triton.jit
 def _decode(
-    data, out, row_nbytes, row_len, n_rows, n_units, chunks, 
+    data, out, row_nbytes, row_len, n_rows, n_units, chunks,
     LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     words, _, _, block, target, at, part, mask = locate(
@@ -69,6 +71,60 @@ def _decode(
         put_bytes(target, at + 32 * odd, permute(a0, a1, order), permute(b0, b1, order), bias, dl, mask, TILE)
 
 
+@triton.jit
+def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
+    block = row + unit // 8 * 176
+    q, side = (unit % 8) // 2, unit % 2
+    k = 4 * q + side
+    return (
+        words4(words, block + 16 + 16 * (unit % 8), mask, ALIGNED)
+        + words4(words, block + 144 + 16 * side, mask, ALIGNED)
+        + (
+            half_at(words, block, mask, EVEN),
+            short_at(words, block + 2, mask, EVEN) >> k.to(tl.uint32),
+            short_at(words, block + 8 + 2 * q, mask, EVEN) >> (4 * side).to(tl.uint32),
+            byte_at(words, block + 4 + q, mask) >> (2 * side).to(tl.uint32),
+            (2 * q).to(tl.uint32),
+        )
+    )
+
+
+@triton.jit
+def _dot(raw, x, sums, points, BATCH: tl.constexpr):
+    a, b, c, e, p, q, r, t, d, flags, low, high, shift = raw
+    p, q, r, t = p >> shift, q >> shift, r >> shift, t >> shift
+    a0, a1, b0, b1 = codes32(a, p), codes32(a >> 16, p >> 16), codes32(b, q), codes32(b >> 16, q >> 16)
+    c0, c1, e0, e1 = codes32(c, r), codes32(c >> 16, r >> 16), codes32(e, t), codes32(e >> 16, t >> 16)
+    order = 0x6420 + a * 0
+    first = dots4(
+        x, 0, permute(a0, a1, order), permute(b0, b1, order), permute(c0, c1, order), permute(e0, e1, order), False
+    )
+    order = 0x7531 + a * 0
+    second = dots4(
+        x, 4, permute(a0, a1, order), permute(b0, b1, order), permute(c0, c1, order), permute(e0, e1, order), False
+    )
+    first += (_SHIFT * (flags & 1).to(tl.int32) - 128) * sums[0]
+    second += (_SHIFT * ((flags >> 2) & 1).to(tl.int32) - 128) * sums[1]
+    s0 = ((low & 15) | ((high & 3) << 4)).to(tl.int32) - 32
+    s1 = (((low >> 8) & 15) | (((high >> 4) & 3) << 4)).to(tl.int32) - 32
+    return d * (s0.to(tl.float32) * first.to(tl.float32) + s1.to(tl.float32) * second.to(tl.float32))
+
+
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=_linear.PAIR32.value, layout=(176, 0))
+
+
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
     """Fill ``out``, float [R, row_len], from ``rows``, uint8 [R, row_nbytes]."""
     _launch.decode(_decode, _SHAPE, rows, out)
+
+
+def linear(
+    x: torch.Tensor | _linear.Prepared,
+    rows: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    planes: None = None,
+    ids: torch.Tensor | None = None,
+) -> None:
+    """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`."""
+    _linear.linear(_FUSED, x, rows, out, ids=ids)

@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 
 from ggufx import tables
-from ggufx.kernels.cuda import _launch
-from ggufx.kernels.cuda._words import MAGIC, byte_at, locate, permute, put_bytes, table_words, words2
+from ggufx.kernels.cuda import _launch, _linear
+from ggufx.kernels.cuda._linear import dots4
+from ggufx.kernels.cuda._words import MAGIC, byte_at, locate, permute, put_bytes, table_words, words2, words4
 
-__all__ = ["decode"]
+__all__ = ["decode", "linear"]
 
 _SHAPE = _launch.Shape(block_len=32, block_nbytes=17, header_nbytes=0, parts=2)
 
@@ -30,8 +31,15 @@ def signed4(nibbles):
 
 
 @triton.jit
+def half_e8m0(e):
+    """Half of E8M0, for a doubled table: 0 and 1 are subnormal, and 255 is no NaN here."""
+    bits = tl.where(e < 2, 0x00200000 << e, (e - 1) << 23)
+    return bits.to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _decode(
-    data, out, row_nbytes, row_len, n_rows, n_units, chunks, 
+    data, out, row_nbytes, row_len, n_rows, n_units, chunks,
     LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     words, _, _, block, target, at, part, mask = locate(
@@ -39,11 +47,7 @@ def _decode(
     )
     # Half a block a lane. Four nibbles in a row are elements j, j + 16, j + 1, j + 17; a permute parts low from high.
     a, b = words2(words, block + 1 + 8 * part, mask, ALIGNED)
-    e = byte_at(words, block, mask)
-    # Half of E8M0: the table is doubled. 0 and 1 are subnormal; 255 is no NaN here.
-    scale = tl.where(e < 2, tl.where(e == 0, 0x00200000, 0x00400000).to(tl.uint32), (e - 1) << 23).to(
-        tl.float32, bitcast=True
-    )
+    scale = half_e8m0(byte_at(words, block, mask))
     at += 8 * part
     a0, a1, b0, b1 = signed4(a), signed4(a >> 16), signed4(b), signed4(b >> 16)
     put_bytes(
@@ -61,6 +65,35 @@ def _decode(
     )
 
 
+@triton.jit
+def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
+    block = row + unit * 17
+    return words4(words, block + 1, mask, ALIGNED) + (byte_at(words, block, mask),)
+
+
+@triton.jit
+def _dot(raw, x, sums, points, BATCH: tl.constexpr):
+    a, b, c, d, e = raw
+    total = dots4(x, 0, signed4(a), signed4(a >> 16), signed4(b), signed4(b >> 16), False)
+    total += dots4(x, 4, signed4(c), signed4(c >> 16), signed4(d), signed4(d >> 16), False)
+    return (total - 243 * (sums[0] + sums[1])).to(tl.float32) * half_e8m0(e)
+
+
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=_linear.PAIR16.value, layout=(17, 0))
+
+
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
     """Fill ``out``, float [R, row_len], from ``rows``, uint8 [R, row_nbytes]."""
     _launch.decode(_decode, _SHAPE, rows, out)
+
+
+def linear(
+    x: torch.Tensor | _linear.Prepared,
+    rows: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    planes: None = None,
+    ids: torch.Tensor | None = None,
+) -> None:
+    """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`."""
+    _linear.linear(_FUSED, x, rows, out, ids=ids)

@@ -6,17 +6,18 @@ import torch
 import triton
 import triton.language as tl
 
-from ggufx.kernels.cuda import _launch
-from ggufx.kernels.cuda._words import MAGIC, half_at, locate, put_bytes, words2
+from ggufx.kernels.cuda import _launch, _linear
+from ggufx.kernels.cuda._linear import dots4
+from ggufx.kernels.cuda._words import MAGIC, half_at, locate, put_bytes, words2, words4
 
-__all__ = ["decode"]
+__all__ = ["decode", "linear"]
 
 _SHAPE = _launch.Shape(block_len=32, block_nbytes=18, header_nbytes=0, parts=2)
 
 
 @triton.jit
 def _decode(
-    data, out, row_nbytes, row_len, n_rows, n_units, chunks, 
+    data, out, row_nbytes, row_len, n_rows, n_units, chunks,
     LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     words, _, _, block, target, at, part, mask = locate(
@@ -31,6 +32,36 @@ def _decode(
     put_bytes(target, at + 16, (a >> 4) & 0x0F0F0F0F, (b >> 4) & 0x0F0F0F0F, bias, d, mask, TILE)
 
 
+@triton.jit
+def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
+    block = row + unit * 18
+    return words4(words, block + 2, mask, ALIGNED) + (half_at(words, block, mask, EVEN),)
+
+
+@triton.jit
+def _dot(raw, x, sums, points, BATCH: tl.constexpr):
+    a, b, c, e, d = raw
+    mask: tl.constexpr = 0x0F0F0F0F
+    total = dots4(x, 0, a & mask, b & mask, c & mask, e & mask, False)
+    total += dots4(x, 4, (a >> 4) & mask, (b >> 4) & mask, (c >> 4) & mask, (e >> 4) & mask, False)
+    return (total - 8 * (sums[0] + sums[1])).to(tl.float32) * d
+
+
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=_linear.NATURAL.value, layout=(18, 0))
+
+
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
     """Fill ``out``, float [R, row_len], from ``rows``, uint8 [R, row_nbytes]."""
     _launch.decode(_decode, _SHAPE, rows, out)
+
+
+def linear(
+    x: torch.Tensor | _linear.Prepared,
+    rows: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    planes: None = None,
+    ids: torch.Tensor | None = None,
+) -> None:
+    """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`."""
+    _linear.linear(_FUSED, x, rows, out, ids=ids)

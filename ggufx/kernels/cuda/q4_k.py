@@ -6,10 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ggufx.kernels.cuda import _launch
-from ggufx.kernels.cuda._words import MAGIC, half_at, locate, put8, to_float, word_at, words2
+from ggufx.kernels.cuda import _launch, _linear
+from ggufx.kernels.cuda._linear import dots4
+from ggufx.kernels.cuda._words import MAGIC, half_at, locate, put8, to_float, word_at, words2, words4
 
-__all__ = ["decode"]
+__all__ = ["decode", "linear"]
 
 _SHAPE = _launch.Shape(block_len=256, block_nbytes=144, header_nbytes=0, parts=16)
 
@@ -29,7 +30,7 @@ def scales_and_minima(words, at, q, mask, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _decode(
-    data, out, row_nbytes, row_len, n_rows, n_units, chunks, 
+    data, out, row_nbytes, row_len, n_rows, n_units, chunks,
     LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     words, _, _, block, target, at, part, mask = locate(
@@ -63,6 +64,44 @@ def _decode(
         )
 
 
+@triton.jit
+def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
+    block = row + unit // 8 * 144
+    s, m = scales_and_minima(words, block + 4, (unit % 8) // 2, mask, ALIGNED)
+    return words4(words, block + 16 + 16 * (unit % 8), mask, ALIGNED) + (
+        half_at(words, block, mask, EVEN),
+        half_at(words, block + 2, mask, EVEN),
+        s,
+        m,
+    )
+
+
+@triton.jit
+def _dot(raw, x, sums, points, BATCH: tl.constexpr):
+    a, b, c, e, d, dmin, s, m = raw
+    mask: tl.constexpr = 0x0F0F0F0F
+    first = dots4(x, 0, a & mask, b & mask, c & mask, e & mask, False)
+    second = dots4(x, 4, (a >> 4) & mask, (b >> 4) & mask, (c >> 4) & mask, (e >> 4) & mask, False)
+    total = (s & 255).to(tl.int32) * first + ((s >> 8) & 255).to(tl.int32) * second
+    least = (m & 255).to(tl.int32) * sums[0] + ((m >> 8) & 255).to(tl.int32) * sums[1]
+    return d * total.to(tl.float32) - dmin * least.to(tl.float32)
+
+
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=_linear.PAIR32.value, layout=(144, 0))
+
+
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
     """Fill ``out``, float [R, row_len], from ``rows``, uint8 [R, row_nbytes]."""
     _launch.decode(_decode, _SHAPE, rows, out)
+
+
+def linear(
+    x: torch.Tensor | _linear.Prepared,
+    rows: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    planes: None = None,
+    ids: torch.Tensor | None = None,
+) -> None:
+    """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`."""
+    _linear.linear(_FUSED, x, rows, out, ids=ids)

@@ -6,17 +6,18 @@ import torch
 import triton
 import triton.language as tl
 
-from ggufx.kernels.cuda import _launch
-from ggufx.kernels.cuda._words import MAGIC, half_at, locate, put_bytes, words2
+from ggufx.kernels.cuda import _launch, _linear
+from ggufx.kernels.cuda._linear import dots4
+from ggufx.kernels.cuda._words import MAGIC, half_at, locate, put_bytes, words2, words8
 
-__all__ = ["decode"]
+__all__ = ["decode", "linear"]
 
 _SHAPE = _launch.Shape(block_len=32, block_nbytes=34, header_nbytes=0, parts=4)
 
 
 @triton.jit
 def _decode(
-    data, out, row_nbytes, row_len, n_rows, n_units, chunks, 
+    data, out, row_nbytes, row_len, n_rows, n_units, chunks,
     LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     words, _, _, block, target, at, part, mask = locate(
@@ -28,6 +29,33 @@ def _decode(
     put_bytes(target, at + 8 * part, a ^ 0x80808080, b ^ 0x80808080, MAGIC + 128, d, mask, TILE)
 
 
+@triton.jit
+def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
+    block = row + unit * 34
+    return words8(words, block + 2, mask, ALIGNED) + (half_at(words, block, mask, EVEN),)
+
+
+@triton.jit
+def _dot(raw, x, sums, points, BATCH: tl.constexpr):
+    total = dots4(x, 0, raw[0], raw[1], raw[2], raw[3], True) + dots4(x, 4, raw[4], raw[5], raw[6], raw[7], True)
+    return total.to(tl.float32) * raw[8]
+
+
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=_linear.NATURAL.value, layout=(34, 0))
+
+
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
     """Fill ``out``, float [R, row_len], from ``rows``, uint8 [R, row_nbytes]."""
     _launch.decode(_decode, _SHAPE, rows, out)
+
+
+def linear(
+    x: torch.Tensor | _linear.Prepared,
+    rows: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    planes: None = None,
+    ids: torch.Tensor | None = None,
+) -> None:
+    """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`."""
+    _linear.linear(_FUSED, x, rows, out, ids=ids)

@@ -1,0 +1,460 @@
+"""The fused product of a few activation rows with packed weights: every packed byte is read once.
+
+One lane takes a unit of 32 weights: it loads the few words of the unit, decodes them to bytes in its registers and multiplies them
+there, with integer dot products. Only one sum per output crosses lanes. What is limited on a GPU at this is not the memory but
+the integer unit, so activations are prepared once, for all matrices of one order:
+
+- 256 at a time become 16-bit integers under one float scale: 2^-16 of the group's largest, far below the rounding of a bfloat16 (or
+  binary16 under a power of two, for F8_E4M3_B128, whose products are floats);
+- in the order in which the type's lookups yield the codes, as pairs, so that a load is one contiguous 16 bytes a lane;
+- with the sum of every 16, which takes any offset of the type's codes out of the inner product.
+
+A type brings two functions. ``LOAD(words, header, row, unit, mask, EVEN, ALIGNED)`` returns the raw words of a unit (``words`` points
+to aligned words, the row's header and first block begin ``header`` and ``row`` bytes from there). ``DOT(raw, x, sums, points, BATCH)`` returns, float32, the
+product of the unit with its 16 pairs of activations, without what ``HEADER(words, header)`` returns for the whole row.
+
+Launches are dependent where the device can: a program loads its first weights while the kernel before drains, and waits only
+before it reads the activations. Weights therefore must not be written by that very kernel; :func:`prepare` is always between.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ggufx.kernels.cuda import _launch
+from ggufx.kernels.cuda._words import dot2_high, dot2_low, narrow
+
+__all__ = [
+    "FLOAT",
+    "NATURAL",
+    "PAIR16",
+    "PAIR32",
+    "PAIR64",
+    "QUARTERS",
+    "Fused",
+    "Prepared",
+    "dots2",
+    "dots4",
+    "linear",
+    "no_header",
+    "prepare",
+    "quad",
+]
+
+NATURAL = tl.constexpr(0)
+"""Word i of a unit's codes holds elements 4i to 4i + 3 of 32."""
+PAIR16 = tl.constexpr(1)
+"""Nibbles as they lie: elements j, j + 16, j + 1, j + 17 of 32."""
+PAIR32 = tl.constexpr(2)
+"""Sixteen elements of 64, and those 32 further on."""
+PAIR64 = tl.constexpr(3)
+"""Sixteen elements of 128, and those 64 further on."""
+QUARTERS = tl.constexpr(4)
+"""Eight elements of 128, and those 32, 64 and 96 further on."""
+FLOAT = tl.constexpr(5)
+"""As ``NATURAL``, but binary16."""
+
+GROUP_LEN = 256
+MAX_BATCH = 8
+
+
+class Prepared(NamedTuple):
+    """Activations as the fused kernels read them.
+
+    Attributes
+    ----------
+    pairs
+        int32 [B, 4, U, 4], U the units of 32 in a row: two 16-bit values each; pair ``4 * q + j`` of unit u at ``[q, u, j]``.
+    sums
+        int32 [B, 2, U]: the sums of the first and the last 16 values of a unit, in the order's own sequence.
+    scales
+        float32 [B, G], one for 256.
+    order
+        One of the orders above.
+    dtype
+        Of the activations: that of the product.
+    """
+
+    pairs: torch.Tensor
+    sums: torch.Tensor
+    scales: torch.Tensor
+    order: int
+    dtype: torch.dtype
+
+
+class Fused(NamedTuple):
+    """What a type brings to the product; see the module.
+
+    Attributes
+    ----------
+    load, dot, header
+        The functions of the module's text.
+    order
+        In which order ``dot`` wants its activations.
+    layout
+        (block_nbytes, header_nbytes), for the alignment of words.
+    load_planes
+        As ``load``, for codes and scales in separate planes: ``words`` points to a row's codes, ``header`` to its scales.
+    tuned
+        (rows of a program, units of a step, warps), for rows of at most 4096 elements and for longer ones: measured.
+    """
+
+    load: Any
+    dot: Any
+    header: Any
+    order: int
+    layout: tuple[int, int]
+    load_planes: Any = None
+    tuned: tuple[tuple[int, int, int], tuple[int, int, int]] = ((2, 128, 4), (2, 256, 8))
+
+
+@triton.jit
+def _prepare(
+    x, pairs, sums, scales, row_len, x_stride, n_units, n_groups,
+    ORDER: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    # As stored: quad of pairs, unit of the group, pair, half.
+    at = tl.arange(0, 256)
+    half = at % 2
+    pair = (at // 2) % 4 + 4 * (at // 64)
+    local = (at // 8) % 8
+    word = pair // 2
+    byte = 2 * (pair % 2) + half
+    if ORDER == 1:
+        element = 32 * local + 16 * (byte % 2) + 4 * (word // 2) + 2 * (word % 2) + byte // 2
+    elif ORDER == 2:
+        element = 64 * (local // 2) + 16 * (local % 2) + 32 * (word // 4) + 4 * (word % 4) + byte
+    elif ORDER == 3:
+        element = 128 * (local // 4) + 16 * (local % 4) + 64 * (word // 4) + 4 * (word % 4) + byte
+    elif ORDER == 4:
+        element = 128 * (local // 4) + 8 * (local % 4) + 32 * (word // 2) + 4 * (word % 2) + byte
+    else:
+        element = 32 * local + 4 * word + byte
+    element += 256 * group
+    if DEPENDENT:
+        # Only after the wait may the next kernel start: it then sees all that was written before this one.
+        gdc_wait()
+        gdc_launch_dependents()
+    values = tl.load(x + row * x_stride + element, element < row_len, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(values), 0)
+    # Zero, or NaN where a value is not finite (a maximum passes over NaN): the scale carries it into every product.
+    poison = tl.sum(values * 0.0, 0)
+    if ORDER == 5:
+        # Under 16, so that four products with codes up to 448 stay within binary16.
+        power = tl.maximum((largest.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True), 1e-30)
+        scale = power * 0.125
+        bits = (values * (8.0 / power)).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32)
+        total = bits * 0
+    else:
+        scale = largest / 32767.0
+        inverse = tl.where(largest > 0.0, 32767.0 / tl.maximum(largest, 1e-35), 0.0)
+        # 1.5 * 2^23 leaves the rounded integer in the low bits.
+        total = (values * inverse + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+        bits = total & 0xFFFF
+    tl.store(scales + row * n_groups + group, scale + poison)
+    low, high = tl.split(tl.reshape(bits, (128, 2)))
+    at = tl.arange(0, 128)
+    unit = 8 * group + (at // 4) % 8
+    place = ((row * 4 + at // 32) * n_units + unit) * 4 + at % 4
+    tl.store(pairs + place, low | (high << 16), unit < n_units)
+    halves = tl.sum(tl.reshape(tl.sum(tl.reshape(total, (32, 8)), 1), (2, 2, 8)), 1)
+    side = tl.arange(0, 2)[:, None]
+    unit = 8 * group + tl.arange(0, 8)[None, :]
+    tl.store(sums + (row * 2 + side) * n_units + unit, halves, tl.broadcast_to(unit < n_units, (2, 8)))
+
+
+@triton.jit
+def dots4(x, FIRST: tl.constexpr, c0, c1, c2, c3, SIGNED: tl.constexpr):
+    """Integer product of four words of codes with pairs ``2 * FIRST`` to ``2 * FIRST + 7``."""
+    a = dot2_low(x[2 * FIRST], c0, (c0 * 0).to(tl.int32), SIGNED)
+    a = dot2_high(x[2 * FIRST + 1], c0, a, SIGNED)
+    a = dot2_low(x[2 * FIRST + 2], c1, a, SIGNED)
+    a = dot2_high(x[2 * FIRST + 3], c1, a, SIGNED)
+    a = dot2_low(x[2 * FIRST + 4], c2, a, SIGNED)
+    a = dot2_high(x[2 * FIRST + 5], c2, a, SIGNED)
+    a = dot2_low(x[2 * FIRST + 6], c3, a, SIGNED)
+    return dot2_high(x[2 * FIRST + 7], c3, a, SIGNED)
+
+
+@triton.jit
+def dots2(x, FIRST: tl.constexpr, c0, c1, SIGNED: tl.constexpr):
+    """Integer product of two words of codes with pairs ``2 * FIRST`` to ``2 * FIRST + 3``."""
+    a = dot2_low(x[2 * FIRST], c0, (c0 * 0).to(tl.int32), SIGNED)
+    a = dot2_high(x[2 * FIRST + 1], c0, a, SIGNED)
+    a = dot2_low(x[2 * FIRST + 2], c1, a, SIGNED)
+    return dot2_high(x[2 * FIRST + 3], c1, a, SIGNED)
+
+
+@triton.jit
+def no_header(words, header):
+    """Scale of rows without a header."""
+    return 1.0
+
+
+@triton.jit
+def quad(pointer, at, mask, T: tl.constexpr):
+    """Return four words that lie together, number ``at`` of such: one 16-byte load a lane."""
+    four = tl.load(
+        pointer + at[:, None] * 4 + tl.arange(0, 4)[None, :], tl.broadcast_to(mask[:, None], (T, 4)), other=0
+    )
+    even, odd = tl.split(tl.reshape(four.to(tl.uint32, bitcast=True), (T, 2, 2)))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def _activations(pairs, sums, scales, b, n_units, n_groups, unit, mask, T: tl.constexpr):
+    base = pairs + b * (16 * n_units)
+    x = (
+        quad(base, unit, mask, T)
+        + quad(base, unit + n_units, mask, T)
+        + quad(base, unit + 2 * n_units, mask, T)
+        + quad(base, unit + 3 * n_units, mask, T)
+    )
+    h0 = tl.load(sums + b * (2 * n_units) + unit, mask, other=0)
+    h1 = tl.load(sums + b * (2 * n_units) + n_units + unit, mask, other=0)
+    scale = tl.load(scales + b * n_groups + unit // 8, mask, other=0.0)
+    return x, (h0, h1), scale
+
+
+@triton.jit
+def _row(
+    data, side, row, row_nbytes, side_nbytes,
+    LEAD: tl.constexpr, HEADER_NBYTES: tl.constexpr, PLANES: tl.constexpr,
+):  # fmt: skip
+    # Pointer to the word in which a row begins, where its first block begins from there, and its header.
+    start = row * row_nbytes + LEAD
+    words = (data - LEAD).to(tl.pointer_type(tl.uint32)) + (start >> 2)
+    odd = (start & 3).to(tl.int32)
+    if PLANES:
+        return words, odd, side + row * side_nbytes
+    else:
+        return words, odd + HEADER_NBYTES, odd
+
+
+@triton.jit
+def _linear(
+    pairs, sums, scales, data, side, points, ids, out, row_nbytes, side_nbytes, n_rows, n_units, n_groups, per_token,
+    PLANES: tl.constexpr, LOAD: tl.constexpr, DOT: tl.constexpr, HEADER: tl.constexpr, HEADER_NBYTES: tl.constexpr,
+    LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, T: tl.constexpr, BATCH: tl.constexpr, SINGLE: tl.constexpr, EXPERTS: tl.constexpr,
+    DEPENDENT: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    if DEPENDENT:
+        if not EARLY:
+            gdc_wait()
+        gdc_launch_dependents()
+    first = tl.program_id(0) * ROWS
+    lane = tl.arange(0, T)
+    base = tl.zeros((), tl.int64)
+    token = 0
+    if EXPERTS:
+        expert = tl.load(ids + tl.program_id(1)).to(tl.int64)
+        base = expert * n_rows
+        token = tl.program_id(1) // per_token
+    # Rows past the end are read as the last one, and not stored.
+    w0, r0, h0 = _row(data, side, base + first, row_nbytes, side_nbytes, LEAD, HEADER_NBYTES, PLANES)
+    w1, r1, h1 = w0, r0, h0
+    w2, r2, h2 = w0, r0, h0
+    w3, r3, h3 = w0, r0, h0
+    if ROWS > 1:
+        row = base + tl.minimum(first + 1, n_rows - 1)
+        w1, r1, h1 = _row(data, side, row, row_nbytes, side_nbytes, LEAD, HEADER_NBYTES, PLANES)
+    if ROWS > 2:
+        row = base + tl.minimum(first + 2, n_rows - 1)
+        w2, r2, h2 = _row(data, side, row, row_nbytes, side_nbytes, LEAD, HEADER_NBYTES, PLANES)
+        row = base + tl.minimum(first + 3, n_rows - 1)
+        w3, r3, h3 = _row(data, side, row, row_nbytes, side_nbytes, LEAD, HEADER_NBYTES, PLANES)
+    mask = lane < n_units
+    raw0 = LOAD(w0, h0, r0, lane, mask, EVEN, ALIGNED)
+    raw1, raw2, raw3 = raw0, raw0, raw0
+    if ROWS > 1:
+        raw1 = LOAD(w1, h1, r1, lane, mask, EVEN, ALIGNED)
+    if ROWS > 2:
+        raw2 = LOAD(w2, h2, r2, lane, mask, EVEN, ALIGNED)
+        raw3 = LOAD(w3, h3, r3, lane, mask, EVEN, ALIGNED)
+    d0 = HEADER(w0, h0)
+    d1, d2, d3 = d0, d0, d0
+    if ROWS > 1:
+        d1 = HEADER(w1, h1)
+    if ROWS > 2:
+        d2 = HEADER(w2, h2)
+        d3 = HEADER(w3, h3)
+    if DEPENDENT and EARLY:
+        gdc_wait()
+    zero = tl.zeros((T,), tl.float32)
+    acc = (zero,) * (ROWS * BATCH)
+    if SINGLE:
+        acc = _step(
+            acc, raw0, raw1, raw2, raw3, pairs, sums, scales, points, token, n_units, n_groups, lane, mask,
+            DOT, ROWS, T, BATCH,
+        )  # fmt: skip
+    else:
+        for begin in range(0, n_units, T):
+            # The next weights are on their way while these are multiplied.
+            unit = lane + begin
+            mask = unit < n_units
+            ahead = unit + T
+            more = ahead < n_units
+            next0 = LOAD(w0, h0, r0, ahead, more, EVEN, ALIGNED)
+            next1, next2, next3 = next0, next0, next0
+            if ROWS > 1:
+                next1 = LOAD(w1, h1, r1, ahead, more, EVEN, ALIGNED)
+            if ROWS > 2:
+                next2 = LOAD(w2, h2, r2, ahead, more, EVEN, ALIGNED)
+                next3 = LOAD(w3, h3, r3, ahead, more, EVEN, ALIGNED)
+            acc = _step(
+                acc, raw0, raw1, raw2, raw3, pairs, sums, scales, points, token, n_units, n_groups, unit, mask,
+                DOT, ROWS, T, BATCH,
+            )  # fmt: skip
+            raw0, raw1, raw2, raw3 = next0, next1, next2, next3
+    target = out + tl.program_id(1).to(tl.int64) * n_rows + first
+    for b in tl.static_range(BATCH):
+        place = target + b * n_rows
+        tl.store(place, narrow(tl.sum(acc[b * ROWS], 0) * d0, out.dtype.element_ty))
+        if ROWS > 1:
+            tl.store(place + 1, narrow(tl.sum(acc[b * ROWS + 1], 0) * d1, out.dtype.element_ty), first + 1 < n_rows)
+        if ROWS > 2:
+            tl.store(place + 2, narrow(tl.sum(acc[b * ROWS + 2], 0) * d2, out.dtype.element_ty), first + 2 < n_rows)
+            tl.store(place + 3, narrow(tl.sum(acc[b * ROWS + 3], 0) * d3, out.dtype.element_ty), first + 3 < n_rows)
+
+
+@triton.jit
+def _step(
+    acc, raw0, raw1, raw2, raw3, pairs, sums, scales, points, token, n_units, n_groups, unit, mask,
+    DOT: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, BATCH: tl.constexpr,
+):  # fmt: skip
+    new = ()
+    for b in tl.static_range(BATCH):
+        x, h, scale = _activations(pairs, sums, scales, token + b, n_units, n_groups, unit, mask, T)
+        new = new + (acc[b * ROWS] + DOT(raw0, x, h, points, BATCH) * scale,)
+        if ROWS > 1:
+            new = new + (acc[b * ROWS + 1] + DOT(raw1, x, h, points, BATCH) * scale,)
+        if ROWS > 2:
+            new = new + (acc[b * ROWS + 2] + DOT(raw2, x, h, points, BATCH) * scale,)
+            new = new + (acc[b * ROWS + 3] + DOT(raw3, x, h, points, BATCH) * scale,)
+    return new
+
+
+@cache
+def _dependent(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def prepare(x: torch.Tensor, order: int) -> Prepared:
+    """Turn activations, float [B, row_len], into what the fused kernels of ``order`` read.
+
+    ``row_len`` is a multiple of 32, and of 128 or 256 where the type's blocks are. The same result serves every matrix of that order.
+    """
+    batch, row_len = x.shape
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    n_units, n_groups = row_len // 32, triton.cdiv(row_len, GROUP_LEN)
+    pairs = torch.empty((batch, 4, n_units, 4), dtype=torch.int32, device=x.device)
+    sums = torch.empty((batch, 2, n_units), dtype=torch.int32, device=x.device)
+    scales = torch.empty((batch, n_groups), dtype=torch.float32, device=x.device)
+    dependent = _dependent(x.device)
+    if batch and row_len:
+        with _launch.on(x.device):
+            _prepare[(n_groups, batch)](
+                x, pairs, sums, scales, row_len, x.stride(0), n_units, n_groups,
+                ORDER=order, DEPENDENT=dependent,
+                **_launch.options(num_warps=1, launch_pdl=dependent, enable_fp_fusion=False),
+            )  # fmt: skip
+    return Prepared(pairs, sums, scales, order, x.dtype)
+
+
+def linear(
+    fused: Fused,
+    x: torch.Tensor | Prepared,
+    rows: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    planes: tuple[torch.Tensor, torch.Tensor] | None = None,
+    points: torch.Tensor | None = None,
+    ids: torch.Tensor | None = None,
+    tuned: tuple[int, int, int] | None = None,
+) -> None:
+    """Fill ``out`` with ``x @ decode(rows).T``.
+
+    Parameters
+    ----------
+    fused
+        The type's part.
+    x
+        float [B, row_len], B at most 8 without ``ids``; or :func:`prepare`'s result in the type's order.
+    rows
+        uint8 [R, row_nbytes], or [E, R, row_nbytes] with ``ids``; contiguous.
+    out
+        float [B, R], or [B, K, R] with ``ids``; contiguous.
+    planes
+        What the type's ``split`` gives: read instead of ``rows``.
+    points
+        Table that ``fused.dot`` reads.
+    ids
+        int32 [B, K]: which experts each row of x is multiplied with.
+    tuned
+        Overrides the type's measured choice.
+    """
+    own = not isinstance(x, Prepared)
+    if out.numel() == 0:
+        return
+    prepared = prepare(x, int(fused.order)) if isinstance(x, torch.Tensor) else x
+    n_units, n_groups = prepared.pairs.shape[2], prepared.scales.shape[1]
+    if n_units == 0:
+        out.zero_()
+        return
+    batch = prepared.pairs.shape[0]
+    data, side = rows, rows
+    if planes is not None and planes[0].data_ptr() % 16 == 0 and planes[0].shape[-1] % 16 == 0:
+        data, side = planes
+    n_rows, row_nbytes = data.shape[-2:]
+    n_per_program, units, warps = tuned or fused.tuned[n_units > 128]
+    lead = _launch.lead_of(data)
+    steps = (lead, row_nbytes, *fused.layout)
+    dependent = _dependent(rows.device)
+    per_token = 1 if ids is None else ids.shape[1]
+    none = prepared.sums
+    with _launch.on(rows.device):
+        _linear[(triton.cdiv(n_rows, n_per_program), 1 if ids is None else batch * per_token)](
+            prepared.pairs,
+            prepared.sums,
+            prepared.scales,
+            data,
+            side,
+            none if points is None else points,
+            none if ids is None else ids,
+            out,
+            row_nbytes,
+            side.shape[-1],
+            n_rows,
+            n_units,
+            n_groups,
+            per_token,
+            PLANES=side is not data,
+            LOAD=fused.load if side is data else fused.load_planes,
+            DOT=fused.dot,
+            HEADER=fused.header,
+            HEADER_NBYTES=fused.layout[1],
+            LEAD=lead,
+            EVEN=all(step % 2 == 0 for step in steps),
+            ALIGNED=all(step % 4 == 0 for step in steps),
+            ROWS=n_per_program,
+            T=units,
+            BATCH=batch if ids is None else 1,
+            SINGLE=n_units <= units,
+            EXPERTS=ids is not None,
+            DEPENDENT=dependent,
+            # Expert numbers may come from the kernel just before; after our own preparation they cannot.
+            EARLY=own or ids is None,
+            **_launch.options(num_warps=warps, launch_pdl=dependent),
+        )
