@@ -1,6 +1,8 @@
-"""Numba kernels, one module per quant type, found by the type's name in lower case.
+"""Numba kernels, one module per quant type, found by the type's name in lower case; their twins are in sub-packages.
 
-A kernel module may define, all over C-contiguous arrays (``rows`` read-only uint8 [R, row_nbytes]):
+``ggufx.kernels.cuda`` has Triton kernels under the same names, ``ggufx.kernels.torch`` decoders in plain torch; each says in
+its docstring what a module of it defines. A kernel module for the CPU may define, all over C-contiguous arrays (``rows``
+read-only uint8 [R, row_nbytes]):
 
 ``decode(rows, out, block_len)``
     Fill ``out``, float32 [R, row_len], with exactly what the type's NumPy specification gives.
@@ -28,12 +30,18 @@ from types import ModuleType
 __all__ = ["exists", "find", "narrower"]
 
 
-def exists(name: str, *, cuda: bool = False) -> bool:
-    """Return whether type ``name`` has a kernel module, for the CPU or for CUDA, without importing it."""
-    package = f"{__name__}.cuda" if cuda else __name__
-    if cuda and importlib.util.find_spec(package) is None:
-        return False
-    return importlib.util.find_spec(f"{package}.{name.lower()}") is not None
+def _module_name(name: str, cuda: bool, torch: bool) -> str:
+    return ".".join([__name__, *(["cuda"] if cuda else []), *(["torch"] if torch else []), name.lower()])
+
+
+@cache
+def exists(name: str, *, cuda: bool = False, torch: bool = False) -> bool:
+    """Return whether type ``name`` has a kernel module, for the CPU, for CUDA, or in plain torch, without importing it."""
+    module = _module_name(name, cuda, torch)
+    # A package must be there before one may ask for what is in it.
+    return (
+        importlib.util.find_spec(module.rpartition(".")[0]) is not None and importlib.util.find_spec(module) is not None
+    )
 
 
 @cache
@@ -46,20 +54,23 @@ def narrower(name: str) -> Callable[..., None] | None:
 
 
 @cache
-def find(name: str) -> ModuleType | None:
+def find(name: str, *, cuda: bool = False, torch: bool = False) -> ModuleType | None:
     """Return the kernel module of type ``name``, or ``None`` when the type has none.
 
-    The first call for a type imports Numba. A kernel that exists but fails to import raises: nothing falls back in
-    silence.
+    The first call for a type imports Numba, with ``cuda`` Triton, with ``torch`` torch. A kernel that exists but fails to
+    import raises: nothing falls back in silence.
     """
     # With Numba's compiler switched off (to debug, say) the specifications run: the kernels' intrinsics exist compiled only.
-    if not exists(name) or os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+    numba = not (cuda or torch)
+    if not exists(name, cuda=cuda, torch=torch) or (
+        numba and os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+    ):
         return None
     # What importing Numba makes nearly all stays: looking for garbage among it is a sixth of the time (measured).
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return importlib.import_module(f"{__name__}.{name.lower()}")
+        return importlib.import_module(_module_name(name, cuda, torch))
     finally:
         if collecting:
             gc.enable()

@@ -379,7 +379,7 @@ def linear(
     rows: torch.Tensor,
     out: torch.Tensor,
     *,
-    planes: tuple[torch.Tensor, torch.Tensor] | None = None,
+    planes: tuple[torch.Tensor, ...] | None = None,
     points: torch.Tensor | None = None,
     ids: torch.Tensor | None = None,
     tuned: tuple[int, int, int] | None = None,
@@ -416,7 +416,7 @@ def linear(
     batch = prepared.pairs.shape[0]
     data, side = rows, rows
     if planes is not None and planes[0].data_ptr() % 16 == 0 and planes[0].shape[-1] % 16 == 0:
-        data, side = planes
+        data, side = planes[:2]
     n_rows, row_nbytes = data.shape[-2:]
     n_per_program, units, warps = tuned or fused.tuned[n_units > 128]
     lead = _launch.lead_of(data)

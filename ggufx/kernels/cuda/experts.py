@@ -18,7 +18,7 @@ def linear(
     out: torch.Tensor,
     type_name: str,
     *,
-    planes: tuple[torch.Tensor, torch.Tensor] | None = None,
+    planes: tuple[torch.Tensor, ...] | None = None,
 ) -> None:
     """Fill ``out[t, k]`` with ``decode(rows[expert_ids[t, k]]) @ x[t]``.
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ggufx.kernels.cuda import _launch, _linear
+from ggufx.kernels.cuda import _launch, _linear, _scaled
 from ggufx.kernels.cuda._words import (
     byte_at,
     e4m3_pairs,
@@ -16,10 +16,14 @@ from ggufx.kernels.cuda._words import (
     put8,
     second_half,
     words2,
+    words4,
     words8,
 )
 
-__all__ = ["decode", "linear", "split"]
+__all__ = ["ORDER", "decode", "linear", "split"]
+
+ORDER = _linear.FLOAT.value
+"""How its product wants activations prepared."""
 
 _SHAPE = _launch.Shape(block_len=128, block_nbytes=129, header_nbytes=0, parts=16)
 
@@ -35,18 +39,29 @@ def e8m0(e):
 def _decode(
     data, out, row_nbytes, row_len, n_rows, n_units, chunks,
     LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, HARDWARE: tl.constexpr,
+    RUNS: tl.constexpr,
 ):  # fmt: skip
     words, _, _, block, target, at, part, mask = locate(
-        data, out, row_nbytes, row_len, n_rows, n_units, chunks, LEAD, TILE, LANES, 0, 129, 128, 16
+        data, out, row_nbytes, row_len, n_rows, n_units, chunks, LEAD, TILE, LANES, 0, 129, 128, 16 // RUNS
     )
-    # Eight codes a lane.
-    a, b = words2(words, block + 1 + 8 * part, mask, ALIGNED)
+    # RUNS times eight codes a lane.
     scale = e8m0(byte_at(words, block, mask))
+    at += 8 * RUNS * part
+    if RUNS == 1:
+        a, b = words2(words, block + 1 + 8 * part, mask, ALIGNED)
+    else:
+        a, b, c, d = words4(words, block + 1 + 16 * part, mask, ALIGNED)
+        _put(target, at + 8, c, d, scale, mask, TILE, HARDWARE)
+    _put(target, at, a, b, scale, mask, TILE, HARDWARE)
+
+
+@triton.jit
+def _put(out, at, a, b, scale, mask, WIDTH: tl.constexpr, HARDWARE: tl.constexpr):
     c0, c1 = e4m3_pairs(a, HARDWARE)
     c2, c3 = e4m3_pairs(b, HARDWARE)
     put8(
-        target,
-        at + 8 * part,
+        out,
+        at,
         first_half(c0) * scale,
         second_half(c0) * scale,
         first_half(c1) * scale,
@@ -56,7 +71,7 @@ def _decode(
         first_half(c3) * scale,
         second_half(c3) * scale,
         mask,
-        TILE,
+        WIDTH,
     )
 
 
@@ -108,7 +123,7 @@ _FUSED = {
         load=_load,
         dot=_dot if hardware else _dot_older,
         header=_linear.no_header,
-        order=_linear.FLOAT.value,
+        order=ORDER,
         layout=(129, 0),
         load_planes=_load_planes,
     )
@@ -118,7 +133,8 @@ _FUSED = {
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
     """Fill ``out``, float [R, row_len], from ``rows``, uint8 [R, row_nbytes]."""
-    _launch.decode(_decode, _SHAPE, rows, out, HARDWARE=_launch.converts_e4m3(rows.device))
+    hardware = _launch.converts_e4m3(rows.device)
+    _launch.decode(_decode, _SHAPE, rows, out, HARDWARE=hardware, RUNS=16 // _SHAPE.parts)
 
 
 def linear(
@@ -126,7 +142,7 @@ def linear(
     rows: torch.Tensor,
     out: torch.Tensor,
     *,
-    planes: tuple[torch.Tensor, torch.Tensor] | None = None,
+    planes: tuple[torch.Tensor, ...] | None = None,
     ids: torch.Tensor | None = None,
 ) -> None:
     """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`.
@@ -137,7 +153,17 @@ def linear(
     _linear.linear(fused, x, rows, out, planes=planes, ids=ids)
 
 
-def split(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Part ``rows``, uint8 [..., row_nbytes], into codes uint8 [..., row_len] and scales uint8 [..., row_len // 128]."""
+def split(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Part ``rows``, uint8 [..., row_nbytes], into planes.
+
+    Returns
+    -------
+    codes, exponents
+        uint8 [..., row_len] and [..., row_len // 128].
+    scales
+        float32: :func:`ggufx.kernels.cuda._scaled.weight_scales` of the exponents, for the FP8 product; empty for stacked rows.
+    """
     blocks = rows.unflatten(-1, (-1, 129))
-    return blocks[..., 1:].flatten(-2).contiguous(), blocks[..., 0].contiguous()
+    codes, exponents = blocks[..., 1:].flatten(-2).contiguous(), blocks[..., 0].contiguous()
+    scales = _scaled.weight_scales(exponents) if exponents.ndim == 2 else exponents.new_empty(0, dtype=torch.float32)
+    return codes, exponents, scales

@@ -9,9 +9,23 @@ import triton.language as tl
 from ggufx import tables
 from ggufx.kernels.cuda import _launch, _linear
 from ggufx.kernels.cuda._linear import dots2
-from ggufx.kernels.cuda._words import MAGIC, byte_at, half_at, locate, permute, put_bytes, table_words, word_at, words2
+from ggufx.kernels.cuda._words import (
+    MAGIC,
+    byte_at,
+    half_at,
+    locate,
+    permute,
+    put_bytes,
+    short_at,
+    table_words,
+    word_at,
+    words2,
+)
 
-__all__ = ["decode", "linear"]
+__all__ = ["ORDER", "decode", "linear"]
+
+ORDER = _linear.NATURAL.value
+"""How its product wants activations prepared."""
 
 _SHAPE = _launch.Shape(block_len=256, block_nbytes=66, header_nbytes=0, parts=32)
 
@@ -37,29 +51,30 @@ def spread_signs(index):
 @triton.jit
 def _decode(
     data, out, row_nbytes, row_len, n_rows, n_units, chunks, points,
-    LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+    LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
     words, _, _, block, target, at, part, mask = locate(
-        data, out, row_nbytes, row_len, n_rows, n_units, chunks, LEAD, TILE, LANES, 0, 66, 256, 32
+        data, out, row_nbytes, row_len, n_rows, n_units, chunks, LEAD, TILE, LANES, 0, 66, 256, 32 // RUNS
     )
-    # One point, eight elements, a lane.
-    group, run = part // 4, part % 4
-    index = byte_at(words, block + 2 + 8 * group + run, mask)
+    # RUNS points, eight elements each, a lane.
+    group = part // (4 // RUNS)
+    first = part % (4 // RUNS) * RUNS
     signs = word_at(words, block + 6 + 8 * group, mask, ALIGNED)
     d = half_at(words, block, mask, EVEN)
     scale = (d * (0.5 + (signs >> 28).to(tl.float32))) * 0.25
-    point = tl.load(points + index, mask, other=0).to(tl.uint32, bitcast=True)
-    choice = point | spread_signs((signs >> (7 * run).to(tl.uint32)) & 127)
-    put_bytes(
-        target,
-        at + 8 * part,
-        permute(_T0, _T1, choice),
-        permute(_T0, _T1, choice >> 16),
-        MAGIC + 128,
-        scale,
-        mask,
-        TILE,
-    )
+    if RUNS == 1:
+        indices = byte_at(words, block + 2 + 8 * group + first, mask)
+    elif RUNS == 2:
+        indices = short_at(words, block + 2 + 8 * group + first, mask, EVEN)
+    else:
+        indices = word_at(words, block + 2 + 8 * group, mask, ALIGNED)
+    signs = signs >> (7 * first).to(tl.uint32)
+    at += 32 * group + 8 * first
+    for run in tl.static_range(RUNS):
+        point = tl.load(points + ((indices >> (8 * run)) & 255), mask, other=0).to(tl.uint32, bitcast=True)
+        choice = point | spread_signs((signs >> (7 * run)) & 127)
+        low, high = permute(_T0, _T1, choice), permute(_T0, _T1, choice >> 16)
+        put_bytes(target, at + 8 * run, low, high, MAGIC + 128, scale, mask, TILE)
 
 
 @triton.jit
@@ -79,12 +94,12 @@ def _dot(raw, x, sums, points, BATCH: tl.constexpr):
     return total.to(tl.float32) * (d * (0.5 + (signs >> 28).to(tl.float32))) * 0.25
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=_linear.NATURAL.value, layout=(66, 0))
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(66, 0))
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
     """Fill ``out``, float [R, row_len], from ``rows``, uint8 [R, row_nbytes]."""
-    _launch.decode(_decode, _SHAPE, rows, out, _launch.table(POINTS, rows.device))
+    _launch.decode(_decode, _SHAPE, rows, out, _launch.table(POINTS, rows.device), RUNS=32 // _SHAPE.parts)
 
 
 def linear(

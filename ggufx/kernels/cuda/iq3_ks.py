@@ -11,7 +11,10 @@ from ggufx.kernels.cuda import _launch, _linear
 from ggufx.kernels.cuda._linear import dots2
 from ggufx.kernels.cuda._words import MAGIC, half_at, locate, permute, put_bytes, short_at, table_words, word_at, words2
 
-__all__ = ["decode", "linear"]
+__all__ = ["ORDER", "decode", "linear"]
+
+ORDER = _linear.QUARTERS.value
+"""How its product wants activations prepared."""
 
 _SHAPE = _launch.Shape(block_len=256, block_nbytes=102, header_nbytes=2, parts=8)
 
@@ -95,7 +98,7 @@ def _header(words, header):
     return half_at(words, header, header >= 0, False)
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_header, order=_linear.QUARTERS.value, layout=(102, 2))
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_header, order=ORDER, layout=(102, 2))
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:

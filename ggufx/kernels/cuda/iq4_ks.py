@@ -22,7 +22,10 @@ from ggufx.kernels.cuda._words import (
     words4,
 )
 
-__all__ = ["decode", "linear"]
+__all__ = ["ORDER", "decode", "linear"]
+
+ORDER = _linear.PAIR16.value
+"""How its product wants activations prepared."""
 
 _SHAPE = _launch.Shape(block_len=256, block_nbytes=136, header_nbytes=4, parts=16)
 
@@ -72,7 +75,7 @@ def _header(words, header):
     return word_at(words, header, header >= 0, False).to(tl.float32, bitcast=True)
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_header, order=_linear.PAIR16.value, layout=(136, 4))
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_header, order=ORDER, layout=(136, 4))
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:

@@ -11,7 +11,10 @@ from ggufx.kernels.cuda import _launch, _linear
 from ggufx.kernels.cuda._codebook4 import codes_product
 from ggufx.kernels.cuda._words import MAGIC, codes16, half_at, locate, permute, put_bytes, table_words, words2, words4
 
-__all__ = ["decode", "linear"]
+__all__ = ["ORDER", "decode", "linear"]
+
+ORDER = _linear.PAIR16.value
+"""How its product wants activations prepared."""
 
 _SHAPE = _launch.Shape(block_len=32, block_nbytes=18, header_nbytes=0, parts=2)
 
@@ -49,7 +52,7 @@ def _dot(raw, x, sums, points, BATCH: tl.constexpr):
     return codes_product(x, raw[0], raw[1], raw[2], raw[3], BATCH).to(tl.float32) * raw[4]
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=_linear.PAIR16.value, layout=(18, 0))
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(18, 0))
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:

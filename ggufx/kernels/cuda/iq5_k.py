@@ -23,7 +23,10 @@ from ggufx.kernels.cuda._words import (
     words4,
 )
 
-__all__ = ["decode", "linear"]
+__all__ = ["ORDER", "decode", "linear"]
+
+ORDER = _linear.PAIR32.value
+"""How its product wants activations prepared."""
 
 _SHAPE = _launch.Shape(block_len=256, block_nbytes=176, header_nbytes=0, parts=16)
 
@@ -110,7 +113,7 @@ def _dot(raw, x, sums, points, BATCH: tl.constexpr):
     return d * (s0.to(tl.float32) * first.to(tl.float32) + s1.to(tl.float32) * second.to(tl.float32))
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=_linear.PAIR32.value, layout=(176, 0))
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(176, 0))
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:

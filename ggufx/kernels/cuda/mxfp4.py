@@ -11,7 +11,10 @@ from ggufx.kernels.cuda import _launch, _linear
 from ggufx.kernels.cuda._linear import dots4
 from ggufx.kernels.cuda._words import MAGIC, byte_at, locate, permute, put_bytes, table_words, words2, words4
 
-__all__ = ["decode", "linear"]
+__all__ = ["ORDER", "decode", "linear"]
+
+ORDER = _linear.PAIR16.value
+"""How its product wants activations prepared."""
 
 _SHAPE = _launch.Shape(block_len=32, block_nbytes=17, header_nbytes=0, parts=2)
 
@@ -79,7 +82,7 @@ def _dot(raw, x, sums, points, BATCH: tl.constexpr):
     return (total - 243 * (sums[0] + sums[1])).to(tl.float32) * half_e8m0(e)
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=_linear.PAIR16.value, layout=(17, 0))
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(17, 0))
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:

@@ -10,7 +10,10 @@ from ggufx.kernels.cuda import _launch, _linear
 from ggufx.kernels.cuda._linear import dots4
 from ggufx.kernels.cuda._words import MAGIC, half_at, locate, put_bytes, words2, words4
 
-__all__ = ["decode", "linear"]
+__all__ = ["ORDER", "decode", "linear"]
+
+ORDER = _linear.NATURAL.value
+"""How its product wants activations prepared."""
 
 _SHAPE = _launch.Shape(block_len=32, block_nbytes=18, header_nbytes=0, parts=2)
 
@@ -47,7 +50,7 @@ def _dot(raw, x, sums, points, BATCH: tl.constexpr):
     return (total - 8 * (sums[0] + sums[1])).to(tl.float32) * d
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=_linear.NATURAL.value, layout=(18, 0))
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(18, 0))
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:

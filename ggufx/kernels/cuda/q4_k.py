@@ -10,7 +10,10 @@ from ggufx.kernels.cuda import _launch, _linear
 from ggufx.kernels.cuda._linear import dots4
 from ggufx.kernels.cuda._words import MAGIC, half_at, locate, put8, to_float, word_at, words2, words4
 
-__all__ = ["decode", "linear"]
+__all__ = ["ORDER", "decode", "linear"]
+
+ORDER = _linear.PAIR32.value
+"""How its product wants activations prepared."""
 
 _SHAPE = _launch.Shape(block_len=256, block_nbytes=144, header_nbytes=0, parts=16)
 
@@ -87,7 +90,7 @@ def _dot(raw, x, sums, points, BATCH: tl.constexpr):
     return d * total.to(tl.float32) - dmin * least.to(tl.float32)
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=_linear.PAIR32.value, layout=(144, 0))
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(144, 0))
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:

@@ -10,7 +10,10 @@ from ggufx.kernels.cuda import _launch, _linear
 from ggufx.kernels.cuda._linear import dots4
 from ggufx.kernels.cuda._words import MAGIC, byte_at, half_at, locate, put_bytes, words2, words4
 
-__all__ = ["decode", "linear"]
+__all__ = ["ORDER", "decode", "linear"]
+
+ORDER = _linear.PAIR64.value
+"""How its product wants activations prepared."""
 
 _SHAPE = _launch.Shape(block_len=256, block_nbytes=210, header_nbytes=0, parts=16)
 
@@ -72,7 +75,7 @@ def _six(low, high):
     return (low & 0x0F0F0F0F) | ((high & 0x03030303) << 4)
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=_linear.PAIR64.value, layout=(210, 0))
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(210, 0))
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:

@@ -8,9 +8,12 @@ import triton.language as tl
 
 from ggufx.kernels.cuda import _launch, _linear
 from ggufx.kernels.cuda._linear import dots4
-from ggufx.kernels.cuda._words import MAGIC, half_at, locate, put_bytes, words2, words8
+from ggufx.kernels.cuda._words import MAGIC, half_at, locate, put_bytes, words2, words4, words8
 
-__all__ = ["decode", "linear"]
+__all__ = ["ORDER", "decode", "linear"]
+
+ORDER = _linear.NATURAL.value
+"""How its product wants activations prepared."""
 
 _SHAPE = _launch.Shape(block_len=32, block_nbytes=34, header_nbytes=0, parts=4)
 
@@ -18,15 +21,20 @@ _SHAPE = _launch.Shape(block_len=32, block_nbytes=34, header_nbytes=0, parts=4)
 @triton.jit
 def _decode(
     data, out, row_nbytes, row_len, n_rows, n_units, chunks,
-    LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+    LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
     words, _, _, block, target, at, part, mask = locate(
-        data, out, row_nbytes, row_len, n_rows, n_units, chunks, LEAD, TILE, LANES, 0, 34, 32, 4
+        data, out, row_nbytes, row_len, n_rows, n_units, chunks, LEAD, TILE, LANES, 0, 34, 32, 4 // RUNS
     )
-    # Eight codes a lane. Flipping the sign bit of a byte adds 128 to it.
-    a, b = words2(words, block + 2 + 8 * part, mask, ALIGNED)
+    # RUNS times eight codes a lane. Flipping the sign bit of a byte adds 128 to it.
     d = half_at(words, block, mask, EVEN)
-    put_bytes(target, at + 8 * part, a ^ 0x80808080, b ^ 0x80808080, MAGIC + 128, d, mask, TILE)
+    at += 8 * RUNS * part
+    if RUNS == 1:
+        a, b = words2(words, block + 2 + 8 * part, mask, ALIGNED)
+    else:
+        a, b, c, e = words4(words, block + 2 + 16 * part, mask, ALIGNED)
+        put_bytes(target, at + 8, c ^ 0x80808080, e ^ 0x80808080, MAGIC + 128, d, mask, TILE)
+    put_bytes(target, at, a ^ 0x80808080, b ^ 0x80808080, MAGIC + 128, d, mask, TILE)
 
 
 @triton.jit
@@ -41,12 +49,12 @@ def _dot(raw, x, sums, points, BATCH: tl.constexpr):
     return total.to(tl.float32) * raw[8]
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=_linear.NATURAL.value, layout=(34, 0))
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(34, 0))
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
     """Fill ``out``, float [R, row_len], from ``rows``, uint8 [R, row_nbytes]."""
-    _launch.decode(_decode, _SHAPE, rows, out)
+    _launch.decode(_decode, _SHAPE, rows, out, RUNS=4 // _SHAPE.parts)
 
 
 def linear(
