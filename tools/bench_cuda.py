@@ -38,8 +38,8 @@ from ggufx.kernels.cuda import _linear, _scaled, experts
 TYPES = (
     "Q4_0", "Q8_0", "MXFP4", "F8_E4M3_B128", "IQ2_XXS", "IQ2_KS", "IQ3_KS", "IQ4_KS", "IQ4_K", "IQ5_K", "IQ4_NL", "Q4_K", "Q6_K",
 )  # fmt: skip
-LARGE, MIDDLE, SQUARE, SMALL = (65536, 8192), (11008, 4096), (4096, 4096), (2048, 4096)
-"""Rows and row lengths; LARGE is 8192 outputs of 65536 inputs for products: see :func:`shape_of`."""
+LARGE, MIDDLE, SQUARE, SMALL = (8192, 65536), (11008, 4096), (4096, 4096), (2048, 4096)
+"""Rows and row lengths: outputs and inputs of a product."""
 ROTATED_NBYTES = 256 << 20
 SUBJECTS = ("ceilings", "decode", "linear", "batches", "experts", "large", "fp8")
 
@@ -279,7 +279,7 @@ class Bench:
 
     def linear(self) -> Iterator[Result]:
         """Batch 1: percent of the read ceiling, and for small matrices of a plain read launched the same way."""
-        for n_rows, row_len in ((8192, 65536), MIDDLE, SQUARE, SMALL):
+        for n_rows, row_len in (LARGE, MIDDLE, SQUARE, SMALL):
             small = n_rows * row_len < 1 << 25
             for name in self.names:
                 module = kernels.find(name, cuda=True)
@@ -301,7 +301,7 @@ class Bench:
 
     def batches(self) -> Iterator[Result]:
         """Batches of 2 to 8, fused, beside the bfloat16 product."""
-        for n_rows, row_len in ((8192, 65536), SQUARE):
+        for n_rows, row_len in (LARGE, SQUARE):
             for batch in (2, 4, 8):
                 yield self._bfloat16(n_rows, row_len, batch)
                 for name in self.names:

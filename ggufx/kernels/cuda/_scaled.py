@@ -28,8 +28,9 @@ def _quantize(x, codes, scales, n_groups, per_row, n_rows, x_stride, TILE: tl.co
     largest = tl.max(tl.abs(values), 1)
     # Not finite: NaN, by way of the scale, in every product.
     poison = tl.sum(values * 0.0, 1)
-    scale = tl.maximum(largest, 1e-30) / 448.0
-    scaled = values / scale[:, None]
+    largest = tl.maximum(largest, 1e-30)
+    scale = largest * (1.0 / 448.0)
+    scaled = values * (448.0 / largest)[:, None]
     if INTERPRETED:
         # The exponents of E4M3 and float32 lie 120 apart; the rest is rounding to nearest even.
         bits = (tl.abs(scaled) * 7.52316385e-37).to(tl.uint32, bitcast=True)
