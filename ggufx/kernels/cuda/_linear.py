@@ -7,11 +7,12 @@ the integer unit, so activations are prepared once, for all matrices of one orde
 - 256 at a time become 16-bit integers under one float scale: 2^-16 of the group's largest, far below the rounding of a bfloat16 (or
   binary16 under a power of two, for F8_E4M3_B128, whose products are floats);
 - in the order in which the type's lookups yield the codes, as pairs, so that a load is one contiguous 16 bytes a lane;
-- with the sum of every 16, which takes any offset of the type's codes out of the inner product.
+- with the sums of 16 and of 32, which take any offset of the type's codes out of the inner product.
 
 A type brings two functions. ``LOAD(words, header, row, unit, mask, EVEN, ALIGNED)`` returns the raw words of a unit (``words`` points
-to aligned words, the row's header and first block begin ``header`` and ``row`` bytes from there). ``DOT(raw, x, sums, points, BATCH)`` returns, float32, the
-product of the unit with its 16 pairs of activations, without what ``HEADER(words, header)`` returns for the whole row.
+to aligned words, the row's header and first block begin ``header`` and ``row`` bytes from there). ``DOT(raw, x, sums, known, BATCH)`` returns, float32, the
+product of the unit with its 16 pairs of activations, without what ``HEADER(words, header)`` returns for the whole row; ``known`` is the
+pointer to the type's words and the first of these, in registers.
 
 Launches are dependent where the device can: a program loads its first weights while the kernel before drains, and waits only
 before it reads the activations. Weights therefore must not be written by that very kernel; :func:`prepare` is always between.
@@ -39,6 +40,7 @@ __all__ = [
     "QUARTERS",
     "Fused",
     "Prepared",
+    "constants",
     "dots2",
     "dots4",
     "linear",
@@ -64,26 +66,29 @@ GROUP_LEN = 256
 MAX_BATCH = 8
 
 
+Tuned = tuple[int, int, int, bool]
+
+
 class Prepared(NamedTuple):
     """Activations as the fused kernels read them.
 
     Attributes
     ----------
-    pairs
-        int32 [B, 4, U, 4], U the units of 32 in a row: two 16-bit values each; pair ``4 * q + j`` of unit u at ``[q, u, j]``.
-    sums
-        int32 [B, 2, U]: the sums of the first and the last 16 values of a unit, in the order's own sequence.
-    scales
-        float32 [B, G], one for 256.
+    records
+        int32 [P, G, 5, 8, 4], P the rows and what is missing to a power of two, G the groups of 256, 8 the units of a group: four times four pairs of 16-bit values, then the sums of the
+        first and of the last 16 values of the unit, both together, and the float32 scale. All of a unit lies within 640 bytes, so one
+        address serves five loads of 16 bytes.
+    batch, row_len
+        Rows, and activations in a row.
     order
         One of the orders above.
     dtype
         Of the activations: that of the product.
     """
 
-    pairs: torch.Tensor
-    sums: torch.Tensor
-    scales: torch.Tensor
+    records: torch.Tensor
+    batch: int
+    row_len: int
     order: int
     dtype: torch.dtype
 
@@ -99,10 +104,15 @@ class Fused(NamedTuple):
         In which order ``dot`` wants its activations.
     layout
         (block_nbytes, header_nbytes), for the alignment of words.
+    unit_nbytes
+        Bytes of a unit on average, its share of the block's scales included.
+    words, known
+        32-bit words that ``dot`` gets a pointer to, and how many of them in registers.
     load_planes
         As ``load``, for codes and scales in separate planes: ``words`` points to a row's codes, ``header`` to its scales.
     tuned
-        (rows of a program, units of a step, warps), for rows of at most 4096 elements and for longer ones: measured.
+        (rows of a program, units of a step, warps, whether the next step's weights are loaded ahead), for rows of at most 4096 elements
+        and for longer ones: measured.
     """
 
     load: Any
@@ -110,13 +120,16 @@ class Fused(NamedTuple):
     header: Any
     order: int
     layout: tuple[int, int]
+    unit_nbytes: float
+    words: tuple[int, ...] = ()
+    known: int = 0
     load_planes: Any = None
-    tuned: tuple[tuple[int, int, int], tuple[int, int, int]] = ((2, 128, 4), (2, 256, 8))
+    tuned: tuple[Tuned, Tuned] = ((2, 128, 4, True), (2, 256, 8, True))
 
 
 @triton.jit
 def _prepare(
-    x, pairs, sums, scales, row_len, x_stride, n_units, n_groups,
+    x, records, row_len, x_stride,
     ORDER: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
@@ -159,16 +172,17 @@ def _prepare(
         # 1.5 * 2^23 leaves the rounded integer in the low bits.
         total = (values * inverse + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
         bits = total & 0xFFFF
-    tl.store(scales + row * n_groups + group, scale + poison)
+    # Units past the end are zeros.
+    record = records + (row * tl.num_programs(0) + group) * 160
     low, high = tl.split(tl.reshape(bits, (128, 2)))
-    at = tl.arange(0, 128)
-    unit = 8 * group + (at // 4) % 8
-    place = ((row * 4 + at // 32) * n_units + unit) * 4 + at % 4
-    tl.store(pairs + place, low | (high << 16), unit < n_units)
+    tl.store(record + tl.arange(0, 128), low | (high << 16))
     halves = tl.sum(tl.reshape(tl.sum(tl.reshape(total, (32, 8)), 1), (2, 2, 8)), 1)
-    side = tl.arange(0, 2)[:, None]
-    unit = 8 * group + tl.arange(0, 8)[None, :]
-    tl.store(sums + (row * 2 + side) * n_units + unit, halves, tl.broadcast_to(unit < n_units, (2, 8)))
+    first, last = tl.split(tl.trans(halves))
+    unit = record + 128 + 4 * tl.arange(0, 8)
+    tl.store(unit, first)
+    tl.store(unit + 1, last)
+    tl.store(unit + 2, first + last)
+    tl.store(unit + 3, tl.zeros((8,), tl.int32) + (scale + poison).to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -200,6 +214,19 @@ def no_header(words, header):
 
 
 @triton.jit
+def constants(points, COUNT: tl.constexpr, T: tl.constexpr):
+    """Return ``points`` and its first ``COUNT`` words, in registers of every lane.
+
+    Loaded, not written as numbers: the compiler keeps a number in a uniform register and copies it before every permute.
+    """
+    same = tl.arange(0, T) * 0
+    words = (points,)
+    for i in tl.static_range(COUNT):
+        words = words + (tl.load(points + same + i).to(tl.uint32, bitcast=True),)
+    return words
+
+
+@triton.jit
 def quad(pointer, at, mask, T: tl.constexpr):
     """Return four words that lie together, number ``at`` of such: one 16-byte load a lane."""
     four = tl.load(
@@ -212,18 +239,13 @@ def quad(pointer, at, mask, T: tl.constexpr):
 
 
 @triton.jit
-def _activations(pairs, sums, scales, b, n_units, n_groups, unit, mask, T: tl.constexpr):
-    base = pairs + b * (16 * n_units)
-    x = (
-        quad(base, unit, mask, T)
-        + quad(base, unit + n_units, mask, T)
-        + quad(base, unit + 2 * n_units, mask, T)
-        + quad(base, unit + 3 * n_units, mask, T)
-    )
-    h0 = tl.load(sums + b * (2 * n_units) + unit, mask, other=0)
-    h1 = tl.load(sums + b * (2 * n_units) + n_units + unit, mask, other=0)
-    scale = tl.load(scales + b * n_groups + unit // 8, mask, other=0.0)
-    return x, (h0, h1), scale
+def _activations(record, unit, mask, T: tl.constexpr):
+    at = unit // 8 * 40 + unit % 8
+    x = quad(record, at, mask, T) + quad(record, at + 8, mask, T) + quad(record, at + 16, mask, T)
+    x = x + quad(record, at + 24, mask, T)
+    first, last, both, scale = quad(record, at + 32, mask, T)
+    sums = (first.to(tl.int32, bitcast=True), last.to(tl.int32, bitcast=True), both.to(tl.int32, bitcast=True))
+    return x, sums, scale.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -243,11 +265,11 @@ def _row(
 
 @triton.jit
 def _linear(
-    pairs, sums, scales, data, side, points, ids, out, row_nbytes, side_nbytes, n_rows, n_units, n_groups, per_token,
-    PLANES: tl.constexpr, LOAD: tl.constexpr, DOT: tl.constexpr, HEADER: tl.constexpr, HEADER_NBYTES: tl.constexpr,
-    LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr, T: tl.constexpr, BATCH: tl.constexpr, SINGLE: tl.constexpr, EXPERTS: tl.constexpr,
-    DEPENDENT: tl.constexpr, EARLY: tl.constexpr,
+    records, data, side, points, ids, out, row_nbytes, side_nbytes, n_rows, n_units, n_groups, n_batch, per_token,
+    PLANES: tl.constexpr, LOAD: tl.constexpr, DOT: tl.constexpr, HEADER: tl.constexpr, COUNT: tl.constexpr, HEADER_NBYTES: tl.constexpr,
+    LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, STEP: tl.constexpr, SIDE_STEP: tl.constexpr,
+    ROWS: tl.constexpr, T: tl.constexpr, BATCH: tl.constexpr, SINGLE: tl.constexpr, FULL: tl.constexpr,
+    EXPERTS: tl.constexpr, DEPENDENT: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
         if not EARLY:
@@ -256,11 +278,10 @@ def _linear(
     first = tl.program_id(0) * ROWS
     lane = tl.arange(0, T)
     base = tl.zeros((), tl.int64)
-    token = 0
+    token = tl.zeros((), tl.int64)
     if EXPERTS:
-        expert = tl.load(ids + tl.program_id(1)).to(tl.int64)
-        base = expert * n_rows
-        token = tl.program_id(1) // per_token
+        base = tl.load(ids + tl.program_id(1)).to(tl.int64) * n_rows
+        token += tl.program_id(1) // per_token
     # Rows past the end are read as the last one, and not stored.
     w0, r0, h0 = _row(data, side, base + first, row_nbytes, side_nbytes, LEAD, HEADER_NBYTES, PLANES)
     w1, r1, h1 = w0, r0, h0
@@ -274,7 +295,11 @@ def _linear(
         w2, r2, h2 = _row(data, side, row, row_nbytes, side_nbytes, LEAD, HEADER_NBYTES, PLANES)
         row = base + tl.minimum(first + 3, n_rows - 1)
         w3, r3, h3 = _row(data, side, row, row_nbytes, side_nbytes, LEAD, HEADER_NBYTES, PLANES)
-    mask = lane < n_units
+    # A constant mask leaves no predicate, and no zeros to put before a load.
+    always = tl.full((T,), 1, tl.int1)
+    mask = always
+    if not FULL:
+        mask = lane < n_units
     raw0 = LOAD(w0, h0, r0, lane, mask, EVEN, ALIGNED)
     raw1, raw2, raw3 = raw0, raw0, raw0
     if ROWS > 1:
@@ -282,6 +307,7 @@ def _linear(
     if ROWS > 2:
         raw2 = LOAD(w2, h2, r2, lane, mask, EVEN, ALIGNED)
         raw3 = LOAD(w3, h3, r3, lane, mask, EVEN, ALIGNED)
+    known = constants(points, COUNT, T)
     d0 = HEADER(w0, h0)
     d1, d2, d3 = d0, d0, d0
     if ROWS > 1:
@@ -293,55 +319,118 @@ def _linear(
         gdc_wait()
     zero = tl.zeros((T,), tl.float32)
     acc = (zero,) * (ROWS * BATCH)
+    record = records + token * (n_groups * 160)
     if SINGLE:
-        acc = _step(
-            acc, raw0, raw1, raw2, raw3, pairs, sums, scales, points, token, n_units, n_groups, lane, mask,
-            DOT, ROWS, T, BATCH,
-        )  # fmt: skip
+        acc = _step(acc, raw0, raw1, raw2, raw3, record, known, n_groups, lane, mask, DOT, ROWS, T, BATCH)
     else:
         for begin in range(0, n_units, T):
-            # The next weights are on their way while these are multiplied.
-            unit = lane + begin
-            mask = unit < n_units
-            ahead = unit + T
-            more = ahead < n_units
-            next0 = LOAD(w0, h0, r0, ahead, more, EVEN, ALIGNED)
-            next1, next2, next3 = next0, next0, next0
-            if ROWS > 1:
-                next1 = LOAD(w1, h1, r1, ahead, more, EVEN, ALIGNED)
-            if ROWS > 2:
-                next2 = LOAD(w2, h2, r2, ahead, more, EVEN, ALIGNED)
-                next3 = LOAD(w3, h3, r3, ahead, more, EVEN, ALIGNED)
-            acc = _step(
-                acc, raw0, raw1, raw2, raw3, pairs, sums, scales, points, token, n_units, n_groups, unit, mask,
-                DOT, ROWS, T, BATCH,
-            )  # fmt: skip
-            raw0, raw1, raw2, raw3 = next0, next1, next2, next3
-    target = out + tl.program_id(1).to(tl.int64) * n_rows + first
+            # Where a lane's unit lies within its step never changes: only the pointers move on.
+            w0 += STEP
+            w1 += STEP
+            w2 += STEP
+            w3 += STEP
+            if PLANES:
+                h0 += SIDE_STEP
+                h1 += SIDE_STEP
+                h2 += SIDE_STEP
+                h3 += SIDE_STEP
+            if AHEAD:
+                # The next weights are on their way while these are multiplied. After the last step the row's first ones come once more.
+                last = begin + T >= n_units
+                more = always
+                if not FULL:
+                    more = lane < tl.where(last, n_units, n_units - begin - T)
+                back = tl.where(last, begin // T + 1, 0).to(tl.int64)
+                next0 = LOAD(w0 - back * STEP, _back(h0, back, SIDE_STEP, PLANES), r0, lane, more, EVEN, ALIGNED)
+                next1, next2, next3 = next0, next0, next0
+                if ROWS > 1:
+                    next1 = LOAD(w1 - back * STEP, _back(h1, back, SIDE_STEP, PLANES), r1, lane, more, EVEN, ALIGNED)
+                if ROWS > 2:
+                    next2 = LOAD(w2 - back * STEP, _back(h2, back, SIDE_STEP, PLANES), r2, lane, more, EVEN, ALIGNED)
+                    next3 = LOAD(w3 - back * STEP, _back(h3, back, SIDE_STEP, PLANES), r3, lane, more, EVEN, ALIGNED)
+                if not FULL:
+                    mask = lane < n_units - begin
+                acc = _step(acc, raw0, raw1, raw2, raw3, record, known, n_groups, lane, mask, DOT, ROWS, T, BATCH)
+                raw0, raw1, raw2, raw3 = next0, next1, next2, next3
+            else:
+                if not FULL:
+                    mask = lane < n_units - begin
+                side0, side1, side2, side3 = h0, h1, h2, h3
+                if PLANES:
+                    side0, side1, side2, side3 = h0 - SIDE_STEP, h1 - SIDE_STEP, h2 - SIDE_STEP, h3 - SIDE_STEP
+                raw0 = LOAD(w0 - STEP, side0, r0, lane, mask, EVEN, ALIGNED)
+                raw1, raw2, raw3 = raw0, raw0, raw0
+                if ROWS > 1:
+                    raw1 = LOAD(w1 - STEP, side1, r1, lane, mask, EVEN, ALIGNED)
+                if ROWS > 2:
+                    raw2 = LOAD(w2 - STEP, side2, r2, lane, mask, EVEN, ALIGNED)
+                    raw3 = LOAD(w3 - STEP, side3, r3, lane, mask, EVEN, ALIGNED)
+                acc = _step(acc, raw0, raw1, raw2, raw3, record, known, n_groups, lane, mask, DOT, ROWS, T, BATCH)
+            record += T // 8 * 160
+    scaled = ()
     for b in tl.static_range(BATCH):
-        place = target + b * n_rows
-        tl.store(place, narrow(tl.sum(acc[b * ROWS], 0) * d0, out.dtype.element_ty))
+        scaled = scaled + (acc[b * ROWS] * d0,)
         if ROWS > 1:
-            tl.store(place + 1, narrow(tl.sum(acc[b * ROWS + 1], 0) * d1, out.dtype.element_ty), first + 1 < n_rows)
+            scaled = scaled + (acc[b * ROWS + 1] * d1,)
         if ROWS > 2:
-            tl.store(place + 2, narrow(tl.sum(acc[b * ROWS + 2], 0) * d2, out.dtype.element_ty), first + 2 < n_rows)
-            tl.store(place + 3, narrow(tl.sum(acc[b * ROWS + 3], 0) * d3, out.dtype.element_ty), first + 3 < n_rows)
+            scaled = scaled + (acc[b * ROWS + 2] * d2, acc[b * ROWS + 3] * d3)
+    target = out + tl.program_id(1).to(tl.int64) * n_rows + first
+    if ROWS * BATCH == 1:
+        tl.store(target, narrow(tl.sum(scaled[0], 0), out.dtype.element_ty))
+    else:
+        # All sums cross the lanes together. A join's new axis is the last: the first join tells the halves apart.
+        joined = _join(scaled, ROWS * BATCH)
+        total = tl.sum(tl.reshape(joined, (T, ROWS * BATCH)), 0)
+        number = tl.arange(0, ROWS * BATCH)
+        place = number // ROWS * n_rows + number % ROWS
+        exists = (first + number % ROWS < n_rows) & (number // ROWS < n_batch)
+        tl.store(target + place, narrow(total, out.dtype.element_ty), exists)
+
+
+@triton.jit
+def _back(header, back, SIDE_STEP: tl.constexpr, PLANES: tl.constexpr):
+    if PLANES:
+        return header - back * SIDE_STEP
+    else:
+        return header
+
+
+@triton.jit
+def _halve(parts, HALF: tl.constexpr):
+    new = ()
+    for i in tl.static_range(HALF):
+        new = new + (tl.join(parts[i], parts[i + HALF]),)
+    return new
+
+
+@triton.jit
+def _join(parts, COUNT: tl.constexpr):
+    # COUNT, a power of two, tensors [T] to one [T, 2, 2, ...].
+    if COUNT >= 32:
+        parts = _halve(parts, 16)
+    if COUNT >= 16:
+        parts = _halve(parts, 8)
+    if COUNT >= 8:
+        parts = _halve(parts, 4)
+    if COUNT >= 4:
+        parts = _halve(parts, 2)
+    return _halve(parts, 1)[0]
 
 
 @triton.jit
 def _step(
-    acc, raw0, raw1, raw2, raw3, pairs, sums, scales, points, token, n_units, n_groups, unit, mask,
+    acc, raw0, raw1, raw2, raw3, record, known, n_groups, unit, mask,
     DOT: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     new = ()
     for b in tl.static_range(BATCH):
-        x, h, scale = _activations(pairs, sums, scales, token + b, n_units, n_groups, unit, mask, T)
-        new = new + (acc[b * ROWS] + DOT(raw0, x, h, points, BATCH) * scale,)
+        x, h, scale = _activations(record + b * (n_groups * 160), unit, mask, T)
+        new = new + (acc[b * ROWS] + DOT(raw0, x, h, known, BATCH) * scale,)
         if ROWS > 1:
-            new = new + (acc[b * ROWS + 1] + DOT(raw1, x, h, points, BATCH) * scale,)
+            new = new + (acc[b * ROWS + 1] + DOT(raw1, x, h, known, BATCH) * scale,)
         if ROWS > 2:
-            new = new + (acc[b * ROWS + 2] + DOT(raw2, x, h, points, BATCH) * scale,)
-            new = new + (acc[b * ROWS + 3] + DOT(raw3, x, h, points, BATCH) * scale,)
+            new = new + (acc[b * ROWS + 2] + DOT(raw2, x, h, known, BATCH) * scale,)
+            new = new + (acc[b * ROWS + 3] + DOT(raw3, x, h, known, BATCH) * scale,)
     return new
 
 
@@ -358,19 +447,19 @@ def prepare(x: torch.Tensor, order: int) -> Prepared:
     batch, row_len = x.shape
     if x.stride(1) != 1:
         x = x.contiguous()
-    n_units, n_groups = row_len // 32, triton.cdiv(row_len, GROUP_LEN)
-    pairs = torch.empty((batch, 4, n_units, 4), dtype=torch.int32, device=x.device)
-    sums = torch.empty((batch, 2, n_units), dtype=torch.int32, device=x.device)
-    scales = torch.empty((batch, n_groups), dtype=torch.float32, device=x.device)
+    n_groups = triton.cdiv(row_len, GROUP_LEN)
+    # A kernel multiplies 1, 2, 4 or 8 rows; what it makes of rows that do not exist is not stored.
+    padded = triton.next_power_of_2(batch) if batch else 0
+    records = torch.empty((padded, n_groups, 5, 8, 4), dtype=torch.int32, device=x.device)
     dependent = _dependent(x.device)
     if batch and row_len:
         with _launch.on(x.device):
             _prepare[(n_groups, batch)](
-                x, pairs, sums, scales, row_len, x.stride(0), n_units, n_groups,
+                x, records, row_len, x.stride(0),
                 ORDER=order, DEPENDENT=dependent,
                 **_launch.options(num_warps=1, launch_pdl=dependent, enable_fp_fusion=False),
             )  # fmt: skip
-    return Prepared(pairs, sums, scales, order, x.dtype)
+    return Prepared(records, batch, row_len, order, x.dtype)
 
 
 def linear(
@@ -380,9 +469,8 @@ def linear(
     out: torch.Tensor,
     *,
     planes: tuple[torch.Tensor, ...] | None = None,
-    points: torch.Tensor | None = None,
     ids: torch.Tensor | None = None,
-    tuned: tuple[int, int, int] | None = None,
+    tuned: Tuned | None = None,
 ) -> None:
     """Fill ``out`` with ``x @ decode(rows).T``.
 
@@ -398,8 +486,6 @@ def linear(
         float [B, R], or [B, K, R] with ``ids``; contiguous.
     planes
         What the type's ``split`` gives: read instead of ``rows``.
-    points
-        Table that ``fused.dot`` reads.
     ids
         int32 [B, K]: which experts each row of x is multiplied with.
     tuned
@@ -409,29 +495,27 @@ def linear(
     if out.numel() == 0:
         return
     prepared = prepare(x, int(fused.order)) if isinstance(x, torch.Tensor) else x
-    n_units, n_groups = prepared.pairs.shape[2], prepared.scales.shape[1]
+    n_units, n_groups = prepared.row_len // 32, prepared.records.shape[1]
     if n_units == 0:
         out.zero_()
         return
-    batch = prepared.pairs.shape[0]
+    batch = prepared.batch
     data, side = rows, rows
     if planes is not None and planes[0].data_ptr() % 16 == 0 and planes[0].shape[-1] % 16 == 0:
         data, side = planes[:2]
     n_rows, row_nbytes = data.shape[-2:]
-    n_per_program, units, warps = tuned or fused.tuned[n_units > 128]
+    n_per_program, units, warps, ahead = tuned or fused.tuned[n_units > 128]
     lead = _launch.lead_of(data)
     steps = (lead, row_nbytes, *fused.layout)
     dependent = _dependent(rows.device)
     per_token = 1 if ids is None else ids.shape[1]
-    none = prepared.sums
+    none = prepared.records
     with _launch.on(rows.device):
         _linear[(triton.cdiv(n_rows, n_per_program), 1 if ids is None else batch * per_token)](
-            prepared.pairs,
-            prepared.sums,
-            prepared.scales,
+            prepared.records,
             data,
             side,
-            none if points is None else points,
+            _launch.table(fused.words, rows.device) if fused.words else none,
             none if ids is None else ids,
             out,
             row_nbytes,
@@ -439,19 +523,26 @@ def linear(
             n_rows,
             n_units,
             n_groups,
+            batch if ids is None else 1,
             per_token,
             PLANES=side is not data,
             LOAD=fused.load if side is data else fused.load_planes,
             DOT=fused.dot,
             HEADER=fused.header,
+            COUNT=fused.known,
             HEADER_NBYTES=fused.layout[1],
             LEAD=lead,
             EVEN=all(step % 2 == 0 for step in steps),
             ALIGNED=all(step % 4 == 0 for step in steps),
+            # Words and bytes that a step of T units takes of a row.
+            STEP=(units * 32 if side is not data else int(units * fused.unit_nbytes)) // 4,
+            SIDE_STEP=units // 4,
             ROWS=n_per_program,
             T=units,
-            BATCH=batch if ids is None else 1,
+            BATCH=prepared.records.shape[0] if ids is None else 1,
             SINGLE=n_units <= units,
+            FULL=n_units % units == 0,
+            AHEAD=ahead,
             EXPERTS=ids is not None,
             DEPENDENT=dependent,
             # Expert numbers may come from the kernel just before; after our own preparation they cannot.

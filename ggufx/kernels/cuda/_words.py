@@ -26,7 +26,10 @@ __all__ = [
     "first_half",
     "fma_pairs",
     "funnel",
+    "funnel_past",
     "half_at",
+    "headed4",
+    "headed8",
     "locate",
     "narrow",
     "permute",
@@ -36,6 +39,7 @@ __all__ = [
     "short_at",
     "table_words",
     "to_float",
+    "widen_half",
     "word_at",
     "words2",
     "words4",
@@ -235,6 +239,74 @@ def words4(words, at, mask, ALIGNED: tl.constexpr):
         e = tl.load(place + 4, mask & (odd != 0), other=0)
         shift = odd * 8
         return funnel(a, b, shift), funnel(b, c, shift), funnel(c, d, shift), funnel(d, e, shift)
+
+
+@triton.jit
+def funnel_past(low, high, shift):
+    """As :func:`funnel`, with shift up to 32 (which gives ``high``)."""
+    if INTERPRETED:
+        return funnel(low, high, shift)
+    else:
+        return tl.inline_asm_elementwise(
+            "shf.r.clamp.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, shift], dtype=tl.uint32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def headed4(words, at, HEAD: tl.constexpr, mask):
+    """The ``HEAD`` bytes at ``at``, in the low bits of a word with others above, and the four words after them.
+
+    The bytes must not straddle a word: then five words hold it all, each with a wanted byte.
+    """
+    place = words + (at >> 2)
+    a = tl.load(place, mask, other=0)
+    b = tl.load(place + 1, mask, other=0)
+    c = tl.load(place + 2, mask, other=0)
+    d = tl.load(place + 3, mask, other=0)
+    e = tl.load(place + 4, mask, other=0)
+    odd = (at & 3).to(tl.int32) * 8
+    s = odd + 8 * HEAD
+    return (
+        a >> odd.to(tl.uint32),
+        funnel_past(a, b, s),
+        funnel_past(b, c, s),
+        funnel_past(c, d, s),
+        funnel_past(d, e, s),
+    )
+
+
+@triton.jit
+def headed8(words, at, HEAD: tl.constexpr, mask):
+    """As :func:`headed4`, with eight words."""
+    place = words + (at >> 2)
+    a = tl.load(place, mask, other=0)
+    b = tl.load(place + 1, mask, other=0)
+    c = tl.load(place + 2, mask, other=0)
+    d = tl.load(place + 3, mask, other=0)
+    e = tl.load(place + 4, mask, other=0)
+    f = tl.load(place + 5, mask, other=0)
+    g = tl.load(place + 6, mask, other=0)
+    h = tl.load(place + 7, mask, other=0)
+    i = tl.load(place + 8, mask, other=0)
+    odd = (at & 3).to(tl.int32) * 8
+    s = odd + 8 * HEAD
+    return (
+        a >> odd.to(tl.uint32),
+        funnel_past(a, b, s),
+        funnel_past(b, c, s),
+        funnel_past(c, d, s),
+        funnel_past(d, e, s),
+        funnel_past(e, f, s),
+        funnel_past(f, g, s),
+        funnel_past(g, h, s),
+        funnel_past(h, i, s),
+    )
+
+
+@triton.jit
+def widen_half(bits):
+    """The binary16 in the low bits of a word, as float32."""
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit

@@ -109,12 +109,12 @@ def _product(raw, x, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def _dot(raw, x, sums, points, BATCH: tl.constexpr):
+def _dot(raw, x, sums, known, BATCH: tl.constexpr):
     return _product(raw, x, True)
 
 
 @triton.jit
-def _dot_older(raw, x, sums, points, BATCH: tl.constexpr):
+def _dot_older(raw, x, sums, known, BATCH: tl.constexpr):
     return _product(raw, x, False)
 
 
@@ -125,6 +125,7 @@ _FUSED = {
         header=_linear.no_header,
         order=ORDER,
         layout=(129, 0),
+        unit_nbytes=129 / 4,
         load_planes=_load_planes,
     )
     for hardware in (False, True)

@@ -72,19 +72,21 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
-def _dot(raw, x, sums, points, BATCH: tl.constexpr):
+def _dot(raw, x, sums, known, BATCH: tl.constexpr):
     a, b, extra, scales = raw
+    _, low, high = known
     total = (a * 0).to(tl.int32)
     for pair in tl.static_range(2):
-        flags = ((extra >> pair) & 1) * 0x04040404 + ((extra >> (pair + 2)) & 1) * 0x40404040
+        # A bit times a number that moves it costs no shift.
+        flags = (extra & (1 << pair)) * (0x04040404 >> pair) + (extra & (4 << pair)) * (0x10101010 >> pair)
         p = ((a >> (2 * pair)) & 0x33333333) | flags
         q = ((b >> (2 * pair)) & 0x33333333) | flags
-        p0, p1 = permute(_U0, _U1, p), permute(_U0, _U1, p >> 16)
-        q0, q1 = permute(_U0, _U1, q), permute(_U0, _U1, q >> 16)
+        p0, p1 = permute(low, high, p), permute(low, high, p >> 16)
+        q0, q1 = permute(low, high, q), permute(low, high, q >> 16)
         for odd in tl.static_range(2):
             order = 0x6420 + 0x1111 * odd + a * 0
             product = dots2(x, 2 * pair + 4 * odd, permute(p0, p1, order), permute(q0, q1, order), True)
-            s = ((scales >> (4 * pair + 8 * odd)) & 15) | (((extra >> (8 + pair + 2 * odd)) & 1) << 4)
+            s = ((scales >> (4 * pair + 8 * odd)) & 15) | ((extra >> (4 + pair + 2 * odd)) & 16)
             # At most 2^26 times 16, four times: within 32 bits.
             total += product * (s.to(tl.int32) - 16)
     return total.to(tl.float32)
@@ -95,7 +97,16 @@ def _header(words, header):
     return half_at(words, header, header >= 0, False)
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_header, order=ORDER, layout=(70, 2))
+_FUSED = _linear.Fused(
+    load=_load,
+    dot=_dot,
+    header=_header,
+    order=ORDER,
+    layout=(70, 2),
+    unit_nbytes=70 / 8,
+    words=(_U0.value, _U1.value),
+    known=2,
+)
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:

@@ -73,21 +73,22 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
-def _dot(raw, x, sums, points, BATCH: tl.constexpr):
+def _dot(raw, x, sums, known, BATCH: tl.constexpr):
     a, b, p, q, extra, scales, shift = raw
+    _, low, high = known
     p, q = p >> shift, q >> shift
     total = (a * 0).to(tl.int32)
     for pair in tl.static_range(2):
         y = ((a >> (2 * pair)) & 0x33333333) | ((p << (2 - pair)) & 0x04040404) | ((p << (4 - pair)) & 0x40404040)
         z = ((b >> (2 * pair)) & 0x33333333) | ((q << (2 - pair)) & 0x04040404) | ((q << (4 - pair)) & 0x40404040)
-        y0, y1 = permute(_U0, _U1, y), permute(_U0, _U1, y >> 16)
-        z0, z1 = permute(_U0, _U1, z), permute(_U0, _U1, z >> 16)
+        y0, y1 = permute(low, high, y), permute(low, high, y >> 16)
+        z0, z1 = permute(low, high, z), permute(low, high, z >> 16)
         for odd in tl.static_range(2):
             order = 0x6420 + 0x1111 * odd + a * 0
             # The shift is added to four bytes at once: no entry lies so little below zero that it would carry.
             more = ((extra >> (8 + pair + 2 * odd)) & 1) * (_SHIFT * 0x01010101)
             product = dots2(x, 2 * pair + 4 * odd, permute(y0, y1, order) + more, permute(z0, z1, order) + more, True)
-            s = ((scales >> (8 * pair + 16 * odd)) & 15) | (((extra >> (pair + 2 * odd)) & 1) << 4)
+            s = ((scales >> (8 * pair + 16 * odd)) & 15) | ((extra << (4 - pair - 2 * odd)) & 16)
             # At most 2^24 times 16, four times: within 32 bits.
             total += product * (s.to(tl.int32) - 16)
     return total.to(tl.float32)
@@ -98,7 +99,16 @@ def _header(words, header):
     return half_at(words, header, header >= 0, False)
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_header, order=ORDER, layout=(102, 2))
+_FUSED = _linear.Fused(
+    load=_load,
+    dot=_dot,
+    header=_header,
+    order=ORDER,
+    layout=(102, 2),
+    unit_nbytes=102 / 8,
+    words=(_U0.value, _U1.value),
+    known=2,
+)
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:

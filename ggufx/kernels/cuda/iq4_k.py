@@ -75,7 +75,7 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
-def _dot(raw, x, sums, points, BATCH: tl.constexpr):
+def _dot(raw, x, sums, known, BATCH: tl.constexpr):
     a, b, c, e, d, flags, low, high = raw
     a0, a1 = codes16(a, _U0, _U1, _U2, _U3), codes16(a >> 16, _U0, _U1, _U2, _U3)
     b0, b1 = codes16(b, _U0, _U1, _U2, _U3), codes16(b >> 16, _U0, _U1, _U2, _U3)
@@ -96,7 +96,9 @@ def _dot(raw, x, sums, points, BATCH: tl.constexpr):
     return d * (s0.to(tl.float32) * first.to(tl.float32) + s1.to(tl.float32) * second.to(tl.float32))
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(144, 0))
+_FUSED = _linear.Fused(
+    load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(144, 0), unit_nbytes=144 / 8
+)
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ggufx import tables
 from ggufx.kernels.cuda import _launch, _linear
-from ggufx.kernels.cuda._codebook4 import codes_product
+from ggufx.kernels.cuda._codebook4 import WORDS, codes_product
 from ggufx.kernels.cuda._words import (
     MAGIC,
     byte_at,
@@ -63,10 +63,10 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
-def _dot(raw, x, sums, points, BATCH: tl.constexpr):
-    total = codes_product(x, raw[0], raw[1], raw[2], raw[3], BATCH)
+def _dot(raw, x, sums, known, BATCH: tl.constexpr):
+    total = codes_product(x, raw[0], raw[1], raw[2], raw[3], known, BATCH)
     c = raw[4].to(tl.int32)
-    total += _SHIFT * (c & 1) * (sums[0] + sums[1])
+    total += _SHIFT * (c & 1) * sums[2]
     return total.to(tl.float32) * ((c & 254) - 127).to(tl.float32)
 
 
@@ -75,7 +75,9 @@ def _header(words, header):
     return word_at(words, header, header >= 0, False).to(tl.float32, bitcast=True)
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_header, order=ORDER, layout=(136, 4))
+_FUSED = _linear.Fused(
+    load=_load, dot=_dot, header=_header, order=ORDER, layout=(136, 4), unit_nbytes=136 / 8, words=WORDS, known=4
+)
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:

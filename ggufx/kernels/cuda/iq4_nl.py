@@ -8,8 +8,21 @@ import triton.language as tl
 
 from ggufx import tables
 from ggufx.kernels.cuda import _launch, _linear
-from ggufx.kernels.cuda._codebook4 import codes_product
-from ggufx.kernels.cuda._words import MAGIC, codes16, half_at, locate, permute, put_bytes, table_words, words2, words4
+from ggufx.kernels.cuda._codebook4 import WORDS, codes_product
+from ggufx.kernels.cuda._words import (
+    MAGIC,
+    codes16,
+    half_at,
+    headed4,
+    short_at,
+    widen_half,
+    locate,
+    permute,
+    put_bytes,
+    table_words,
+    words2,
+    words4,
+)
 
 __all__ = ["ORDER", "decode", "linear"]
 
@@ -44,15 +57,21 @@ def _decode(
 @triton.jit
 def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
     block = row + unit * 18
-    return words4(words, block + 2, mask, ALIGNED) + (half_at(words, block, mask, EVEN),)
+    if EVEN:
+        d, a, b, c, e = headed4(words, block, 2, mask)
+        return a, b, c, e, d
+    else:
+        return words4(words, block + 2, mask, ALIGNED) + (short_at(words, block, mask, EVEN),)
 
 
 @triton.jit
-def _dot(raw, x, sums, points, BATCH: tl.constexpr):
-    return codes_product(x, raw[0], raw[1], raw[2], raw[3], BATCH).to(tl.float32) * raw[4]
+def _dot(raw, x, sums, known, BATCH: tl.constexpr):
+    return codes_product(x, raw[0], raw[1], raw[2], raw[3], known, BATCH).to(tl.float32) * widen_half(raw[4])
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(18, 0))
+_FUSED = _linear.Fused(
+    load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(18, 0), unit_nbytes=18, words=WORDS, known=4
+)
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ import triton.language as tl
 from ggufx import tables
 from ggufx.kernels.cuda import _launch, _linear
 from ggufx.kernels.cuda._linear import dots4
-from ggufx.kernels.cuda._words import MAGIC, byte_at, locate, permute, put_bytes, table_words, words2, words4
+from ggufx.kernels.cuda._words import MAGIC, byte_at, headed4, locate, permute, put_bytes, table_words, words2
 
 __all__ = ["ORDER", "decode", "linear"]
 
@@ -23,14 +23,14 @@ _N0, _N1 = table_words(tables.E2M1_DOUBLED[:8], 12)
 
 
 @triton.jit
-def signed4(nibbles):
+def signed4(nibbles, P0, P1, N0, N1):
     """243 plus twice the E2M1 value of the four low nibbles of ``nibbles``, a byte each.
 
     A permute takes a nibble's sign bit as its own order to repeat the chosen byte's sign. So a table of bytes from 128 gives
     255 for every negative code, one of bytes below 128 gives 0 for every positive code of the flipped word, and
     ``(243 + m) - 0`` or ``255 - (12 + m)`` is the value plus 243, without a borrow between bytes: two lookups, not three.
     """
-    return permute(_P0, _P1, nibbles) - permute(_N0, _N1, nibbles ^ 0x88888888)
+    return permute(P0, P1, nibbles) - permute(N0, N1, nibbles ^ 0x88888888)
 
 
 @triton.jit
@@ -52,7 +52,12 @@ def _decode(
     a, b = words2(words, block + 1 + 8 * part, mask, ALIGNED)
     scale = half_e8m0(byte_at(words, block, mask))
     at += 8 * part
-    a0, a1, b0, b1 = signed4(a), signed4(a >> 16), signed4(b), signed4(b >> 16)
+    a0, a1, b0, b1 = (
+        signed4(a, _P0, _P1, _N0, _N1),
+        signed4(a >> 16, _P0, _P1, _N0, _N1),
+        signed4(b, _P0, _P1, _N0, _N1),
+        signed4(b >> 16, _P0, _P1, _N0, _N1),
+    )
     put_bytes(
         target, at, permute(a0, a1, 0x6420 + a * 0), permute(b0, b1, 0x6420 + b * 0), MAGIC + 243, scale, mask, TILE
     )
@@ -71,18 +76,45 @@ def _decode(
 @triton.jit
 def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
     block = row + unit * 17
-    return words4(words, block + 1, mask, ALIGNED) + (byte_at(words, block, mask),)
+    e, a, b, c, d = headed4(words, block, 1, mask)
+    return a, b, c, d, e
 
 
 @triton.jit
-def _dot(raw, x, sums, points, BATCH: tl.constexpr):
+def _dot(raw, x, sums, known, BATCH: tl.constexpr):
     a, b, c, d, e = raw
-    total = dots4(x, 0, signed4(a), signed4(a >> 16), signed4(b), signed4(b >> 16), False)
-    total += dots4(x, 4, signed4(c), signed4(c >> 16), signed4(d), signed4(d >> 16), False)
-    return (total - 243 * (sums[0] + sums[1])).to(tl.float32) * half_e8m0(e)
+    _, p0, p1, n0, n1 = known
+    total = dots4(
+        x,
+        0,
+        signed4(a, p0, p1, n0, n1),
+        signed4(a >> 16, p0, p1, n0, n1),
+        signed4(b, p0, p1, n0, n1),
+        signed4(b >> 16, p0, p1, n0, n1),
+        False,
+    )
+    total += dots4(
+        x,
+        4,
+        signed4(c, p0, p1, n0, n1),
+        signed4(c >> 16, p0, p1, n0, n1),
+        signed4(d, p0, p1, n0, n1),
+        signed4(d >> 16, p0, p1, n0, n1),
+        False,
+    )
+    return (total - 243 * sums[2]).to(tl.float32) * half_e8m0(e & 255)
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(17, 0))
+_FUSED = _linear.Fused(
+    load=_load,
+    dot=_dot,
+    header=_linear.no_header,
+    order=ORDER,
+    layout=(17, 0),
+    unit_nbytes=17,
+    words=tuple(word.value for word in (_P0, _P1, _N0, _N1)),
+    known=4,
+)
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ggufx.kernels.cuda import _launch, _linear
 from ggufx.kernels.cuda._linear import dots4
-from ggufx.kernels.cuda._words import MAGIC, half_at, locate, put_bytes, words2, words4
+from ggufx.kernels.cuda._words import MAGIC, half_at, headed4, short_at, widen_half, locate, put_bytes, words2, words4
 
 __all__ = ["ORDER", "decode", "linear"]
 
@@ -38,19 +38,23 @@ def _decode(
 @triton.jit
 def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
     block = row + unit * 18
-    return words4(words, block + 2, mask, ALIGNED) + (half_at(words, block, mask, EVEN),)
+    if EVEN:
+        d, a, b, c, e = headed4(words, block, 2, mask)
+        return a, b, c, e, d
+    else:
+        return words4(words, block + 2, mask, ALIGNED) + (short_at(words, block, mask, EVEN),)
 
 
 @triton.jit
-def _dot(raw, x, sums, points, BATCH: tl.constexpr):
+def _dot(raw, x, sums, known, BATCH: tl.constexpr):
     a, b, c, e, d = raw
     mask: tl.constexpr = 0x0F0F0F0F
     total = dots4(x, 0, a & mask, b & mask, c & mask, e & mask, False)
     total += dots4(x, 4, (a >> 4) & mask, (b >> 4) & mask, (c >> 4) & mask, (e >> 4) & mask, False)
-    return (total - 8 * (sums[0] + sums[1])).to(tl.float32) * d
+    return (total - 8 * sums[2]).to(tl.float32) * widen_half(d)
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(18, 0))
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(18, 0), unit_nbytes=18)
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:

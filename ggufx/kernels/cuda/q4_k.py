@@ -80,7 +80,7 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
-def _dot(raw, x, sums, points, BATCH: tl.constexpr):
+def _dot(raw, x, sums, known, BATCH: tl.constexpr):
     a, b, c, e, d, dmin, s, m = raw
     mask: tl.constexpr = 0x0F0F0F0F
     first = dots4(x, 0, a & mask, b & mask, c & mask, e & mask, False)
@@ -90,7 +90,9 @@ def _dot(raw, x, sums, points, BATCH: tl.constexpr):
     return d * total.to(tl.float32) - dmin * least.to(tl.float32)
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(144, 0))
+_FUSED = _linear.Fused(
+    load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(144, 0), unit_nbytes=144 / 8
+)
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:

@@ -60,7 +60,7 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
-def _dot(raw, x, sums, points, BATCH: tl.constexpr):
+def _dot(raw, x, sums, known, BATCH: tl.constexpr):
     a, b, c, e, p, q, r, t, d, s0, s1, shift = raw
     p, q, r, t = p >> shift, q >> shift, r >> shift, t >> shift
     first = dots4(x, 0, _six(a, p), _six(b, q), _six(c, r), _six(e, t), False) - 32 * sums[0]
@@ -75,7 +75,9 @@ def _six(low, high):
     return (low & 0x0F0F0F0F) | ((high & 0x03030303) << 4)
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(210, 0))
+_FUSED = _linear.Fused(
+    load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(210, 0), unit_nbytes=210 / 8
+)
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:

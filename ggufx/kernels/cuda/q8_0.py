@@ -8,7 +8,18 @@ import triton.language as tl
 
 from ggufx.kernels.cuda import _launch, _linear
 from ggufx.kernels.cuda._linear import dots4
-from ggufx.kernels.cuda._words import MAGIC, half_at, locate, put_bytes, words2, words4, words8
+from ggufx.kernels.cuda._words import (
+    MAGIC,
+    half_at,
+    headed8,
+    short_at,
+    widen_half,
+    locate,
+    put_bytes,
+    words2,
+    words4,
+    words8,
+)
 
 __all__ = ["ORDER", "decode", "linear"]
 
@@ -40,16 +51,20 @@ def _decode(
 @triton.jit
 def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
     block = row + unit * 34
-    return words8(words, block + 2, mask, ALIGNED) + (half_at(words, block, mask, EVEN),)
+    if EVEN:
+        d, a, b, c, e, f, g, h, i = headed8(words, block, 2, mask)
+        return a, b, c, e, f, g, h, i, d
+    else:
+        return words8(words, block + 2, mask, ALIGNED) + (short_at(words, block, mask, EVEN),)
 
 
 @triton.jit
-def _dot(raw, x, sums, points, BATCH: tl.constexpr):
+def _dot(raw, x, sums, known, BATCH: tl.constexpr):
     total = dots4(x, 0, raw[0], raw[1], raw[2], raw[3], True) + dots4(x, 4, raw[4], raw[5], raw[6], raw[7], True)
-    return total.to(tl.float32) * raw[8]
+    return total.to(tl.float32) * widen_half(raw[8])
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(34, 0))
+_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(34, 0), unit_nbytes=34)
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
