@@ -64,9 +64,19 @@ FLOAT = tl.constexpr(5)
 
 GROUP_LEN = 256
 MAX_BATCH = 8
+SHORT = 128
+"""Units of a row up to which one step takes it all."""
 
 
 Tuned = tuple[int, int, int, bool]
+
+
+BATCHED: dict[int, tuple[Tuned, Tuned]] = {
+    2: ((4, 128, 4, False), (4, 128, 4, False)),
+    4: ((4, 128, 4, False), (4, 128, 4, False)),
+    8: ((4, 128, 4, False), (4, 128, 4, False)),
+}
+"""Batch -> as :attr:`Fused.tuned`, which is for one row of activations."""
 
 
 class Prepared(NamedTuple):
@@ -112,7 +122,7 @@ class Fused(NamedTuple):
         As ``load``, for codes and scales in separate planes: ``words`` points to a row's codes, ``header`` to its scales.
     tuned
         (rows of a program, units of a step, warps, whether the next step's weights are loaded ahead), for rows of at most 4096 elements
-        and for longer ones: measured.
+        and for longer ones: measured. ``tuned_planes``: the same for planes.
     """
 
     load: Any
@@ -124,7 +134,8 @@ class Fused(NamedTuple):
     words: tuple[int, ...] = ()
     known: int = 0
     load_planes: Any = None
-    tuned: tuple[Tuned, Tuned] = ((2, 128, 4, True), (2, 256, 8, True))
+    tuned: tuple[Tuned, Tuned] = ((4, 128, 4, False), (4, 128, 4, False))
+    tuned_planes: tuple[Tuned, Tuned] | None = None
 
 
 @triton.jit
@@ -214,12 +225,17 @@ def no_header(words, header):
 
 
 @triton.jit
-def constants(points, COUNT: tl.constexpr, T: tl.constexpr):
+def constants(points, positive, COUNT: tl.constexpr, TOUCH: tl.constexpr, T: tl.constexpr):
     """Return ``points`` and its first ``COUNT`` words, in registers of every lane.
 
-    Loaded, not written as numbers: the compiler keeps a number in a uniform register and copies it before every permute.
+    Loaded, and by an address that looks as if it were the lane's own: a number, or anything equal in all lanes, the compiler keeps
+    in a uniform register and copies before every permute. ``positive`` is any number of the launch that is not negative.
     """
-    same = tl.arange(0, T) * 0
+    lane = tl.arange(0, T)
+    same = (lane - (1 << 30) > positive).to(tl.int32)
+    if TOUCH:
+        # Larger tables: every lane asks for 16 bytes now, so that they are in the first-level cache when codes arrive.
+        same = (lane - (1 << 30) > positive + tl.load(points + lane * 4 % TOUCH) % 2).to(tl.int32)
     words = (points,)
     for i in tl.static_range(COUNT):
         words = words + (tl.load(points + same + i).to(tl.uint32, bitcast=True),)
@@ -266,7 +282,7 @@ def _row(
 @triton.jit
 def _linear(
     records, data, side, points, ids, out, row_nbytes, side_nbytes, n_rows, n_units, n_groups, n_batch, per_token,
-    PLANES: tl.constexpr, LOAD: tl.constexpr, DOT: tl.constexpr, HEADER: tl.constexpr, COUNT: tl.constexpr, HEADER_NBYTES: tl.constexpr,
+    PLANES: tl.constexpr, LOAD: tl.constexpr, DOT: tl.constexpr, HEADER: tl.constexpr, COUNT: tl.constexpr, TOUCH: tl.constexpr, HEADER_NBYTES: tl.constexpr,
     LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, STEP: tl.constexpr, SIDE_STEP: tl.constexpr,
     ROWS: tl.constexpr, T: tl.constexpr, BATCH: tl.constexpr, SINGLE: tl.constexpr, FULL: tl.constexpr,
     EXPERTS: tl.constexpr, DEPENDENT: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
@@ -307,7 +323,7 @@ def _linear(
     if ROWS > 2:
         raw2 = LOAD(w2, h2, r2, lane, mask, EVEN, ALIGNED)
         raw3 = LOAD(w3, h3, r3, lane, mask, EVEN, ALIGNED)
-    known = constants(points, COUNT, T)
+    known = constants(points, n_rows, COUNT, TOUCH, T)
     d0 = HEADER(w0, h0)
     d1, d2, d3 = d0, d0, d0
     if ROWS > 1:
@@ -470,6 +486,7 @@ def linear(
     *,
     planes: tuple[torch.Tensor, ...] | None = None,
     ids: torch.Tensor | None = None,
+    settled: bool = False,
     tuned: Tuned | None = None,
 ) -> None:
     """Fill ``out`` with ``x @ decode(rows).T``.
@@ -488,10 +505,13 @@ def linear(
         What the type's ``split`` gives: read instead of ``rows``.
     ids
         int32 [B, K]: which experts each row of x is multiplied with.
+    settled
+        Promises that the kernel launched just before does not write ``ids``: they may then be read while it still runs.
     tuned
         Overrides the type's measured choice.
     """
-    own = not isinstance(x, Prepared)
+    # Expert numbers may come from the kernel just before; after our own preparation they cannot.
+    early = ids is None or settled or not isinstance(x, Prepared)
     if out.numel() == 0:
         return
     prepared = prepare(x, int(fused.order)) if isinstance(x, torch.Tensor) else x
@@ -504,7 +524,17 @@ def linear(
     if planes is not None and planes[0].data_ptr() % 16 == 0 and planes[0].shape[-1] % 16 == 0:
         data, side = planes[:2]
     n_rows, row_nbytes = data.shape[-2:]
-    n_per_program, units, warps, ahead = tuned or fused.tuned[n_units > 128]
+    width = 1 if ids is not None else prepared.records.shape[0]
+    if width == MAX_BATCH and n_units > SHORT:
+        # Of long rows so many activations come by that two times four are faster (measured).
+        for part in (slice(0, MAX_BATCH // 2), slice(MAX_BATCH // 2, batch)):
+            half = prepared._replace(
+                records=prepared.records[part.start :][: MAX_BATCH // 2], batch=part.stop - part.start
+            )
+            linear(fused, half, rows, out[part], planes=planes, tuned=tuned)
+        return
+    chosen = fused.tuned_planes or fused.tuned if side is not data else fused.tuned
+    n_per_program, units, warps, ahead = tuned or (chosen if width == 1 else BATCHED[width])[n_units > SHORT]
     lead = _launch.lead_of(data)
     steps = (lead, row_nbytes, *fused.layout)
     dependent = _dependent(rows.device)
@@ -530,6 +560,7 @@ def linear(
             DOT=fused.dot,
             HEADER=fused.header,
             COUNT=fused.known,
+            TOUCH=len(fused.words) if len(fused.words) > fused.known else 0,
             HEADER_NBYTES=fused.layout[1],
             LEAD=lead,
             EVEN=all(step % 2 == 0 for step in steps),
@@ -539,13 +570,12 @@ def linear(
             SIDE_STEP=units // 4,
             ROWS=n_per_program,
             T=units,
-            BATCH=prepared.records.shape[0] if ids is None else 1,
+            BATCH=width,
             SINGLE=n_units <= units,
             FULL=n_units % units == 0,
             AHEAD=ahead,
             EXPERTS=ids is not None,
             DEPENDENT=dependent,
-            # Expert numbers may come from the kernel just before; after our own preparation they cannot.
-            EARLY=own or ids is None,
+            EARLY=early,
             **_launch.options(num_warps=warps, launch_pdl=dependent),
         )

@@ -19,6 +19,7 @@ def linear(
     type_name: str,
     *,
     planes: tuple[torch.Tensor, ...] | None = None,
+    settled: bool = False,
 ) -> None:
     """Fill ``out[t, k]`` with ``decode(rows[expert_ids[t, k]]) @ x[t]``.
 
@@ -39,6 +40,8 @@ def linear(
         Any spelling of a type whose module has ``linear``.
     planes
         What the type's ``split`` gives for ``rows``.
+    settled
+        With prepared x only: promises that the kernel launched just before does not write ``expert_ids``.
     """
     module = importlib.import_module(f"ggufx.kernels.cuda.{type_name.lower()}")
-    module.linear(x, rows, out, planes=planes, ids=expert_ids)
+    module.linear(x, rows, out, planes=planes, ids=expert_ids, settled=settled)

@@ -25,7 +25,7 @@ __all__ = ["ORDER", "decode", "linear", "split"]
 ORDER = _linear.FLOAT.value
 """How its product wants activations prepared."""
 
-_SHAPE = _launch.Shape(block_len=128, block_nbytes=129, header_nbytes=0, parts=16)
+_SHAPE = _launch.Shape(block_len=128, block_nbytes=129, header_nbytes=0, parts=16, warps=4, repeat=2)
 
 
 @triton.jit
@@ -126,7 +126,9 @@ _FUSED = {
         order=ORDER,
         layout=(129, 0),
         unit_nbytes=129 / 4,
+        tuned=((4, 128, 1, False), (2, 256, 8, False)),
         load_planes=_load_planes,
+        tuned_planes=((4, 128, 4, False), (4, 256, 8, False)),
     )
     for hardware in (False, True)
 }
@@ -145,13 +147,14 @@ def linear(
     *,
     planes: tuple[torch.Tensor, ...] | None = None,
     ids: torch.Tensor | None = None,
+    settled: bool = False,
 ) -> None:
     """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`.
 
     With :func:`split`'s ``planes`` rows are not read: 129-byte blocks keep the first-level cache busier than the memory.
     """
     fused = _FUSED[_launch.converts_e4m3(rows.device)]
-    _linear.linear(fused, x, rows, out, planes=planes, ids=ids)
+    _linear.linear(fused, x, rows, out, planes=planes, ids=ids, settled=settled)
 
 
 def split(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

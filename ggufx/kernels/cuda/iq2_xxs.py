@@ -27,7 +27,7 @@ __all__ = ["ORDER", "decode", "linear"]
 ORDER = _linear.NATURAL.value
 """How its product wants activations prepared."""
 
-_SHAPE = _launch.Shape(block_len=256, block_nbytes=66, header_nbytes=0, parts=32)
+_SHAPE = _launch.Shape(block_len=256, block_nbytes=66, header_nbytes=0, parts=32, warps=8, repeat=2)
 
 LEVELS = (8, 25, 43)
 _T0, _T1 = table_words([*LEVELS, 0, *(-level for level in LEVELS), 0], 128)
@@ -105,6 +105,7 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(66, 0),
     unit_nbytes=66 / 8,
+    tuned=((2, 128, 4, False), (4, 256, 8, False)),
     words=_WORDS,
     known=2,
 )
@@ -122,6 +123,7 @@ def linear(
     *,
     planes: None = None,
     ids: torch.Tensor | None = None,
+    settled: bool = False,
 ) -> None:
     """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`."""
-    _linear.linear(_FUSED, x, rows, out, ids=ids)
+    _linear.linear(_FUSED, x, rows, out, ids=ids, settled=settled)

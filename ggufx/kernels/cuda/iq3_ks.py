@@ -16,7 +16,7 @@ __all__ = ["ORDER", "decode", "linear"]
 ORDER = _linear.QUARTERS.value
 """How its product wants activations prepared."""
 
-_SHAPE = _launch.Shape(block_len=256, block_nbytes=102, header_nbytes=2, parts=8)
+_SHAPE = _launch.Shape(block_len=256, block_nbytes=102, header_nbytes=2, parts=8, warps=8, repeat=1)
 
 _T0, _T1 = table_words(tables.IQ3, 128)
 _U0, _U1 = table_words(tables.IQ3)
@@ -106,6 +106,7 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(102, 2),
     unit_nbytes=102 / 8,
+    tuned=((2, 128, 2, False), (1, 128, 4, False)),
     words=(_U0.value, _U1.value),
     known=2,
 )
@@ -123,6 +124,7 @@ def linear(
     *,
     planes: None = None,
     ids: torch.Tensor | None = None,
+    settled: bool = False,
 ) -> None:
     """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`."""
-    _linear.linear(_FUSED, x, rows, out, ids=ids)
+    _linear.linear(_FUSED, x, rows, out, ids=ids, settled=settled)

@@ -28,7 +28,7 @@ __all__ = ["ORDER", "decode", "linear"]
 ORDER = _linear.NATURAL.value
 """How its product wants activations prepared."""
 
-_SHAPE = _launch.Shape(block_len=256, block_nbytes=144, header_nbytes=0, parts=16)
+_SHAPE = _launch.Shape(block_len=256, block_nbytes=144, header_nbytes=0, parts=16, warps=8, repeat=1)
 
 _T0, _T1, _T2, _T3 = table_words(tables.IQ4, 128)
 _U0, _U1, _U2, _U3 = table_words(tables.IQ4)
@@ -97,7 +97,13 @@ def _dot(raw, x, sums, known, BATCH: tl.constexpr):
 
 
 _FUSED = _linear.Fused(
-    load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(144, 0), unit_nbytes=144 / 8
+    load=_load,
+    dot=_dot,
+    header=_linear.no_header,
+    order=ORDER,
+    layout=(144, 0),
+    unit_nbytes=144 / 8,
+    tuned=((4, 128, 2, False), (1, 128, 4, False)),
 )
 
 
@@ -113,6 +119,7 @@ def linear(
     *,
     planes: None = None,
     ids: torch.Tensor | None = None,
+    settled: bool = False,
 ) -> None:
     """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`."""
-    _linear.linear(_FUSED, x, rows, out, ids=ids)
+    _linear.linear(_FUSED, x, rows, out, ids=ids, settled=settled)

@@ -27,7 +27,7 @@ __all__ = ["ORDER", "decode", "linear"]
 ORDER = _linear.PAIR16.value
 """How its product wants activations prepared."""
 
-_SHAPE = _launch.Shape(block_len=256, block_nbytes=136, header_nbytes=4, parts=16)
+_SHAPE = _launch.Shape(block_len=256, block_nbytes=136, header_nbytes=4, parts=16, warps=8, repeat=1)
 
 _T0, _T1, _T2, _T3 = table_words(tables.IQ4, 128)
 _SHIFT = tl.constexpr(tables.SHIFTS[4])
@@ -76,7 +76,15 @@ def _header(words, header):
 
 
 _FUSED = _linear.Fused(
-    load=_load, dot=_dot, header=_header, order=ORDER, layout=(136, 4), unit_nbytes=136 / 8, words=WORDS, known=4
+    load=_load,
+    dot=_dot,
+    header=_header,
+    order=ORDER,
+    layout=(136, 4),
+    unit_nbytes=136 / 8,
+    tuned=((4, 128, 4, False), (2, 128, 4, True)),
+    words=WORDS,
+    known=4,
 )
 
 
@@ -92,6 +100,7 @@ def linear(
     *,
     planes: None = None,
     ids: torch.Tensor | None = None,
+    settled: bool = False,
 ) -> None:
     """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`."""
-    _linear.linear(_FUSED, x, rows, out, ids=ids)
+    _linear.linear(_FUSED, x, rows, out, ids=ids, settled=settled)

@@ -29,7 +29,7 @@ __all__ = ["ORDER", "decode", "linear"]
 ORDER = _linear.PAIR16.value
 """How its product wants activations prepared."""
 
-_SHAPE = _launch.Shape(block_len=32, block_nbytes=18, header_nbytes=0, parts=2)
+_SHAPE = _launch.Shape(block_len=32, block_nbytes=18, header_nbytes=0, parts=2, warps=4, repeat=1)
 
 _T0, _T1, _T2, _T3 = table_words(tables.IQ4, 128)
 
@@ -70,7 +70,15 @@ def _dot(raw, x, sums, known, BATCH: tl.constexpr):
 
 
 _FUSED = _linear.Fused(
-    load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(18, 0), unit_nbytes=18, words=WORDS, known=4
+    load=_load,
+    dot=_dot,
+    header=_linear.no_header,
+    order=ORDER,
+    layout=(18, 0),
+    unit_nbytes=18,
+    tuned=((2, 128, 2, False), (4, 256, 8, False)),
+    words=WORDS,
+    known=4,
 )
 
 
@@ -86,6 +94,7 @@ def linear(
     *,
     planes: None = None,
     ids: torch.Tensor | None = None,
+    settled: bool = False,
 ) -> None:
     """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`."""
-    _linear.linear(_FUSED, x, rows, out, ids=ids)
+    _linear.linear(_FUSED, x, rows, out, ids=ids, settled=settled)

@@ -28,7 +28,7 @@ __all__ = ["ORDER", "decode", "linear"]
 ORDER = _linear.PAIR32.value
 """How its product wants activations prepared."""
 
-_SHAPE = _launch.Shape(block_len=256, block_nbytes=176, header_nbytes=0, parts=16)
+_SHAPE = _launch.Shape(block_len=256, block_nbytes=176, header_nbytes=0, parts=16, warps=8, repeat=2)
 
 _T0, _T1, _T2, _T3, _T4, _T5, _T6, _T7 = table_words(tables.IQ5, 128)
 _SHIFT = tl.constexpr(tables.SHIFTS[5])
@@ -114,7 +114,13 @@ def _dot(raw, x, sums, known, BATCH: tl.constexpr):
 
 
 _FUSED = _linear.Fused(
-    load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(176, 0), unit_nbytes=176 / 8
+    load=_load,
+    dot=_dot,
+    header=_linear.no_header,
+    order=ORDER,
+    layout=(176, 0),
+    unit_nbytes=176 / 8,
+    tuned=((2, 128, 4, False), (1, 128, 4, False)),
 )
 
 
@@ -130,6 +136,7 @@ def linear(
     *,
     planes: None = None,
     ids: torch.Tensor | None = None,
+    settled: bool = False,
 ) -> None:
     """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`."""
-    _linear.linear(_FUSED, x, rows, out, ids=ids)
+    _linear.linear(_FUSED, x, rows, out, ids=ids, settled=settled)

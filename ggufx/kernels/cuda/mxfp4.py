@@ -16,10 +16,11 @@ __all__ = ["ORDER", "decode", "linear"]
 ORDER = _linear.PAIR16.value
 """How its product wants activations prepared."""
 
-_SHAPE = _launch.Shape(block_len=32, block_nbytes=17, header_nbytes=0, parts=2)
+_SHAPE = _launch.Shape(block_len=32, block_nbytes=17, header_nbytes=0, parts=2, warps=8, repeat=1)
 
 _P0, _P1 = table_words(tables.E2M1_DOUBLED[:8], 243)
 _N0, _N1 = table_words(tables.E2M1_DOUBLED[:8], 12)
+_M0, _M1 = table_words(tables.E2M1_DOUBLED[:8])
 
 
 @triton.jit
@@ -81,28 +82,57 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
-def _dot(raw, x, sums, known, BATCH: tl.constexpr):
-    a, b, c, d, e = raw
-    _, p0, p1, n0, n1 = known
+def _magnitudes(x, a, b, c, d, low, high):
+    # The magnitudes of positive codes with their activations: a negative code's permute repeats a sign, 0.
     total = dots4(
         x,
         0,
-        signed4(a, p0, p1, n0, n1),
-        signed4(a >> 16, p0, p1, n0, n1),
-        signed4(b, p0, p1, n0, n1),
-        signed4(b >> 16, p0, p1, n0, n1),
+        permute(low, high, a),
+        permute(low, high, a >> 16),
+        permute(low, high, b),
+        permute(low, high, b >> 16),
         False,
     )
-    total += dots4(
+    return total + dots4(
         x,
         4,
-        signed4(c, p0, p1, n0, n1),
-        signed4(c >> 16, p0, p1, n0, n1),
-        signed4(d, p0, p1, n0, n1),
-        signed4(d >> 16, p0, p1, n0, n1),
+        permute(low, high, c),
+        permute(low, high, c >> 16),
+        permute(low, high, d),
+        permute(low, high, d >> 16),
         False,
     )
-    return (total - 243 * sums[2]).to(tl.float32) * half_e8m0(e & 255)
+
+
+@triton.jit
+def _dot(raw, x, sums, known, BATCH: tl.constexpr):
+    a, b, c, d, e = raw
+    _, p0, p1, n0, n1, low, high = known
+    if BATCH == 1:
+        # Twice the products, which do not burden the integer unit, and no subtractions, which do.
+        total = _magnitudes(x, a, b, c, d, low, high)
+        total -= _magnitudes(x, a ^ 0x88888888, b ^ 0x88888888, c ^ 0x88888888, d ^ 0x88888888, low, high)
+    else:
+        total = dots4(
+            x,
+            0,
+            signed4(a, p0, p1, n0, n1),
+            signed4(a >> 16, p0, p1, n0, n1),
+            signed4(b, p0, p1, n0, n1),
+            signed4(b >> 16, p0, p1, n0, n1),
+            False,
+        )
+        total += dots4(
+            x,
+            4,
+            signed4(c, p0, p1, n0, n1),
+            signed4(c >> 16, p0, p1, n0, n1),
+            signed4(d, p0, p1, n0, n1),
+            signed4(d >> 16, p0, p1, n0, n1),
+            False,
+        )
+        total -= 243 * sums[2]
+    return total.to(tl.float32) * half_e8m0(e & 255)
 
 
 _FUSED = _linear.Fused(
@@ -112,8 +142,9 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(17, 0),
     unit_nbytes=17,
-    words=tuple(word.value for word in (_P0, _P1, _N0, _N1)),
-    known=4,
+    tuned=((2, 128, 2, False), (4, 256, 8, False)),
+    words=tuple(word.value for word in (_P0, _P1, _N0, _N1, _M0, _M1)),
+    known=6,
 )
 
 
@@ -129,6 +160,7 @@ def linear(
     *,
     planes: None = None,
     ids: torch.Tensor | None = None,
+    settled: bool = False,
 ) -> None:
     """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`."""
-    _linear.linear(_FUSED, x, rows, out, ids=ids)
+    _linear.linear(_FUSED, x, rows, out, ids=ids, settled=settled)

@@ -15,7 +15,7 @@ __all__ = ["ORDER", "decode", "linear"]
 ORDER = _linear.NATURAL.value
 """How its product wants activations prepared."""
 
-_SHAPE = _launch.Shape(block_len=32, block_nbytes=18, header_nbytes=0, parts=2)
+_SHAPE = _launch.Shape(block_len=32, block_nbytes=18, header_nbytes=0, parts=2, warps=8, repeat=1)
 
 
 @triton.jit
@@ -54,7 +54,15 @@ def _dot(raw, x, sums, known, BATCH: tl.constexpr):
     return (total - 8 * sums[2]).to(tl.float32) * widen_half(d)
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(18, 0), unit_nbytes=18)
+_FUSED = _linear.Fused(
+    load=_load,
+    dot=_dot,
+    header=_linear.no_header,
+    order=ORDER,
+    layout=(18, 0),
+    unit_nbytes=18,
+    tuned=((4, 128, 4, False), (4, 128, 2, False)),
+)
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
@@ -69,6 +77,7 @@ def linear(
     *,
     planes: None = None,
     ids: torch.Tensor | None = None,
+    settled: bool = False,
 ) -> None:
     """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`."""
-    _linear.linear(_FUSED, x, rows, out, ids=ids)
+    _linear.linear(_FUSED, x, rows, out, ids=ids, settled=settled)

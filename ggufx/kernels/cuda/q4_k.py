@@ -15,7 +15,7 @@ __all__ = ["ORDER", "decode", "linear"]
 ORDER = _linear.PAIR32.value
 """How its product wants activations prepared."""
 
-_SHAPE = _launch.Shape(block_len=256, block_nbytes=144, header_nbytes=0, parts=16)
+_SHAPE = _launch.Shape(block_len=256, block_nbytes=144, header_nbytes=0, parts=16, warps=8, repeat=1)
 
 
 @triton.jit
@@ -91,7 +91,13 @@ def _dot(raw, x, sums, known, BATCH: tl.constexpr):
 
 
 _FUSED = _linear.Fused(
-    load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(144, 0), unit_nbytes=144 / 8
+    load=_load,
+    dot=_dot,
+    header=_linear.no_header,
+    order=ORDER,
+    layout=(144, 0),
+    unit_nbytes=144 / 8,
+    tuned=((4, 128, 1, False), (2, 256, 8, False)),
 )
 
 
@@ -107,6 +113,7 @@ def linear(
     *,
     planes: None = None,
     ids: torch.Tensor | None = None,
+    settled: bool = False,
 ) -> None:
     """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`."""
-    _linear.linear(_FUSED, x, rows, out, ids=ids)
+    _linear.linear(_FUSED, x, rows, out, ids=ids, settled=settled)

@@ -26,7 +26,7 @@ __all__ = ["ORDER", "decode", "linear"]
 ORDER = _linear.NATURAL.value
 """How its product wants activations prepared."""
 
-_SHAPE = _launch.Shape(block_len=32, block_nbytes=34, header_nbytes=0, parts=4)
+_SHAPE = _launch.Shape(block_len=32, block_nbytes=34, header_nbytes=0, parts=4, warps=4, repeat=2)
 
 
 @triton.jit
@@ -64,7 +64,15 @@ def _dot(raw, x, sums, known, BATCH: tl.constexpr):
     return total.to(tl.float32) * widen_half(raw[8])
 
 
-_FUSED = _linear.Fused(load=_load, dot=_dot, header=_linear.no_header, order=ORDER, layout=(34, 0), unit_nbytes=34)
+_FUSED = _linear.Fused(
+    load=_load,
+    dot=_dot,
+    header=_linear.no_header,
+    order=ORDER,
+    layout=(34, 0),
+    unit_nbytes=34,
+    tuned=((4, 128, 2, False), (4, 256, 8, False)),
+)
 
 
 def decode(rows: torch.Tensor, out: torch.Tensor) -> None:
@@ -79,6 +87,7 @@ def linear(
     *,
     planes: None = None,
     ids: torch.Tensor | None = None,
+    settled: bool = False,
 ) -> None:
     """Fill ``out`` with ``x @ decode(rows).T``: see :func:`ggufx.kernels.cuda._linear.linear`."""
-    _linear.linear(_FUSED, x, rows, out, ids=ids)
+    _linear.linear(_FUSED, x, rows, out, ids=ids, settled=settled)
