@@ -36,7 +36,8 @@ from ggufx import kernels, types
 from ggufx.kernels.cuda import _linear, _scaled, experts
 
 TYPES = (
-    "Q4_0", "Q8_0", "MXFP4", "F8_E4M3_B128", "IQ2_XXS", "IQ2_KS", "IQ3_KS", "IQ4_KS", "IQ4_K", "IQ5_K", "IQ4_NL", "Q4_K", "Q6_K",
+    "Q4_0", "Q8_0", "MXFP4", "F8_E4M3_B128", "IQ2_XXS", "IQ2_KS", "IQ3_KS", "IQ4_KS", "IQ4_K", "IQ5_K",
+    "IQ4_NL", "Q4_K", "Q6_K",
 )  # fmt: skip
 LARGE, MIDDLE, SQUARE, SMALL = (8192, 65536), (11008, 4096), (4096, 4096), (2048, 4096)
 """Rows and row lengths: outputs and inputs of a product."""
@@ -167,8 +168,10 @@ def random_rows(name: str, n_rows: int, row_len: int, *, seed: int = 0, native: 
             place.copy_(torch.randint(118, 123, place.shape, dtype=torch.uint8, device="cuda", generator=generator))
             if native and width == 128:
                 place.copy_(place[::128].repeat_interleave(128, 0)[:n_rows])
-        elif name == "qs" and width == 128 and layout.block.itemsize == 129:
-            place[(place & 127) == 127] = 0
+        elif name == "qs" and width == 128:
+            # As weights are: the matrix units draw more power for evenly random codes, and clock lower.
+            values = torch.randn(count + place.shape[-1:], device="cuda", generator=generator) * 100
+            place.copy_(values.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))
 
     header = layout.header_nbytes
     if layout.header is not None:
@@ -241,10 +244,14 @@ class Bench:
         ways = {
             "torch copy": timed([lambda: target.copy_(source)], least=4),
             "torch copy, no graph": eager(lambda: target.copy_(source)),
-            "kernel": min(timed([lambda e=e, w=w: copy(source, target, e, w)], least=4) for e in (4, 8) for w in (4, 8)),
+            "kernel": min(
+                timed([lambda e=e, w=w: copy(source, target, e, w)], least=4) for e in (4, 8) for w in (4, 8)
+            ),
         }
         for note, took in ways.items():
-            yield Result("ceiling", "copy", "1 GiB", took, 2 * source.numel() / took / 1e3, note=f"read + written, {note}")
+            yield Result(
+                "ceiling", "copy", "1 GiB", took, 2 * source.numel() / took / 1e3, note=f"read + written, {note}"
+            )
         self.copy = 2 * source.numel() / min(ways.values()) / 1e3
         out = torch.zeros(1, dtype=torch.int32, device="cuda")
         took = min(timed([lambda e=e: read(source, out, False, e)], least=4) for e in (4, 8, 16))
@@ -270,7 +277,7 @@ class Bench:
                     )
                     for i in range(copies(nbytes))
                 ]
-                took = timed([lambda r=r, o=o: module.decode(r, o) for r, o in sets])
+                took = timed([lambda r=r, o=o, m=module: m.decode(r, o) for r, o in sets])
                 rate = nbytes / took / 1e3
                 yield Result("decode", name, shape, took, rate, rate / self.copy, "copy", 0.0)
 
@@ -324,8 +331,12 @@ class Bench:
                             torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device="cuda")
                             for _ in range(copies(nbytes))
                         ]
-                        out = torch.zeros(1, dtype=torch.int32, device="cuda")
-                        plain = min(timed([lambda d=d, e=e: read(d, out, True, e) for d in data]) for e in (4, 8, 16))
+                        sink = torch.zeros(1, dtype=torch.int32, device="cuda")
+                        plain = min(
+                            timed([lambda d=d, e=e, w=w, s=sink: read(d, s, True, e, w) for d in data])
+                            for e in (4, 8, 16, 32)
+                            for w in (4, 8)
+                        )
                         result.share, result.ceiling = plain / result.microseconds, f"plain read, {plain:.2f} us"
                     yield result
                     if (n_rows, row_len) != SMALL:
@@ -368,7 +379,12 @@ class Bench:
                     error = max(error, error_of(name, rows[draws[0][0, j]], x[:1], out[0, j][None]))
                 ready = _linear.prepare(x, module.ORDER)
                 for note, given in (("x shared", ready), ("x prepared each time", x)):
-                    took = timed([lambda i=i, g=given: experts.linear(g, rows, i, out, name) for i in draws])
+                    took = timed(
+                        [
+                            lambda i=i, g=given, r=rows, o=out, n=name: experts.linear(g, r, i, o, n, settled=True)
+                            for i in draws
+                        ]
+                    )
                     nbytes = sum(len(i.unique()) for i in draws) / len(draws) * rows[0].numel()
                     rate = nbytes / took / 1e3
                     yield Result(
@@ -389,9 +405,11 @@ class Bench:
                 sets = [rows] + [rows.clone() for _ in range(copies(rows.numel() + 2 * batch * row_len, 16) - 1)]
                 xs = [torch.randn(batch, row_len, device="cuda").bfloat16() for _ in sets]
 
-                def product(x: torch.Tensor, r: torch.Tensor, decode: Any = module.decode) -> torch.Tensor:
-                    decode(r, workspace)
-                    return x @ workspace.T
+                def product(
+                    x: torch.Tensor, r: torch.Tensor, decode: Any = module.decode, space: torch.Tensor = workspace
+                ) -> torch.Tensor:
+                    decode(r, space)
+                    return x @ space.T
 
                 workspace.fill_(math.nan)
                 error = error_of(name, rows, xs[0], product(xs[0], rows))

@@ -23,9 +23,10 @@ def codes_product(x, a, b, c, d, known, BATCH: tl.constexpr):
     """Integer product of 32 codes, as they lie, with their activations."""
     if BATCH == 1:
         _, t4, t5, t6, t7 = known
-        # A permute repeats the sign of the byte that a nibble of 8 or more, less 8, names. All of the lower half are negative: -1 for
-        # codes of the upper half. All of the upper half are positive: 0 for the others. So two lookups and two products do what three
-        # lookups and a choice do with one: as many instructions, but half of them beside the integer unit.
+        # A permute repeats the sign of the byte that a nibble of 8 or more, less 8, names. All of the lower half are
+        # negative: -1 for codes of the upper half. All of the upper half are positive: 0 for the others. So two lookups and
+        # two products do what three lookups and a choice do with one: as many instructions, but half of them beside the
+        # integer unit.
         total = dots4(
             x,
             0,

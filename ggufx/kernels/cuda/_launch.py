@@ -57,7 +57,8 @@ def decode(kernel: Any, shape: Shape, rows: torch.Tensor, out: torch.Tensor, *ex
     Parameters
     ----------
     kernel
-        Its parameters are those of :func:`ggufx.kernels.cuda._words.locate` up to ``chunks``, then ``extra``, then the constants
+        Its parameters are those of :func:`ggufx.kernels.cuda._words.locate` up to ``chunks``, then ``extra``, then the
+        constants
         ``LEAD``, ``EVEN`` (no 16-bit field straddles a word), ``ALIGNED`` (words lie aligned), ``TILE``, ``LANES``, ``more``.
     rows, out
         uint8 [R, row_nbytes] and float [R, row_len], both contiguous, on one device.

@@ -1,18 +1,19 @@
 """The fused product of a few activation rows with packed weights: every packed byte is read once.
 
-One lane takes a unit of 32 weights: it loads the few words of the unit, decodes them to bytes in its registers and multiplies them
-there, with integer dot products. Only one sum per output crosses lanes. What is limited on a GPU at this is not the memory but
-the integer unit, so activations are prepared once, for all matrices of one order:
+One lane takes a unit of 32 weights: it loads the few words of the unit, decodes them to bytes in its registers and
+multiplies them there, with integer dot products. Only one sum per output crosses lanes. What is limited on a GPU at this is
+not the memory but the integer unit, so activations are prepared once, for all matrices of one order:
 
-- 256 at a time become 16-bit integers under one float scale: 2^-16 of the group's largest, far below the rounding of a bfloat16 (or
-  binary16 under a power of two, for F8_E4M3_B128, whose products are floats);
+- 256 at a time become 16-bit integers under one float scale: 2^-16 of the group's largest, far below the rounding of a
+  bfloat16 (or binary16 under a power of two, for F8_E4M3_B128, whose products are floats);
 - in the order in which the type's lookups yield the codes, as pairs, so that a load is one contiguous 16 bytes a lane;
 - with the sums of 16 and of 32, which take any offset of the type's codes out of the inner product.
 
-A type brings two functions. ``LOAD(words, header, row, unit, mask, EVEN, ALIGNED)`` returns the raw words of a unit (``words`` points
-to aligned words, the row's header and first block begin ``header`` and ``row`` bytes from there). ``DOT(raw, x, sums, known, BATCH)`` returns, float32, the
-product of the unit with its 16 pairs of activations, without what ``HEADER(words, header)`` returns for the whole row; ``known`` is the
-pointer to the type's words and the first of these, in registers.
+A type brings two functions. ``LOAD(words, header, row, unit, mask, EVEN, ALIGNED)`` returns the raw words of a unit
+(``words`` points to aligned words, the row's header and first block begin ``header`` and ``row`` bytes from there).
+``DOT(raw, x, sums, known, BATCH)`` returns, float32, the product of the unit with its 16 pairs of activations, without what
+``HEADER(words, header)`` returns for the whole row; ``known`` is the pointer to the type's words and the first of these, in
+registers.
 
 Launches are dependent where the device can: a program loads its first weights while the kernel before drains, and waits only
 before it reads the activations. Weights therefore must not be written by that very kernel; :func:`prepare` is always between.
@@ -85,9 +86,9 @@ class Prepared(NamedTuple):
     Attributes
     ----------
     records
-        int32 [P, G, 5, 8, 4], P the rows and what is missing to a power of two, G the groups of 256, 8 the units of a group: four times four pairs of 16-bit values, then the sums of the
-        first and of the last 16 values of the unit, both together, and the float32 scale. All of a unit lies within 640 bytes, so one
-        address serves five loads of 16 bytes.
+        int32 [P, G, 5, 8, 4], P the rows and what is missing to a power of two, G the groups of 256, 8 the units of a group:
+        four times four pairs of 16-bit values, then the sums of the first and of the last 16 values of the unit, both
+        together, and the float32 scale. All of a unit lies within 640 bytes, so one address serves five loads of 16 bytes.
     batch, row_len
         Rows, and activations in a row.
     order
@@ -121,8 +122,8 @@ class Fused(NamedTuple):
     load_planes
         As ``load``, for codes and scales in separate planes: ``words`` points to a row's codes, ``header`` to its scales.
     tuned
-        (rows of a program, units of a step, warps, whether the next step's weights are loaded ahead), for rows of at most 4096 elements
-        and for longer ones: measured. ``tuned_planes``: the same for planes.
+        (rows of a program, units of a step, warps, whether the next step's weights are loaded ahead), for rows of at most
+        4096 elements and for longer ones: measured. ``tuned_planes``: the same for planes.
     """
 
     load: Any
@@ -228,8 +229,8 @@ def no_header(words, header):
 def constants(points, positive, COUNT: tl.constexpr, TOUCH: tl.constexpr, T: tl.constexpr):
     """Return ``points`` and its first ``COUNT`` words, in registers of every lane.
 
-    Loaded, and by an address that looks as if it were the lane's own: a number, or anything equal in all lanes, the compiler keeps
-    in a uniform register and copies before every permute. ``positive`` is any number of the launch that is not negative.
+    Loaded, and by an address that looks as if it were the lane's own: a number, or anything equal in all lanes, the compiler
+    keeps in a uniform register and copies before every permute. ``positive`` is any number of the launch that is not negative.
     """
     lane = tl.arange(0, T)
     same = (lane - (1 << 30) > positive).to(tl.int32)
@@ -282,7 +283,8 @@ def _row(
 @triton.jit
 def _linear(
     records, data, side, points, ids, out, row_nbytes, side_nbytes, n_rows, n_units, n_groups, n_batch, per_token,
-    PLANES: tl.constexpr, LOAD: tl.constexpr, DOT: tl.constexpr, HEADER: tl.constexpr, COUNT: tl.constexpr, TOUCH: tl.constexpr, HEADER_NBYTES: tl.constexpr,
+    PLANES: tl.constexpr, LOAD: tl.constexpr, DOT: tl.constexpr, HEADER: tl.constexpr,
+    COUNT: tl.constexpr, TOUCH: tl.constexpr, HEADER_NBYTES: tl.constexpr,
     LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, STEP: tl.constexpr, SIDE_STEP: tl.constexpr,
     ROWS: tl.constexpr, T: tl.constexpr, BATCH: tl.constexpr, SINGLE: tl.constexpr, FULL: tl.constexpr,
     EXPERTS: tl.constexpr, DEPENDENT: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
@@ -351,7 +353,8 @@ def _linear(
                 h2 += SIDE_STEP
                 h3 += SIDE_STEP
             if AHEAD:
-                # The next weights are on their way while these are multiplied. After the last step the row's first ones come once more.
+                # The next weights are on their way while these are multiplied. After the last step the row's first ones come
+                # once more.
                 last = begin + T >= n_units
                 more = always
                 if not FULL:
@@ -458,7 +461,8 @@ def _dependent(device: torch.device) -> bool:
 def prepare(x: torch.Tensor, order: int) -> Prepared:
     """Turn activations, float [B, row_len], into what the fused kernels of ``order`` read.
 
-    ``row_len`` is a multiple of 32, and of 128 or 256 where the type's blocks are. The same result serves every matrix of that order.
+    ``row_len`` is a multiple of 32, and of 128 or 256 where the type's blocks are. The same result serves every matrix of
+    that order.
     """
     batch, row_len = x.shape
     if x.stride(1) != 1:

@@ -73,8 +73,9 @@ def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def weight_scales(exponents: torch.Tensor) -> torch.Tensor:
     """Return float32 scales of E8M0 bytes uint8 [R, K // 128], as ``torch._scaled_mm`` wants them of weights.
 
-    One for 128 x 128 where 128 rows share theirs, as native checkpoints have them, row-major [ceil(R / 128), K // 128] with rows
-    padded to a multiple of four; else one for 1 x 128, column-major [R, K // 128] and slower by a third. Waits for the device.
+    One for 128 x 128 where 128 rows share theirs, as native checkpoints have them, row-major [ceil(R / 128), K // 128] with
+    rows padded to a multiple of four; else one for 1 x 128, column-major [R, K // 128] and slower by a third. Waits for the
+    device.
     """
     n_rows, per_row = exponents.shape
     first = exponents[::BLOCK_LEN]
@@ -108,8 +109,8 @@ def supported(device: torch.device) -> bool:
 def linear_fp8(x: torch.Tensor, planes: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Return ``x @ w.T``, bfloat16 [M, R], of float x [M, K] quantized to E4M3 and weights of the planes, as they are.
 
-    ``planes``: codes uint8 [R, K], E8M0 uint8 [R, K // 128], and maybe :func:`weight_scales` of the latter: without them the first
-    product with these planes makes and keeps them. R is a multiple of 16 and M at least 1.
+    ``planes``: codes uint8 [R, K], E8M0 uint8 [R, K // 128], and maybe :func:`weight_scales` of the latter: without them the
+    first product with these planes makes and keeps them. R is a multiple of 16 and M at least 1.
     """
     codes, scales = quantize_activations(x)
     weights = planes[2] if len(planes) > 2 else _kept_scales(planes[1])

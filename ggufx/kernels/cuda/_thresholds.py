@@ -7,8 +7,8 @@ from typing import Final, Literal, NamedTuple
 __all__ = ["THRESHOLDS", "Threshold", "Way", "choose"]
 
 Way = Literal["fused", "workspace", "fp8"]
-"""``fused``: decode and multiply in registers. ``workspace``: decode to bfloat16, then the library's product. ``fp8``: the library's
-block-scaled FP8 product, with activations quantized."""
+"""``fused``: decode and multiply in registers. ``workspace``: decode to bfloat16, then the library's product. ``fp8``: the
+library's block-scaled FP8 product, with activations quantized."""
 
 
 class Threshold(NamedTuple):

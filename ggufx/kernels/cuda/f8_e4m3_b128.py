@@ -38,8 +38,8 @@ def e8m0(e):
 @triton.jit
 def _decode(
     data, out, row_nbytes, row_len, n_rows, n_units, chunks,
-    LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, HARDWARE: tl.constexpr,
-    RUNS: tl.constexpr,
+    LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+    HARDWARE: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
     words, _, _, block, target, at, part, mask = locate(
         data, out, row_nbytes, row_len, n_rows, n_units, chunks, LEAD, TILE, LANES, 0, 129, 128, 16 // RUNS

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ggufx.kernels.cuda import _launch, _linear
 from ggufx.kernels.cuda._linear import dots4
-from ggufx.kernels.cuda._words import MAGIC, half_at, headed4, short_at, widen_half, locate, put_bytes, words2, words4
+from ggufx.kernels.cuda._words import MAGIC, half_at, headed4, locate, put_bytes, short_at, widen_half, words2, words4
 
 __all__ = ["ORDER", "decode", "linear"]
 
