@@ -224,7 +224,7 @@ def test_thresholds_name_every_fused_type() -> None:
 
 
 def test_every_kernel_belongs_to_a_type() -> None:
-    names = {name for name in types.names() if types.get(name).has_cuda}
+    names = {codec.name for codec in types.all_codecs() if codec.has_cuda}
     assert names == set(TYPES)
     for name in TYPES:
         assert importlib.import_module(f"ggufx.kernels.cuda.{name.lower()}") is kernel(name)

@@ -68,13 +68,11 @@ def permute(low, high, selector):
     if INTERPRETED:
         both = selector.to(tl.uint64) * 0 + low
         both = both | ((selector.to(tl.uint64) * 0 + high) << 32)
-        result = selector * 0
-        for j in tl.static_range(4):
-            nibble = (selector >> (4 * j)) & 15
-            byte = ((both >> ((nibble & 7) * 8).to(tl.uint64)) & 255).to(tl.uint32)
-            byte = tl.where(nibble >= 8, (byte >> 7) * 255, byte)
-            result = result | (byte << (8 * j))
-        return result
+        place = tl.arange(0, 4)[None, :].to(tl.uint32)
+        nibble = (selector[:, None] >> (4 * place)) & 15
+        byte = ((both[:, None] >> ((nibble & 7) * 8).to(tl.uint64)) & 255).to(tl.uint32)
+        byte = tl.where(nibble >= 8, (byte >> 7) * 255, byte)
+        return tl.sum(byte << (8 * place), 1).to(tl.uint32)
     else:
         return tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.uint32, is_pure=True, pack=1
