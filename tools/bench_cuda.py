@@ -464,6 +464,40 @@ def table(results: Sequence[Result], head: str) -> str:
     return "\n".join(lines)
 
 
+def summary(results: Sequence[Result], head: str) -> str:
+    """Return the README's table: one line a type."""
+    columns = {
+        "decode 8192 x 65536, of copy": ("decode", LARGE, True),
+        "11008 x 4096": ("decode", MIDDLE, True),
+        "times x, 8192 x 65536, us (of read)": ("linear, batch 1", LARGE, False),
+        "11008 x 4096, us": ("linear, batch 1", MIDDLE, False),
+        "4096 x 4096, us (of a plain read)": ("linear, batch 1", SQUARE, False),
+        "2048 x 4096": ("linear, batch 1", SMALL, False),
+        "eight x, 4096 x 4096, us": ("linear, batch 8", SQUARE, False),
+    }
+    lines = [head, "", "| type | " + " | ".join(columns) + " |", "|---" + "|--:" * len(columns) + "|"]
+    for name in dict.fromkeys(r.type for r in results if r.subject == "decode"):
+        cells = []
+        for subject, (n_rows, row_len), bare in columns.values():
+            found = [
+                r
+                for r in results
+                if (r.subject, r.type, r.shape) == (subject, name, f"{n_rows} x {row_len}")
+                and "each time" not in r.note
+            ]
+            # With planes, where there are some.
+            result = found[-1] if found else None
+            share = "" if result is None or result.share is None else f"{100 * result.share:.0f} %"
+            if result is None:
+                cells.append("")
+            elif bare:
+                cells.append(share)
+            else:
+                cells.append(f"{result.microseconds:.1f}" + (f" ({share})" if subject.endswith(" 1") and share else ""))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run the subjects named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -493,7 +527,7 @@ def main() -> None:
     text = table(results, head)
     print(text)
     if arguments.markdown:
-        arguments.markdown.write_text(text + "\n")
+        arguments.markdown.write_text(summary(results, head) + "\n\n" + text + "\n")
     if arguments.json:
         about = {"device": device, "torch": torch.__version__, "triton": triton.__version__}
         arguments.json.write_text(json.dumps({**about, "results": [asdict(r) for r in results]}, indent=1))

@@ -19,9 +19,9 @@ WORDS = tuple(word.value for word in (_T4, _T5, _T6, _T7))
 
 
 @triton.jit
-def codes_product(x, a, b, c, d, known, BATCH: tl.constexpr):
+def codes_product(x, a, b, c, d, known, DOUBLE: tl.constexpr):
     """Integer product of 32 codes, as they lie, with their activations."""
-    if BATCH == 1:
+    if DOUBLE:
         _, t4, t5, t6, t7 = known
         # A permute repeats the sign of the byte that a nibble of 8 or more, less 8, names. All of the lower half are
         # negative: -1 for codes of the upper half. All of the upper half are positive: 0 for the others. So two lookups and

@@ -11,7 +11,7 @@ not the memory but the integer unit, so activations are prepared once, for all m
 
 A type brings two functions. ``LOAD(words, header, row, unit, mask, EVEN, ALIGNED)`` returns the raw words of a unit
 (``words`` points to aligned words, the row's header and first block begin ``header`` and ``row`` bytes from there).
-``DOT(raw, x, sums, known, BATCH)`` returns, float32, the product of the unit with its 16 pairs of activations, without what
+``DOT(raw, x, sums, known, DOUBLE)`` returns, float32, the product of the unit with its 16 pairs of activations, without what
 ``HEADER(words, header)`` returns for the whole row; ``known`` is the pointer to the type's words and the first of these, in
 registers.
 
@@ -78,6 +78,8 @@ BATCHED: dict[int, tuple[Tuned, Tuned]] = {
     8: ((4, 128, 4, False), (4, 128, 4, False)),
 }
 """Batch -> as :attr:`Fused.tuned`, which is for one row of activations."""
+EXPERTS: Tuned = (4, 128, 2, False)
+"""For experts with rows of at most 4096 elements."""
 
 
 class Prepared(NamedTuple):
@@ -117,6 +119,9 @@ class Fused(NamedTuple):
         (block_nbytes, header_nbytes), for the alignment of words.
     unit_nbytes
         Bytes of a unit on average, its share of the block's scales included.
+    double
+        Whether ``dot``, of one row of activations, may double its integer products to spare other instructions in short
+        rows too: it pays in long ones.
     words, known
         32-bit words that ``dot`` gets a pointer to, and how many of them in registers.
     load_planes
@@ -132,6 +137,7 @@ class Fused(NamedTuple):
     order: int
     layout: tuple[int, int]
     unit_nbytes: float
+    double: bool = False
     words: tuple[int, ...] = ()
     known: int = 0
     load_planes: Any = None
@@ -287,7 +293,7 @@ def _linear(
     COUNT: tl.constexpr, TOUCH: tl.constexpr, HEADER_NBYTES: tl.constexpr,
     LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, STEP: tl.constexpr, SIDE_STEP: tl.constexpr,
     ROWS: tl.constexpr, T: tl.constexpr, BATCH: tl.constexpr, SINGLE: tl.constexpr, FULL: tl.constexpr,
-    EXPERTS: tl.constexpr, DEPENDENT: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
+    DOUBLE: tl.constexpr, EXPERTS: tl.constexpr, DEPENDENT: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
         if not EARLY:
@@ -339,7 +345,7 @@ def _linear(
     acc = (zero,) * (ROWS * BATCH)
     record = records + token * (n_groups * 160)
     if SINGLE:
-        acc = _step(acc, raw0, raw1, raw2, raw3, record, known, n_groups, lane, mask, DOT, ROWS, T, BATCH)
+        acc = _step(acc, raw0, raw1, raw2, raw3, record, known, n_groups, lane, mask, DOT, ROWS, T, BATCH, DOUBLE)
     else:
         for begin in range(0, n_units, T):
             # Where a lane's unit lies within its step never changes: only the pointers move on.
@@ -369,7 +375,9 @@ def _linear(
                     next3 = LOAD(w3 - back * STEP, _back(h3, back, SIDE_STEP, PLANES), r3, lane, more, EVEN, ALIGNED)
                 if not FULL:
                     mask = lane < n_units - begin
-                acc = _step(acc, raw0, raw1, raw2, raw3, record, known, n_groups, lane, mask, DOT, ROWS, T, BATCH)
+                acc = _step(
+                    acc, raw0, raw1, raw2, raw3, record, known, n_groups, lane, mask, DOT, ROWS, T, BATCH, DOUBLE
+                )
                 raw0, raw1, raw2, raw3 = next0, next1, next2, next3
             else:
                 if not FULL:
@@ -384,7 +392,9 @@ def _linear(
                 if ROWS > 2:
                     raw2 = LOAD(w2 - STEP, side2, r2, lane, mask, EVEN, ALIGNED)
                     raw3 = LOAD(w3 - STEP, side3, r3, lane, mask, EVEN, ALIGNED)
-                acc = _step(acc, raw0, raw1, raw2, raw3, record, known, n_groups, lane, mask, DOT, ROWS, T, BATCH)
+                acc = _step(
+                    acc, raw0, raw1, raw2, raw3, record, known, n_groups, lane, mask, DOT, ROWS, T, BATCH, DOUBLE
+                )
             record += T // 8 * 160
     scaled = ()
     for b in tl.static_range(BATCH):
@@ -439,17 +449,17 @@ def _join(parts, COUNT: tl.constexpr):
 @triton.jit
 def _step(
     acc, raw0, raw1, raw2, raw3, record, known, n_groups, unit, mask,
-    DOT: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, BATCH: tl.constexpr,
+    DOT: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, BATCH: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     new = ()
     for b in tl.static_range(BATCH):
         x, h, scale = _activations(record + b * (n_groups * 160), unit, mask, T)
-        new = new + (acc[b * ROWS] + DOT(raw0, x, h, known, BATCH) * scale,)
+        new = new + (acc[b * ROWS] + DOT(raw0, x, h, known, DOUBLE) * scale,)
         if ROWS > 1:
-            new = new + (acc[b * ROWS + 1] + DOT(raw1, x, h, known, BATCH) * scale,)
+            new = new + (acc[b * ROWS + 1] + DOT(raw1, x, h, known, DOUBLE) * scale,)
         if ROWS > 2:
-            new = new + (acc[b * ROWS + 2] + DOT(raw2, x, h, known, BATCH) * scale,)
-            new = new + (acc[b * ROWS + 3] + DOT(raw3, x, h, known, BATCH) * scale,)
+            new = new + (acc[b * ROWS + 2] + DOT(raw2, x, h, known, DOUBLE) * scale,)
+            new = new + (acc[b * ROWS + 3] + DOT(raw3, x, h, known, DOUBLE) * scale,)
     return new
 
 
@@ -538,6 +548,8 @@ def linear(
             linear(fused, half, rows, out[part], planes=planes, tuned=tuned)
         return
     chosen = fused.tuned_planes or fused.tuned if side is not data else fused.tuned
+    if ids is not None:
+        chosen = (EXPERTS, chosen[1])
     n_per_program, units, warps, ahead = tuned or (chosen if width == 1 else BATCHED[width])[n_units > SHORT]
     lead = _launch.lead_of(data)
     steps = (lead, row_nbytes, *fused.layout)
@@ -577,6 +589,7 @@ def linear(
             BATCH=width,
             SINGLE=n_units <= units,
             FULL=n_units % units == 0,
+            DOUBLE=width == 1 and (fused.double or n_units > units),
             AHEAD=ahead,
             EXPERTS=ids is not None,
             DEPENDENT=dependent,

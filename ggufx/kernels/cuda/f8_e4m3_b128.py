@@ -109,12 +109,12 @@ def _product(raw, x, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def _dot(raw, x, sums, known, BATCH: tl.constexpr):
+def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
     return _product(raw, x, True)
 
 
 @triton.jit
-def _dot_older(raw, x, sums, known, BATCH: tl.constexpr):
+def _dot_older(raw, x, sums, known, DOUBLE: tl.constexpr):
     return _product(raw, x, False)
 
 

@@ -72,7 +72,7 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
-def _dot(raw, x, sums, known, BATCH: tl.constexpr):
+def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
     a, b, extra, scales = raw
     _, low, high = known
     total = (a * 0).to(tl.int32)

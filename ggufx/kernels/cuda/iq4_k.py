@@ -75,7 +75,7 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
-def _dot(raw, x, sums, known, BATCH: tl.constexpr):
+def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
     a, b, c, e, d, flags, low, high = raw
     a0, a1 = codes16(a, _U0, _U1, _U2, _U3), codes16(a >> 16, _U0, _U1, _U2, _U3)
     b0, b1 = codes16(b, _U0, _U1, _U2, _U3), codes16(b >> 16, _U0, _U1, _U2, _U3)

@@ -63,8 +63,8 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
-def _dot(raw, x, sums, known, BATCH: tl.constexpr):
-    total = codes_product(x, raw[0], raw[1], raw[2], raw[3], known, BATCH)
+def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
+    total = codes_product(x, raw[0], raw[1], raw[2], raw[3], known, DOUBLE)
     c = raw[4].to(tl.int32)
     total += _SHIFT * (c & 1) * sums[2]
     return total.to(tl.float32) * ((c & 254) - 127).to(tl.float32)
@@ -85,6 +85,7 @@ _FUSED = _linear.Fused(
     tuned=((4, 128, 4, False), (2, 128, 4, True)),
     words=WORDS,
     known=4,
+    double=True,
 )
 
 

@@ -65,8 +65,8 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
-def _dot(raw, x, sums, known, BATCH: tl.constexpr):
-    return codes_product(x, raw[0], raw[1], raw[2], raw[3], known, BATCH).to(tl.float32) * widen_half(raw[4])
+def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
+    return codes_product(x, raw[0], raw[1], raw[2], raw[3], known, DOUBLE).to(tl.float32) * widen_half(raw[4])
 
 
 _FUSED = _linear.Fused(
@@ -79,6 +79,7 @@ _FUSED = _linear.Fused(
     tuned=((2, 128, 2, False), (4, 256, 8, False)),
     words=WORDS,
     known=4,
+    double=True,
 )
 
 

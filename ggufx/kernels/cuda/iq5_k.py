@@ -93,7 +93,7 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
-def _dot(raw, x, sums, known, BATCH: tl.constexpr):
+def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
     a, b, c, e, p, q, r, t, d, flags, low, high, shift = raw
     p, q, r, t = p >> shift, q >> shift, r >> shift, t >> shift
     a0, a1, b0, b1 = codes32(a, p), codes32(a >> 16, p >> 16), codes32(b, q), codes32(b >> 16, q >> 16)

@@ -105,10 +105,10 @@ def _magnitudes(x, a, b, c, d, low, high):
 
 
 @triton.jit
-def _dot(raw, x, sums, known, BATCH: tl.constexpr):
+def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
     a, b, c, d, e = raw
     _, p0, p1, n0, n1, low, high = known
-    if BATCH == 1:
+    if DOUBLE:
         # Twice the products, which do not burden the integer unit, and no subtractions, which do.
         total = _magnitudes(x, a, b, c, d, low, high)
         total -= _magnitudes(x, a ^ 0x88888888, b ^ 0x88888888, c ^ 0x88888888, d ^ 0x88888888, low, high)
@@ -142,7 +142,7 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(17, 0),
     unit_nbytes=17,
-    tuned=((2, 128, 2, False), (4, 256, 8, False)),
+    tuned=((2, 128, 2, False), (4, 128, 4, False)),
     words=tuple(word.value for word in (_P0, _P1, _N0, _N1, _M0, _M1)),
     known=6,
 )

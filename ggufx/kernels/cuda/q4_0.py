@@ -46,7 +46,7 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
-def _dot(raw, x, sums, known, BATCH: tl.constexpr):
+def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
     a, b, c, e, d = raw
     mask: tl.constexpr = 0x0F0F0F0F
     total = dots4(x, 0, a & mask, b & mask, c & mask, e & mask, False)

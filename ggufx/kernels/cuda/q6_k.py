@@ -60,7 +60,7 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
-def _dot(raw, x, sums, known, BATCH: tl.constexpr):
+def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
     a, b, c, e, p, q, r, t, d, s0, s1, shift = raw
     p, q, r, t = p >> shift, q >> shift, r >> shift, t >> shift
     first = dots4(x, 0, _six(a, p), _six(b, q), _six(c, r), _six(e, t), False) - 32 * sums[0]

@@ -59,7 +59,7 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
-def _dot(raw, x, sums, known, BATCH: tl.constexpr):
+def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
     total = dots4(x, 0, raw[0], raw[1], raw[2], raw[3], True) + dots4(x, 4, raw[4], raw[5], raw[6], raw[7], True)
     return total.to(tl.float32) * widen_half(raw[8])
 
