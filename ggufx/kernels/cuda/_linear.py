@@ -67,17 +67,15 @@ GROUP_LEN = 256
 MAX_BATCH = 8
 SHORT = 128
 """Units of a row up to which one step takes it all."""
+MANY = 4096
+"""Rows from which every multiprocessor has enough of them."""
 
 
 Tuned = tuple[int, int, int, bool]
 
 
-BATCHED: dict[int, tuple[Tuned, Tuned]] = {
-    2: ((4, 128, 4, False), (4, 128, 4, False)),
-    4: ((4, 128, 4, False), (4, 128, 4, False)),
-    8: ((4, 128, 4, False), (4, 128, 4, False)),
-}
-"""Batch -> as :attr:`Fused.tuned`, which is for one row of activations."""
+BATCHED: Tuned = (4, 128, 4, False)
+"""As :attr:`Fused.tuned`, for several rows of activations."""
 EXPERTS: Tuned = (4, 128, 2, False)
 """For experts with rows of at most 4096 elements."""
 
@@ -126,9 +124,9 @@ class Fused(NamedTuple):
         32-bit words that ``dot`` gets a pointer to, and how many of them in registers.
     load_planes
         As ``load``, for codes and scales in separate planes: ``words`` points to a row's codes, ``header`` to its scales.
-    tuned
-        (rows of a program, units of a step, warps, whether the next step's weights are loaded ahead), for rows of at most
-        4096 elements and for longer ones: measured. ``tuned_planes``: the same for planes.
+    tuned, tuned_planes
+        (rows of a program, units of a step, warps, whether the next step's weights are loaded ahead), for few rows of at most
+        4096 elements, for many, and for longer ones: measured, without and with planes.
     """
 
     load: Any
@@ -141,8 +139,8 @@ class Fused(NamedTuple):
     words: tuple[int, ...] = ()
     known: int = 0
     load_planes: Any = None
-    tuned: tuple[Tuned, Tuned] = ((4, 128, 4, False), (4, 128, 4, False))
-    tuned_planes: tuple[Tuned, Tuned] | None = None
+    tuned: tuple[Tuned, Tuned, Tuned] = ((2, 128, 4, False), (4, 128, 2, False), (4, 128, 4, False))
+    tuned_planes: tuple[Tuned, Tuned, Tuned] | None = None
 
 
 @triton.jit
@@ -548,9 +546,13 @@ def linear(
             linear(fused, half, rows, out[part], planes=planes, tuned=tuned)
         return
     chosen = fused.tuned_planes or fused.tuned if side is not data else fused.tuned
-    if ids is not None:
-        chosen = (EXPERTS, chosen[1])
-    n_per_program, units, warps, ahead = tuned or (chosen if width == 1 else BATCHED[width])[n_units > SHORT]
+    if n_units > SHORT:
+        best = chosen[2] if width == 1 else BATCHED
+    elif ids is not None:
+        best = EXPERTS
+    else:
+        best = chosen[n_rows >= MANY] if width == 1 else BATCHED
+    n_per_program, units, warps, ahead = tuned or best
     lead = _launch.lead_of(data)
     steps = (lead, row_nbytes, *fused.layout)
     dependent = _dependent(rows.device)

@@ -126,9 +126,9 @@ _FUSED = {
         order=ORDER,
         layout=(129, 0),
         unit_nbytes=129 / 4,
-        tuned=((4, 128, 1, False), (2, 256, 8, False)),
+        tuned=((4, 128, 1, False), (4, 128, 1, False), (2, 256, 8, False)),
         load_planes=_load_planes,
-        tuned_planes=((4, 128, 4, False), (4, 256, 8, False)),
+        tuned_planes=((2, 128, 4, False), (4, 128, 4, False), (4, 256, 8, False)),
     )
     for hardware in (False, True)
 }

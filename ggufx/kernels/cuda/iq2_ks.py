@@ -104,7 +104,7 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(70, 2),
     unit_nbytes=70 / 8,
-    tuned=((4, 128, 4, False), (1, 128, 4, False)),
+    tuned=((2, 128, 4, False), (4, 128, 4, False), (1, 128, 4, False)),
     words=(_U0.value, _U1.value),
     known=2,
 )

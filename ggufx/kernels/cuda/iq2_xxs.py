@@ -105,7 +105,7 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(66, 0),
     unit_nbytes=66 / 8,
-    tuned=((2, 128, 4, False), (4, 256, 8, False)),
+    tuned=((2, 128, 4, False), (2, 128, 4, False), (4, 256, 8, False)),
     words=_WORDS,
     known=2,
 )

@@ -106,7 +106,7 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(102, 2),
     unit_nbytes=102 / 8,
-    tuned=((2, 128, 2, False), (1, 128, 4, False)),
+    tuned=((2, 128, 4, False), (2, 128, 2, False), (1, 128, 4, False)),
     words=(_U0.value, _U1.value),
     known=2,
 )

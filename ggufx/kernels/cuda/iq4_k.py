@@ -103,7 +103,7 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(144, 0),
     unit_nbytes=144 / 8,
-    tuned=((4, 128, 2, False), (1, 128, 4, False)),
+    tuned=((4, 128, 2, False), (4, 128, 2, False), (1, 128, 4, False)),
 )
 
 

@@ -120,7 +120,7 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(176, 0),
     unit_nbytes=176 / 8,
-    tuned=((2, 128, 4, False), (1, 128, 4, False)),
+    tuned=((2, 128, 4, False), (4, 128, 2, False), (1, 128, 4, False)),
 )
 
 

@@ -142,7 +142,7 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(17, 0),
     unit_nbytes=17,
-    tuned=((2, 128, 2, False), (4, 128, 4, False)),
+    tuned=((2, 128, 2, False), (4, 128, 1, False), (4, 128, 4, False)),
     words=tuple(word.value for word in (_P0, _P1, _N0, _N1, _M0, _M1)),
     known=6,
 )

@@ -97,7 +97,7 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(144, 0),
     unit_nbytes=144 / 8,
-    tuned=((4, 128, 1, False), (2, 256, 8, False)),
+    tuned=((4, 128, 1, False), (4, 128, 1, False), (2, 256, 8, False)),
 )
 
 
