@@ -117,7 +117,7 @@ def test_decode_writes_nothing_beyond() -> None:
 
 @pytest.mark.parametrize("name", TYPES)
 def test_linear(name: str) -> None:
-    for seed, (batch, n_rows, blocks, lead) in enumerate([(1, 5, 3, 0), (3, 1, 2, 1)]):
+    for seed, (batch, n_rows, blocks, lead) in enumerate([(1, 3, 3, 0), (3, 1, 1, 1)]):
         rows = finite_rows(name, n_rows, blocks, lead, seed)
         x = torch.randn(batch, blocks * types.get(name).layout.block_len, device=DEVICE)
         out = torch.full((batch, n_rows), math.nan, device=DEVICE)
@@ -143,6 +143,15 @@ def test_linear_of_long_rows_and_eight_tokens() -> None:
     out = torch.full((7, 1), math.nan, device=DEVICE)
     kernel("Q8_0").linear(x, rows, out)
     assert error("Q8_0", rows, x, out) < 5e-4
+
+
+def test_linear_refuses_what_it_cannot() -> None:
+    rows = finite_rows("Q4_0", 2, 2)
+    with pytest.raises(ValueError, match="at most 8 rows"):
+        kernel("Q4_0").linear(torch.ones(9, 64, device=DEVICE), rows, torch.empty(9, 2, device=DEVICE))
+    other = _linear.prepare(torch.ones(1, 64, device=DEVICE), kernel("MXFP4").ORDER)
+    with pytest.raises(ValueError, match="order"):
+        kernel("Q4_0").linear(other, rows, torch.empty(1, 2, device=DEVICE))
 
 
 def test_linear_of_planes() -> None:

@@ -46,7 +46,7 @@ def lead_of(rows: torch.Tensor) -> int:
 
 @cache
 def table(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Return 32-bit words on ``device``, uploaded once per device."""
+    """Return 32-bit words on ``device``, uploaded once per device: by its first use, which no graph may capture."""
     signed = [value - (1 << 32) if value >= 1 << 31 else value for value in values]
     return torch.tensor(signed, dtype=torch.int32, device=device)
 

@@ -16,7 +16,8 @@ A type brings two functions. ``LOAD(words, header, row, unit, mask, EVEN, ALIGNE
 registers.
 
 Launches are dependent where the device can: a program loads its first weights while the kernel before drains, and waits only
-before it reads the activations. Weights therefore must not be written by that very kernel; :func:`prepare` is always between.
+before it reads the activations. Weights therefore must not be written by that very kernel: :func:`prepare`, which waits first,
+is between where a product is given plain activations; whoever gives prepared ones promises it.
 """
 
 from __future__ import annotations
@@ -526,7 +527,11 @@ def linear(
     early = ids is None or settled or not isinstance(x, Prepared)
     if out.numel() == 0:
         return
+    if ids is None and out.shape[0] > MAX_BATCH:
+        raise ValueError(f"a fused product takes at most {MAX_BATCH} rows of activations, got {out.shape[0]}")
     prepared = prepare(x, int(fused.order)) if isinstance(x, torch.Tensor) else x
+    if prepared.order != fused.order:
+        raise ValueError(f"activations prepared in order {prepared.order}, this type reads order {fused.order}")
     n_units, n_groups = prepared.row_len // 32, prepared.records.shape[1]
     if n_units == 0:
         out.zero_()
