@@ -496,18 +496,39 @@ def _heads(chosen, out, first, real, nothing, HEADS: tl.constexpr, ZERO: tl.cons
         flags = tl.zeros(first.shape, tl.int32)
         high = tl.zeros(first.shape, tl.int32)
         for q in tl.static_range(4):
-            # Nibbles: pairs of neighbours in IQ2_KS, sub-blocks four apart in IQ3_KS.
-            a: tl.constexpr = q if HEADS else 2 * q
-            b: tl.constexpr = q + 4 if HEADS else 2 * q + 1
-            left = _scale(chosen, first + a, real, nothing, ZERO)
-            right = _scale(chosen, first + b, real, nothing, ZERO)
-            flags |= (left >> 8) << a | (right >> 8) << b
-            high |= (left >> 4 & 1) << a | (right >> 4 & 1) << b
+            # Nibbles: pairs of neighbours in IQ2_KS (0), sub-blocks four apart in IQ3_KS (1).
+            left = _scale(chosen, first + (q * (2 - HEADS)), real, nothing, ZERO)
+            right = _scale(chosen, first + (q * (2 - HEADS) + (1 + 3 * HEADS)), real, nothing, ZERO)
+            flags |= (left >> 8) << (q * (2 - HEADS)) | (right >> 8) << (q * (2 - HEADS) + (1 + 3 * HEADS))
+            high |= (left >> 4 & 1) << (q * (2 - HEADS)) | (right >> 4 & 1) << (q * (2 - HEADS) + (1 + 3 * HEADS))
             tl.store(out + (2 + q), (left & 15 | (right & 15) << 4).to(tl.uint8), mask=real)
         if HEADS:
             flags, high = high, flags
         tl.store(out, flags.to(tl.uint8), mask=real)
         tl.store(out + 1, high.to(tl.uint8), mask=real)
+
+
+@triton.jit
+def _plane(
+    values, chosen, terms, start, block, inside, nothing, shrink,
+    N: tl.constexpr, BITS: tl.constexpr, FROM: tl.constexpr, RUN: tl.constexpr, AT: tl.constexpr,
+    SHIFT: tl.constexpr, MIDS: tl.constexpr, POSITIVE: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Write ``BITS`` bits of every code, those from bit ``FROM`` on, at byte ``AT`` of the blocks."""
+    t = tl.arange(0, 32 * BITS)[None, :]
+    packed = tl.zeros([BLOCKS, 32 * BITS], tl.int32)
+    for q in tl.static_range(8 // BITS):
+        e = (t // RUN) * (RUN * (8 // BITS)) + q * RUN + t % RUN
+        sub = block[:, None] * (256 // N) + e // N
+        x = tl.load(values + (block.to(tl.int64)[:, None] * 256 + e), mask=inside, other=0.0) * shrink
+        off = (tl.load(chosen + sub, mask=inside, other=0) >> 8) * SHIFT
+        z = x * tl.load(terms + sub, mask=inside, other=0.0) - off
+        code = tl.zeros([BLOCKS, 32 * BITS], tl.int32)
+        for k in tl.static_range(len(MIDS)):
+            code += (z > MIDS[k]).to(tl.int32)
+        code = tl.where(nothing, POSITIVE, code)
+        packed |= (code >> FROM & ((1 << BITS) - 1)) << (q * BITS)
+    tl.store(start[:, None] + (AT + t), packed.to(tl.uint8), mask=inside)
 
 
 @triton.jit
@@ -537,26 +558,11 @@ def _pack(
         tl.store(row + k if WHOLE_ROW else start + k, (stored >> (8 * k) & 255).to(tl.uint8), mask=first_of_row)
     _heads(chosen, start, block * (256 // N), real, empty_group, HEADS, ZERO)
     inside = real[:, None]
-    nothing = empty_group[:, None]
-    shrink = down(field)[:, None]
     for p in tl.static_range(len(PLANES)):
-        bits: tl.constexpr = PLANES[p][0]
-        shift: tl.constexpr = PLANES[p][1]
-        run: tl.constexpr = PLANES[p][2]
-        t = tl.arange(0, 32 * bits)[None, :]
-        packed = tl.zeros([BLOCKS, 32 * bits], tl.int32)
-        for q in tl.static_range(8 // bits):
-            e = (t // run) * (run * (8 // bits)) + q * run + t % run
-            sub = block[:, None] * (256 // N) + e // N
-            x = tl.load(values + (block.to(tl.int64)[:, None] * 256 + e), mask=inside, other=0.0) * shrink
-            off = (tl.load(chosen + sub, mask=inside, other=0) >> 8) * SHIFT
-            z = x * tl.load(terms + sub, mask=inside, other=0.0) - off
-            code = tl.zeros([BLOCKS, 32 * bits], tl.int32)
-            for k in tl.static_range(len(MIDS)):
-                code += (z > MIDS[k]).to(tl.int32)
-            code = tl.where(nothing, POSITIVE, code)
-            packed |= (code >> shift & ((1 << bits) - 1)) << (q * bits)
-        tl.store(start[:, None] + (PLANES[p][3] + t), packed.to(tl.uint8), mask=inside)
+        _plane(
+            values, chosen, terms, start, block, inside, empty_group[:, None], down(field)[:, None],
+            N, PLANES[p][0], PLANES[p][1], PLANES[p][2], PLANES[p][3], SHIFT, MIDS, POSITIVE, BLOCKS,
+        )  # fmt: skip
 
 
 def _weights(importance: torch.Tensor, sub_len: int) -> torch.Tensor:

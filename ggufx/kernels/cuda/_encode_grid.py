@@ -167,11 +167,12 @@ def _line(grid, size, w, twice_odd, key):
 @triton.jit
 def _sample(
     values, importance, fields, sigma, tops, multiples, grid, order, begins, lines, n_blocks, blocks_per_row,
-    BY_ENERGY: tl.constexpr, LEFTS: tl.constexpr, LANES: tl.constexpr,
+    BY_ENERGY: tl.constexpr, LEFTS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Best points of runs at 8 sampled scales of their group: their A and B, ``lines`` [32 runs, 8 scales, 2, blocks]."""
-    block = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    run = tl.program_id(1)
+    lane = tl.arange(0, LANES)
+    block = tl.program_id(0) * BLOCKS + lane % BLOCKS
+    run = tl.program_id(1) * (LANES // BLOCKS) + lane // BLOCKS
     real = block < n_blocks
     field = tl.load(fields + block, mask=real, other=1)
     size, w, signs, twice_odd, energy = _run(
@@ -322,7 +323,7 @@ def _fit(
         better = cost < least
         least = tl.where(better, cost, least)
         d = tl.where(better, tried, d)
-    _, ub, uua, _ = _evaluate(lines, fitted, d, n_blocks, block, real, LANES)
+    unused, ub, uua, unused_word = _evaluate(lines, fitted, d, n_blocks, block, real, LANES)
     usual = (uua > 0.0) & (ub > 0.0)
     d = tl.where(usual, ratio(ub, uua), d)
     middle = half_bits(d * up(field))
@@ -337,7 +338,7 @@ def _fit(
         bits = middle + shift
         valid = some & (bits > 0) & (tl.abs(shift + tl.zeros([LANES], tl.int32)) <= reach)
         tried = half_value(tl.where(valid, bits, 0x3C00)) * down(field)
-        error, _, _, numbers = _evaluate(lines, fitted, tried, n_blocks, block, real, LANES)
+        error, ub, uua, numbers = _evaluate(lines, fitted, tried, n_blocks, block, real, LANES)
         better = valid & (error < least)
         least = tl.where(better, error, least)
         found = tl.where(better, bits, found)
@@ -349,12 +350,13 @@ def _fit(
 @triton.jit
 def _write(
     values, importance, fields, sigma, chosen, stored, grid, order, begins, out, n_blocks, blocks_per_row,
-    BY_ENERGY: tl.constexpr, LEFTS: tl.constexpr, LANES: tl.constexpr,
+    BY_ENERGY: tl.constexpr, LEFTS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Write the bytes of a group of every block, its points the best of the whole grid."""
-    block = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    group = tl.program_id(1)
-    real = block < n_blocks
+    lane = tl.arange(0, LANES)
+    block = tl.program_id(0) * BLOCKS + lane % BLOCKS
+    group = tl.program_id(1) * (LANES // BLOCKS) + lane // BLOCKS
+    real = (block < n_blocks) & (group < 8)
     field = tl.load(fields + block, mask=real, other=1)
     bits = tl.load(stored + block, mask=real, other=0)
     some = bits > 0
@@ -362,7 +364,7 @@ def _write(
     d = half_value(bits) * down(field)
     scale = tl.maximum(d * (2 * number + 1).to(tl.float32) * 0.125, 1e-12)
     start = out + block.to(tl.int64) * 66
-    store_half(start, 0, bits, real & (group + tl.zeros([LANES], tl.int32) == 0))
+    store_half(start, 0, bits, real & (group == 0))
     start += 2 + 8 * group
     word = tl.where(some, number << 28, 0)
     for run in range(4):
@@ -414,18 +416,20 @@ def _encode_rows(values: torch.Tensor, weights: torch.Tensor, out: torch.Tensor,
     sigma, lines, fitted = empty(n, values), empty(512 * n, values), empty(8 * n, values)
     grid, order, begins = table(_grid, device), table(_order, device), table(_begins, device)
     (programs,) = lanes_of(n, _LANES)
+    # Of few blocks, all 32 runs (or the 8 groups, and idle lanes) lie in the lanes of one program.
+    blocks = _LANES if n >= 4 * _LANES else _LANES // 32
     options = {"LANES": _LANES, "num_warps": 4, **STRICT}
-    search = {"BY_ENERGY": not mse, "LEFTS": _begins().size - 1, **options}
+    search = {"BY_ENERGY": not mse, "LEFTS": _begins().size - 1, "BLOCKS": blocks, **options}
     launch: Any = _survey[(programs,)]
     launch(values, fields, sigma, tops, n, **options)
-    launch = _sample[(programs, 32)]
+    launch = _sample[(triton.cdiv(n, blocks), 32 * blocks // _LANES)]
     launch(
         values, weights, fields, sigma, tops, table(_multiples, device), grid, order, begins, lines, n, blocks_per_row,
         **search,
     )  # fmt: skip
     launch = _fit[(programs,)]
     launch(lines, fields, table(_ratios, device), fitted, chosen, stored, n, **options)
-    launch = _write[(programs, 8)]
+    launch = _write[(triton.cdiv(n, blocks), max(1, 8 * blocks // _LANES))]
     launch(
         values, weights, fields, sigma, chosen, stored, grid, order, begins, out, n, blocks_per_row, **search,
     )  # fmt: skip
