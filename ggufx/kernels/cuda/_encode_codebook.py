@@ -311,7 +311,9 @@ def _stored(d, grow, shrink, HALF: tl.constexpr, LEAST: tl.constexpr, MOST: tl.c
     """Round D, in normalised units, as the file stores it, never to zero or infinity."""
     lowest = 2.0**-60  # of a group near 1: keeps the way back from underflowing
     value = tl.where(tl.abs(d) < lowest, tl.where(d < 0.0, -lowest, lowest), d) * grow
-    size = tl.minimum(tl.maximum(tl.abs(value), LEAST), MOST)
+    # By bits: Triton takes a literal below the normal float32 for a float64.
+    least = float_of(tl.full(d.shape, LEAST, tl.int32))
+    size = tl.minimum(tl.maximum(tl.abs(value), least), MOST)
     if HALF:
         size = size.to(tl.float16).to(tl.float32)
     return tl.where(value < 0.0, -size, size) * shrink
@@ -602,7 +604,7 @@ def _encode_rows(
     extreme = float(max(abs(book.low), abs(book.low + book.step * (book.count - 1))))
     kept = {
         "HALF": book.half,
-        "LEAST": 2.0**-24 if book.half else 2.0**-149,
+        "LEAST": int(np.float32(2.0**-24 if book.half else 2.0**-149).view(np.int32)),
         "MOST": 65504.0 if book.half else float(np.float32(3.4e38 / 127 / 127)),
     }
     legal = {"LOW": float(book.low), "STEP": float(book.step), "COUNT": float(book.count)}

@@ -70,13 +70,8 @@ def _error(size, w, factor, back, WEIGHTED: tl.constexpr):
     for j in tl.static_range(32):
         a = size[j] * factor
         # A magnitude on a threshold stays below.
-        y = tl.where(a > 0.5, 1.0, 0.0)
-        y = tl.where(a > 1.5, 2.0, y)
-        y = tl.where(a > 2.5, 3.0, y)
-        y = tl.where(a > 3.5, 4.0, y)
-        y = tl.where(a > 5.0, 6.0, y)
-        y = tl.where(a > 7.0, 8.0, y)
-        y = tl.where(a > 10.0, 12.0, y)
+        y = (a > 0.5).to(tl.float32) + (a > 1.5).to(tl.float32) + (a > 2.5).to(tl.float32) + (a > 3.5).to(tl.float32)
+        y += tl.where(a > 5.0, 2.0, 0.0) + tl.where(a > 7.0, 2.0, 0.0) + tl.where(a > 10.0, 4.0, 0.0)
         off = size[j] - y * back
         if WEIGHTED:
             total += w[j] * off * off
@@ -116,7 +111,13 @@ def _mxfp4(
         w = size
         if WEIGHTED:
             w = load_elements(importance, (block % blocks_per_row) * 32, real, 32)
-        larger = (_error(size, w, 0.5, 2.0, WEIGHTED) < _error(size, w, 1.0, 1.0, WEIGHTED)) & (e < 252)
+        # The scale itself, then the next larger one.
+        error = tl.zeros([LANES], tl.float32)
+        larger = e < 0
+        for k in range(2):
+            tried = _error(size, w, 1.0 - 0.5 * k, 1.0 + k, WEIGHTED)
+            larger = (tried < error) & (e < 252)
+            error = tried
         e += larger.to(tl.int32)
     f, g = _factors(e)
     start = out + block * 17
