@@ -31,7 +31,7 @@ from ggufx.kernels.cuda._encode_common import (
     halving_sum,
     inverse_of,
     lanes_of,
-    load_elements,
+    load_quads,
     ratio,
     rounded,
     scaled_by,
@@ -44,6 +44,8 @@ __all__ = ["CODEBOOKS", "encode"]
 
 _PIECE_LEN: Final = 1 << 25
 """Weights encoded at a time: scratch memory is 20 to 40 bytes a weight."""
+_SEARCH: Final[dict[str, int]] = {"LANES": 128, "num_warps": 4}
+_CHOOSE: Final[dict[str, int]] = {"num_warps": 4}
 _STARTS: Final = 8
 _WINDOW: Final = 16
 _VALUES: Final = 256
@@ -212,14 +214,14 @@ def _weighed(
     """Return the normalised elements of a lane's sub-block and their weights."""
     real = sub < n_subs
     field = exponent_field(tl.load(top + sub // subs_per_group, mask=real, other=0))
-    x = scaled_by(load_elements(values, sub.to(tl.int64) * N, real, N), down(field), N)
+    x = scaled_by(load_quads(values, sub.to(tl.int64) * N, real, N), down(field), N)
     level = tl.load(mean + sub // (256 // N), mask=real, other=0.0)
     w = ()
     if WEIGHTED:
         squares = halving_sum(times(x, x, N), N, LEVELS)
         size = up(field)
         dead = squares * size * size <= N * 1e-18
-        m = load_elements(importance, (sub % subs_per_row) * N, real, N)
+        m = load_quads(importance, (sub % subs_per_row) * N, real, N)
         level = SIGMA * level + 1e-18
         for j in tl.static_range(N):
             weight = tl.where(dead, 1e-9, m[j])
@@ -342,16 +344,21 @@ def _choose(
     d = _stored(base * tl.load(multiples + j), grow, shrink, HALF, LEAST, MOST)
     back = inverse_of(d)
     cost = tl.zeros([VALUES], tl.float32)
-    for k in range(subs_per_group):
-        least = tl.full([VALUES], float("inf"), tl.float32)
-        for kind in tl.static_range(4):
-            at = start + kind * n_subs + k
-            centre = tl.load(at)
-            index = (centre * back - LOW) * (1.0 / STEP)
-            index = rounded(tl.minimum(tl.maximum(index, 0.0), COUNT - 1.0))
-            off = d * (index * STEP + LOW) - centre
-            least = tl.minimum(least, tl.load(at + 4 * n_subs) * off * off - tl.load(at + 8 * n_subs))
-        cost += least
+    for first in range(0, subs_per_group, 4):  # always a multiple of 8
+        parabolas = ()
+        for k in tl.static_range(4):
+            for kind in tl.static_range(4):
+                at = start + kind * n_subs + first + k
+                parabolas = parabolas + (tl.load(at), tl.load(at + 4 * n_subs), tl.load(at + 8 * n_subs))
+        for k in tl.static_range(4):
+            least = tl.full([VALUES], float("inf"), tl.float32)
+            for kind in tl.static_range(4):
+                centre = parabolas[12 * k + 3 * kind]
+                index = (centre * back - LOW) * (1.0 / STEP)
+                index = rounded(tl.minimum(tl.maximum(index, 0.0), COUNT - 1.0))
+                off = d * (index * STEP + LOW) - centre
+                least = tl.minimum(least, parabolas[12 * k + 3 * kind + 1] * off * off - parabolas[12 * k + 3 * kind + 2])
+            cost += least
     where = tl.min(tl.where(cost == tl.min(cost, axis=0), j, VALUES), axis=0)
     chosen = tl.sum(tl.where(j == where, d, 0.0), axis=0)
     tl.store(d_first + group, chosen)
@@ -444,18 +451,23 @@ def _pick(
 @triton.jit
 def _refit(
     terms, top, d_now, n_groups, n_subs, subs_per_group,
-    HALF: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, GROUPS: tl.constexpr,
+    HALF: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, BATCH: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """D of least error for the scales picked: a quotient of sums in order of sub-blocks."""
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     real = group < n_groups
     above = tl.zeros([GROUPS], tl.float32)
     below = tl.zeros([GROUPS], tl.float32)
-    for first in range(0, subs_per_group, 8):
-        at = group * subs_per_group + first
-        tops = load_elements(terms, at, real, 8)
-        bottoms = load_elements(terms + n_subs, at, real, 8)
-        for k in tl.static_range(8):
+    # Many loads at a time: each waits long, and the sums are short.
+    for first in range(0, subs_per_group, BATCH):
+        tops = ()
+        bottoms = ()
+        for k in tl.static_range(BATCH):
+            at = terms + group * subs_per_group + first + k
+            inside = real & (group * 0 + (first + k) < subs_per_group)
+            tops = tops + (tl.load(at, mask=inside, other=0.0),)
+            bottoms = bottoms + (tl.load(at + n_subs, mask=inside, other=0.0),)
+        for k in tl.static_range(BATCH):
             above += tops[k]
             below += bottoms[k]
     field = exponent_field(tl.load(top + group, mask=real, other=0))
@@ -619,8 +631,7 @@ def _encode_rows(
         "TABLE": tuple(float(v) for v in book.table),
         "MIDS": mids,
         "SHIFT": float(book.shift),
-        "LANES": 128,
-        "num_warps": 4,
+        **_SEARCH,
         **STRICT,
     }
     top = empty(n_groups, values, torch.int32)
@@ -634,8 +645,7 @@ def _encode_rows(
         launch(values, top, row_len, TILE=1024, num_warps=4, **STRICT)
     launch = _means[lanes_of(n_blocks, 16)]
     launch(values, top, mean, n_blocks, blocks_per_row, WHOLE_ROW=book.whole_row, BLOCKS=16, num_warps=4, **STRICT)
-    grid = lanes_of(n_subs, 128)
-    launch = _starts[grid]
+    launch = _starts[lanes_of(n_subs, _SEARCH["LANES"])]
     launch(
         values, m, top, mean, table(_units(book.starts), device), lookup, fits, total, n_subs, subs_per_group, subs_per_row,
         STARTS=_STARTS, **search,
@@ -643,9 +653,9 @@ def _encode_rows(
     launch = _choose[(n_groups,)]
     launch(
         fits, top, table(_multiples(symmetric), device), d_first, d_now, n_subs, subs_per_group,
-        EXTREME=extreme, VALUES=_VALUES, num_warps=4, **legal, **kept, **STRICT,
+        EXTREME=extreme, VALUES=_VALUES, **_CHOOSE, **legal, **kept, **STRICT,
     )  # fmt: skip
-    launch = _windows[grid]
+    launch = _windows[lanes_of(n_subs, _SEARCH["LANES"])]
     launch(
         values, m, top, mean, fits, d_first, lookup, sums, n_subs, subs_per_group, subs_per_row,
         WINDOW=_WINDOW, **legal, **search,
@@ -654,7 +664,7 @@ def _encode_rows(
     groups = 1 if book.whole_row else 128
     for turn in range(4):
         last = turn == 3
-        launch = _pick[grid]
+        launch = _pick[lanes_of(n_subs, 128)]
         launch(
             fits, sums, total, d_first, d_now, chosen, terms, n_subs, subs_per_group,
             WINDOW=_WINDOW, LAST=last, LANES=128, num_warps=4, **legal, **STRICT,
@@ -663,7 +673,7 @@ def _encode_rows(
             launch = _refit[lanes_of(n_groups, groups)]
             launch(
                 terms, top, d_now, n_groups, n_subs, subs_per_group,
-                GROUPS=groups, num_warps=1 if book.whole_row else 4, **kept, **STRICT,
+                BATCH=32 if book.whole_row else 16, GROUPS=groups, num_warps=1 if book.whole_row else 4, **kept, **STRICT,
             )  # fmt: skip
     launch = _pack[lanes_of(n_blocks, 8)]
     launch(

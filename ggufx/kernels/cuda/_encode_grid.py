@@ -24,12 +24,14 @@ from ggufx.kernels.cuda._encode_common import (
     empty,
     exponent_field,
     half_bits,
+    greatest_bits,
     half_value,
     lanes_of,
-    load_elements,
+    load_quads,
     ratio,
     relative,
     rounded,
+    scaled_by,
     store_half,
     table,
     up,
@@ -81,24 +83,23 @@ def _survey(values, fields, sigma, tops, n_blocks, LANES: tl.constexpr):
     """Per block: exponent field, mean square and, of each group of 32, the largest magnitude (``tops`` [8, blocks])."""
     block = tl.program_id(0) * LANES + tl.arange(0, LANES)
     real = block < n_blocks
-    start = values + block.to(tl.int64) * 256
+    at = block.to(tl.int64) * 256
     top = tl.zeros([LANES], tl.int32)
     for group in range(8):
-        found = tl.zeros([LANES], tl.int32)
-        for j in tl.static_range(32):
-            found = tl.maximum(found, bits_of(tl.load(start + group * 32 + j, mask=real, other=0.0)) & MAGNITUDE)
+        found = greatest_bits(load_quads(values, at + group * 32, real, 32), 32)
         top = tl.maximum(top, found)
         tl.store(tops + group * n_blocks + block, found, mask=real)
     field = exponent_field(top)
     shrink = down(field)
     total = tl.zeros([LANES], tl.float32)
     # Every 64th element is summed first, then the 64 sums.
-    for i in range(64):
-        part = tl.zeros([LANES], tl.float32)
-        for k in tl.static_range(4):
-            v = tl.load(start + 64 * k + i, mask=real, other=0.0) * shrink
-            part += v * v
-        total += part
+    for i in range(0, 64, 4):
+        a = scaled_by(load_quads(values, at + i, real, 4), shrink, 4)
+        b = scaled_by(load_quads(values, at + (64 + i), real, 4), shrink, 4)
+        c = scaled_by(load_quads(values, at + (128 + i), real, 4), shrink, 4)
+        d = scaled_by(load_quads(values, at + (192 + i), real, 4), shrink, 4)
+        for j in tl.static_range(4):
+            total += a[j] * a[j] + b[j] * b[j] + c[j] * c[j] + d[j] * d[j]
     tl.store(fields + block, field, mask=real)
     tl.store(sigma + block, total * (1.0 / 256), mask=real)
 
@@ -109,8 +110,8 @@ def _run(
     BY_ENERGY: tl.constexpr,
 ):  # fmt: skip
     """Return of a run of eight from ``at`` on: magnitudes, weights, sign bits, 2 if they are odd, energy with a margin."""
-    raw = load_elements(values, block.to(tl.int64) * 256 + at, real, 8)
-    m = load_elements(importance, (block % blocks_per_row) * 256 + at, real, 8)
+    raw = load_quads(values, block.to(tl.int64) * 256 + at, real, 8)
+    m = load_quads(importance, (block % blocks_per_row) * 256 + at, real, 8)
     shrink = down(field)
     level = tl.load(sigma + block, mask=real, other=0.0)
     signs = tl.zeros(block.shape, tl.int32)

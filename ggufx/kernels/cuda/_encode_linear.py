@@ -23,6 +23,7 @@ from ggufx.kernels.cuda._encode_common import (
     inverse_of,
     lanes_of,
     load_elements,
+    load_quads,
     ratio,
     relative,
     rounded,
@@ -176,7 +177,7 @@ def _q4_0(
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     real = block < n_blocks
-    raw = load_elements(values, block * 32, real, 32)
+    raw = load_quads(values, block * 32, real, 32)
     top = bits_of(raw[0]) & MAGNITUDE
     for j in tl.static_range(1, 32):
         top = tl.maximum(top, bits_of(raw[j]) & MAGNITUDE)
@@ -184,7 +185,7 @@ def _q4_0(
     x = scaled_by(raw, down(field), 32)
     w = ()
     if WEIGHTED:
-        m = load_elements(importance, (block % blocks_per_row) * 32, real, 32)
+        m = load_quads(importance, (block % blocks_per_row) * 32, real, 32)
         if BY_ENERGY:
             row = block // blocks_per_row
             sigma2 = tl.load(mean + row, mask=real, other=0.0)
@@ -292,11 +293,11 @@ def _q4_0_reference(
 ):
     block = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     real = block < n_blocks
-    x = load_elements(values, block * 32, real, 32)
+    x = load_quads(values, block * 32, real, 32)
     extreme = _extreme(x)
     start = out + block * 18
     if WEIGHTED:
-        m = load_elements(importance, (block % blocks_per_row) * 32, real, 32)
+        m = load_quads(importance, (block % blocks_per_row) * 32, real, 32)
         sigma2 = tl.load(mean + block // blocks_per_row, mask=real, other=0.0)
         w = ()
         for j in tl.static_range(32):

@@ -17,7 +17,7 @@ from ggufx.kernels.cuda._encode_common import (
     float_of,
     greatest_bits,
     lanes_of,
-    load_elements,
+    load_quads,
     relative,
     table,
 )
@@ -96,7 +96,7 @@ def _mxfp4(
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     real = block < n_blocks
-    x = load_elements(values, block * 32, real, 32)
+    x = load_quads(values, block * 32, real, 32)
     top = greatest_bits(x, 32)
     field = top >> 23
     # floor(log2(amax)) + 125 with C's float32 logarithm: a few floats under a power of two count as it.
@@ -110,7 +110,7 @@ def _mxfp4(
             size = size + (tl.abs(x[j]) * f * g,)
         w = size
         if WEIGHTED:
-            w = load_elements(importance, (block % blocks_per_row) * 32, real, 32)
+            w = load_quads(importance, (block % blocks_per_row) * 32, real, 32)
         # The scale itself, then the next larger one.
         error = tl.zeros([LANES], tl.float32)
         larger = e < 0
