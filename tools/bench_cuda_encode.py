@@ -81,7 +81,10 @@ def cases(name: str) -> list[tuple[str, np.ndarray, np.ndarray | None, str, str]
     if not types.get(name).needs_importance:
         found += [("plain", x, None, "reference", "normal"), ("fresh plain", y, None, "reference", "normal")]
     if name in ("MXFP4", "Q4_0"):
-        found += [("reference", x, None, "reference", "reference"), ("reference imatrix", x, m, "reference", "reference")]
+        found += [
+            ("reference", x, None, "reference", "reference"),
+            ("reference imatrix", x, m, "reference", "reference"),
+        ]
     return found
 
 
@@ -209,7 +212,9 @@ def main() -> None:
     report: dict[str, Any] = {"device": title, "types": {}}
     print(f"# {title}\n")
     heads = "".join(f" {r}x{n}, G/s |" for r, n in shapes)
-    print(f"| type | bytes unlike CPU | worst row / CPU normal | worst row / reference | mean / reference |{heads} goal |")
+    print(
+        f"| type | bytes unlike CPU | worst row / CPU normal | worst row / reference | mean / reference |{heads} goal |"
+    )
     print("|---|--:|--:|--:|--:|" + "--:|" * len(shapes) + "--:|")
     for name in names:
         found = compare(name, expected, arguments.device)

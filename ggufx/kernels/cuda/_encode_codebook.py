@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -27,7 +28,6 @@ from ggufx.kernels.cuda._encode_common import (
     exponent_field,
     float_of,
     greatest,
-    half_value,
     halving_sum,
     inverse_of,
     lanes_of,
@@ -108,7 +108,7 @@ CODEBOOKS: Final = {
 
 
 def _midpoints(values: tuple[int, ...]) -> tuple[float, ...]:
-    return tuple((a + b) / 2 for a, b in zip(values[:-1], values[1:], strict=True))
+    return tuple((a + b) / 2 for a, b in pairwise(values))
 
 
 @cache
@@ -357,7 +357,9 @@ def _choose(
                 index = (centre * back - LOW) * (1.0 / STEP)
                 index = rounded(tl.minimum(tl.maximum(index, 0.0), COUNT - 1.0))
                 off = d * (index * STEP + LOW) - centre
-                least = tl.minimum(least, parabolas[12 * k + 3 * kind + 1] * off * off - parabolas[12 * k + 3 * kind + 2])
+                least = tl.minimum(
+                    least, parabolas[12 * k + 3 * kind + 1] * off * off - parabolas[12 * k + 3 * kind + 2]
+                )
             cost += least
     where = tl.min(tl.where(cost == tl.min(cost, axis=0), j, VALUES), axis=0)
     chosen = tl.sum(tl.where(j == where, d, 0.0), axis=0)

@@ -17,14 +17,13 @@ import triton.language as tl
 
 from ggufx import tables
 from ggufx.kernels.cuda._encode_common import (
-    MAGNITUDE,
     STRICT,
     bits_of,
     down,
     empty,
     exponent_field,
-    half_bits,
     greatest_bits,
+    half_bits,
     half_value,
     lanes_of,
     load_quads,
