@@ -1,7 +1,8 @@
 """Measure the GPU encoders: bytes and error against the CPU's effort ``normal`` and the reference, then speed.
 
-``python tools/bench_cuda_encode.py`` on a machine with a GPU prints a table per device; ``--json FILE`` writes the numbers too.
-Where the CPU's encoders cannot run (no Numba), their bytes come from a file: ``--write-cpu FILE`` elsewhere, ``--cpu FILE`` here.
+``python tools/bench_cuda_encode.py`` on a machine with a GPU prints a table; ``--json FILE`` writes the numbers too.
+Where the CPU's encoders cannot run (no Numba), their bytes come from a file: ``--write-cpu FILE`` elsewhere, then
+``--cpu FILE``.
 """
 
 from __future__ import annotations

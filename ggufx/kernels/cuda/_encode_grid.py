@@ -175,7 +175,7 @@ def _sample(
     run = tl.program_id(1) * (LANES // BLOCKS) + lane // BLOCKS
     real = block < n_blocks
     field = tl.load(fields + block, mask=real, other=1)
-    size, w, signs, twice_odd, energy = _run(
+    size, w, _signs, twice_odd, energy = _run(
         values, importance, sigma, field, block, real, blocks_per_row, run * 8, BY_ENERGY
     )
     top = tl.load(tops + (run // 4) * n_blocks + block, mask=real, other=0).to(tl.float32, bitcast=True) * down(field)
@@ -323,7 +323,9 @@ def _fit(
         better = cost < least
         least = tl.where(better, cost, least)
         d = tl.where(better, tried, d)
-    unused, ub, uua, unused_word = _evaluate(lines, fitted, d, n_blocks, block, real, LANES)
+    found = _evaluate(lines, fitted, d, n_blocks, block, real, LANES)
+    ub = found[1]
+    uua = found[2]
     usual = (uua > 0.0) & (ub > 0.0)
     d = tl.where(usual, ratio(ub, uua), d)
     middle = half_bits(d * up(field))
@@ -332,7 +334,7 @@ def _fit(
     reach = tl.where(subnormal, 3, 0)
     widest = tl.max(reach, axis=0)
     least = tl.full([LANES], float("inf"), tl.float32)
-    found = tl.zeros([LANES], tl.int32)
+    best = tl.zeros([LANES], tl.int32)
     word = tl.zeros([LANES], tl.int32)
     for shift in range(-widest, widest + 1):
         bits = middle + shift
@@ -341,9 +343,9 @@ def _fit(
         error, ub, uua, numbers = _evaluate(lines, fitted, tried, n_blocks, block, real, LANES)
         better = valid & (error < least)
         least = tl.where(better, error, least)
-        found = tl.where(better, bits, found)
+        best = tl.where(better, bits, best)
         word = tl.where(better, numbers, word)
-    tl.store(stored + block, found, mask=real)
+    tl.store(stored + block, best, mask=real)
     tl.store(chosen + block, word, mask=real)
 
 

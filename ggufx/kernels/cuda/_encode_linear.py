@@ -195,7 +195,7 @@ def _q4_0(
         else:
             w = m
     else:
-        for j in tl.static_range(32):
+        for _j in tl.static_range(32):
             w = w + (tl.full([LANES], 1.0, tl.float32),)
     wx = times(x, w, 32)
     turned = inverse_of(_extreme(x))
