@@ -44,8 +44,8 @@ __all__ = ["CODEBOOKS", "encode"]
 
 _PIECE_LEN: Final = 1 << 25
 """Weights encoded at a time: scratch memory is 20 to 40 bytes a weight."""
-_SEARCH: Final[dict[str, int]] = {"LANES": 128, "num_warps": 4}
-_CHOOSE: Final[dict[str, int]] = {"num_warps": 4}
+_LANES: Final = {True: 128, False: 256}
+"""Sub-blocks a program of four warps, staged or not: two a thread pay where entries are found by comparing (H200)."""
 _STARTS: Final = 8
 _WINDOW: Final = 16
 _VALUES: Final = 256
@@ -633,7 +633,8 @@ def _encode_rows(
         "TABLE": tuple(float(v) for v in book.table),
         "MIDS": mids,
         "SHIFT": float(book.shift),
-        **_SEARCH,
+        "LANES": _LANES[book.staged],
+        "num_warps": 4,
         **STRICT,
     }
     top = empty(n_groups, values, torch.int32)
@@ -647,7 +648,7 @@ def _encode_rows(
         launch(values, top, row_len, TILE=1024, num_warps=4, **STRICT)
     launch = _means[lanes_of(n_blocks, 16)]
     launch(values, top, mean, n_blocks, blocks_per_row, WHOLE_ROW=book.whole_row, BLOCKS=16, num_warps=4, **STRICT)
-    launch = _starts[lanes_of(n_subs, _SEARCH["LANES"])]
+    launch = _starts[lanes_of(n_subs, _LANES[book.staged])]
     launch(
         values, m, top, mean, table(_units(book.starts), device), lookup, fits, total, n_subs, subs_per_group, subs_per_row,
         STARTS=_STARTS, **search,
@@ -655,9 +656,9 @@ def _encode_rows(
     launch = _choose[(n_groups,)]
     launch(
         fits, top, table(_multiples(symmetric), device), d_first, d_now, n_subs, subs_per_group,
-        EXTREME=extreme, VALUES=_VALUES, **_CHOOSE, **legal, **kept, **STRICT,
+        EXTREME=extreme, VALUES=_VALUES, num_warps=2 if book.whole_row else 1, **legal, **kept, **STRICT,
     )  # fmt: skip
-    launch = _windows[lanes_of(n_subs, _SEARCH["LANES"])]
+    launch = _windows[lanes_of(n_subs, _LANES[book.staged])]
     launch(
         values, m, top, mean, fits, d_first, lookup, sums, n_subs, subs_per_group, subs_per_row,
         WINDOW=_WINDOW, **legal, **search,

@@ -207,7 +207,9 @@ def first_nonfinite(values: torch.Tensor) -> int:
         return -1
     found = empty(triton.cdiv(n, tile), values, torch.int32)
     launch: Any = _first_nonfinite[lanes_of(n, tile)]
-    launch(values, found, n, TILE=tile, num_warps=8)
-    bad = found < tile
-    tile_of = int(torch.where(bad.any(), bad.to(torch.uint8).argmax(), -1).item())
-    return -1 if tile_of < 0 else tile_of * tile + int(found[tile_of].item())
+    with torch.cuda.device_of(values):
+        launch(values, found, n, TILE=tile, num_warps=8)
+    tiles = torch.arange(len(found), device=values.device) * tile
+    nowhere = len(found) * tile
+    first = int(torch.where(found < tile, tiles + found, nowhere).min().item())
+    return -1 if first == nowhere else first

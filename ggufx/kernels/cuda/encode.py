@@ -45,27 +45,39 @@ def encode(
     Raises
     ------
     ValueError
-        Another type, or an effort that the type does not have.
+        Another type, an effort that the type does not have, or no importance where the type needs it.
     """
     if type_name not in SUPPORTED or (effort != "normal" and type_name not in REPRODUCES):
         raise ValueError(f"no GPU encoder of effort {effort!r} for {type_name}")
     if values.numel() == 0:
         return
-    mse = objective == "mse"
+    if type_name == "IQ2_XXS" and importance is None:
+        raise ValueError("IQ2_XXS needs importance weights")
+    with torch.cuda.device_of(values):  # kernels run on the current device
+        _encode(type_name, values, importance, out, objective == "mse", effort == "reference")
+
+
+def _encode(
+    type_name: str,
+    values: torch.Tensor,
+    importance: torch.Tensor | None,
+    out: torch.Tensor,
+    mse: bool,
+    reference: bool,
+) -> None:
     book = _encode_codebook.CODEBOOKS.get(type_name)
     if book is not None:
         _encode_codebook.encode(book, values, importance, out, mse)
     elif type_name == "IQ2_XXS":
-        if importance is None:
-            raise ValueError("IQ2_XXS needs importance weights")
+        assert importance is not None
         _encode_grid.encode(values, importance, out, mse)
     elif type_name == "MXFP4":
-        _encode_narrow.encode_mxfp4(values, importance, out, search=effort == "normal")
+        _encode_narrow.encode_mxfp4(values, importance, out, search=not reference)
     elif type_name == "Q8_0":
         _encode_linear.encode_q8_0(values, out)
     elif type_name == "F8_E4M3_B128":
         _encode_narrow.encode_f8(values, out)
-    elif effort == "reference":
+    elif reference:
         _encode_linear.encode_q4_0_reference(values, importance, out)
     else:
         _encode_linear.encode_q4_0(values, importance, out, mse)
