@@ -41,6 +41,8 @@ __all__ = ["encode"]
 _PIECE_LEN: Final = 1 << 26
 """Weights encoded at a time: scratch memory is 8.3 bytes a weight."""
 _LANES: Final = 128
+_SWEEP_LANES: Final = 256
+"""Lanes of the sweeps over all points, two a thread: what is read of a point serves both."""
 _SAMPLES: Final = (0.35, 1.1, 8)
 """Sampled scales of a group, in units of its largest magnitude over 43: least, largest, number; effort ``normal``."""
 
@@ -419,19 +421,19 @@ def _encode_rows(values: torch.Tensor, weights: torch.Tensor, out: torch.Tensor,
     grid, order, begins = table(_grid, device), table(_order, device), table(_begins, device)
     (programs,) = lanes_of(n, _LANES)
     # Of few blocks, all 32 runs (or the 8 groups, and idle lanes) lie in the lanes of one program.
-    blocks = _LANES if n >= 4 * _LANES else _LANES // 32
+    blocks = _SWEEP_LANES if n >= 4 * _SWEEP_LANES else _SWEEP_LANES // 32
     options = {"LANES": _LANES, "num_warps": 4, **STRICT}
-    search = {"BY_ENERGY": not mse, "LEFTS": _begins().size - 1, "BLOCKS": blocks, **options}
+    sweep = {**options, "LANES": _SWEEP_LANES, "BLOCKS": blocks, "BY_ENERGY": not mse, "LEFTS": _begins().size - 1}
     launch: Any = _survey[(programs,)]
     launch(values, fields, sigma, tops, n, **options)
-    launch = _sample[(triton.cdiv(n, blocks), 32 * blocks // _LANES)]
+    launch = _sample[(triton.cdiv(n, blocks), 32 * blocks // _SWEEP_LANES)]
     launch(
         values, weights, fields, sigma, tops, table(_multiples, device), grid, order, begins, lines, n, blocks_per_row,
-        **search,
+        **sweep,
     )  # fmt: skip
     launch = _fit[(programs,)]
     launch(lines, fields, table(_ratios, device), fitted, chosen, stored, n, **options)
-    launch = _write[(triton.cdiv(n, blocks), max(1, 8 * blocks // _LANES))]
+    launch = _write[(triton.cdiv(n, blocks), max(1, 8 * blocks // _SWEEP_LANES))]
     launch(
-        values, weights, fields, sigma, chosen, stored, grid, order, begins, out, n, blocks_per_row, **search,
+        values, weights, fields, sigma, chosen, stored, grid, order, begins, out, n, blocks_per_row, **sweep,
     )  # fmt: skip
