@@ -33,6 +33,7 @@ FEW = {
     "IQ4_K": [2, 9],
     "IQ5_K": [0, 4],
     "IQ2_XXS": [7],
+    "Q4_0": [0, 2, 4, 9],
 }
 
 every_type = pytest.mark.parametrize("name", NAMES)

@@ -280,7 +280,7 @@ def _fit(
 ):  # fmt: skip
     """Choose d (half bits, ``stored``; 0 for nothing) and the eight sub-scales (nibbles of ``chosen``) of every block.
 
-    ``fitted`` [16, blocks] is scratch: the groups' best scales and their curvatures.
+    ``fitted`` [8, blocks] is scratch: the groups' best scales.
     """
     block = tl.program_id(0) * LANES + tl.arange(0, LANES)
     real = block < n_blocks
