@@ -27,6 +27,7 @@ __all__ = [
     "IQ5",
     "IQ6",
     "KL_PAIRS",
+    "LOG2_ROUNDED_UP",
     "P6_BITS",
     "P6_COEFFICIENTS",
     "SHIFTS",
@@ -239,3 +240,19 @@ GRID_IQ3_S: Final = _grid(_IQ3_S_ENTRIES, 4, (1, 3, 5, 7, 9, 11, 13, 15))
 """int8 [512, 4]: iq3s_grid."""
 GRID_IQ1: Final = _grid(_IQ1_ENTRIES, 8, (-1, 0, 1))
 """int8 [2048, 8]: iq1s_grid, of IQ1_S and IQ1_M."""
+
+
+def _rounded_up() -> npt.NDArray[np.uint32]:
+    # C's log2f is correctly rounded here: float64's logarithm, rounded once, is the same on any CPU and in any library.
+    exponent = np.arange(1, 255, dtype=np.uint32)[:, None]
+    bits = (exponent << 23) + np.arange(0x800000 - 128, 0x800000, dtype=np.uint32)
+    logarithm = np.log2(bits.view(np.float32).astype(np.float64)).astype(np.float32)
+    near = (logarithm == exponent.astype(np.float32) - 126).sum(axis=1)
+    table = np.full(256, 0xFFFFFFFF, np.uint32)
+    table[1:255] = ((exponent[:, 0] + 1) << 23) - near
+    table.flags.writeable = False
+    return table
+
+
+LOG2_ROUNDED_UP: Final = _rounded_up()
+"""uint32 [256]: by exponent field, the least bits of a float whose float32 log2 is rounded up to the next integer."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from ggufx import tables
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.scalar import kernel_of, locked, relative
 
@@ -26,20 +27,8 @@ HALF_E8M0 = _halved_e8m0()
 """float32 [256]: 2^(e-128). 255 gives 2^127, not NaN: the reference decoder does so and files are read as it does."""
 
 
-def _rounded_up() -> npt.NDArray[np.uint32]:
-    # C's log2f is correctly rounded here: float64's logarithm, rounded once, is the same on any CPU and in any library.
-    exponent = np.arange(1, 255, dtype=np.uint32)[:, None]
-    bits = (exponent << 23) + np.arange(0x800000 - 128, 0x800000, dtype=np.uint32)
-    logarithm = np.log2(bits.view(np.float32).astype(np.float64)).astype(np.float32)
-    near = (logarithm == exponent.astype(np.float32) - 126).sum(axis=1)
-    table = np.full(256, 0xFFFFFFFF, np.uint32)
-    table[1:255] = ((exponent[:, 0] + 1) << 23) - near
-    return table
-
-
-ROUNDED_UP = _rounded_up()
+ROUNDED_UP = tables.LOG2_ROUNDED_UP
 """uint32 [256]: by exponent field, the least bits of a float whose float32 log2 is rounded up to the next integer."""
-ROUNDED_UP.flags.writeable = False
 
 
 class MXFP4(Codec):
