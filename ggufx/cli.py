@@ -721,6 +721,9 @@ def quantize(
         list[str] | None, typer.Option(metavar="KEY=TYPE:VALUE", help="Add or replace a metadata key. Repeatable.")
     ] = None,
     dialect: DialectOption = None,
+    device: Annotated[
+        str | None, typer.Option(help="GPU to search on: cuda, or cuda:N. The bytes are the CPU's. Default: the CPU.")
+    ] = None,
     measure_errors: Annotated[bool, typer.Option("--measure", help="Report the relative error by type.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write everything that was done to a JSON file.")] = None,
     threads: Threads = None,
@@ -756,6 +759,7 @@ def quantize(
         fallback=not no_fallback,
         keep_split=keep_split,
         measure=measure_errors,
+        device=device,
         dialect=None if dialect is None else dialect.value,
         mtp=mtp,
         model_name=model_name,

@@ -39,6 +39,8 @@ __all__ = [
 
 TILE_LEN = 1 << 21
 """Elements of a tile, about: big enough to hide the cost of a task, small enough for the processor's cache."""
+DEVICE_TILE_LEN = 1 << 23
+"""The same for tiles that a GPU encodes, which has more lanes to fill: an expert of a large model."""
 
 SOURCE_BITS: Mapping[str, int] = {
     "FP8": 8, "FP8_F32": 8, "FP4": 4, "BF16": 16, "F16": 16, "F32": 32, "I32": 32, "I64": 64
@@ -159,6 +161,8 @@ class Transform(NamedTuple):
         mean squares of the columns of the tile's whole matrix, which :attr:`Tile.matrix` locates; nothing: nothing.
     measure
         ``encode``: sum up the squares of the values and of the errors.
+    device
+        ``encode``: torch's name of the GPU to do it on; nothing is the CPU.
     """
 
     op: Literal["copy", "pack", "cast", "encode", "codes", "scales"]
@@ -175,6 +179,7 @@ class Transform(NamedTuple):
     objective: Literal["reference", "mse"] = "reference"
     importance: Literal["", "matrix", "energy"] = ""
     measure: bool = False
+    device: str = ""
 
 
 class Weights(NamedTuple):
@@ -277,6 +282,7 @@ def plan_tensor(
     row_nbytes = layout.row_nbytes(row_len)
     tiles = []
     offset = 0
+    tile_len = DEVICE_TILE_LEN if transform.device else TILE_LEN
     for item, parts in enumerate(stack):
         first = parts[0]
         if first.transposed:
@@ -294,7 +300,7 @@ def plan_tensor(
             raise PlanError(f"tensor {name!r} {list(shape)}: its sources do not add up to rows of {row_len}")
         # Tiles start on a row of scales, so that no scale row is read for two tiles' sake by halves.
         grain = max(part.rows_per_scale for part in parts)
-        step = max(grain, TILE_LEN // max(1, row_len) // grain * grain)
+        step = max(grain, tile_len // max(1, row_len) // grain * grain)
         edges = [(start, min(rows, start + step)) for start in range(0, rows, step)]
         cuts = tuple((b - a, tuple(span for part in parts for span in part.cut(a, b))) for a, b in edges)
         whole = cuts if transform.importance == "energy" else ()

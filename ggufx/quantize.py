@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from ggufx import convert, dialects, execute, plan, types
+from ggufx import convert, dialects, execute, offload, plan, types
 from ggufx import imatrix as imatrix_module
 from ggufx import recipe as recipe_module
 from ggufx.architectures.deepseek_v4 import LAYER
@@ -137,6 +137,7 @@ class Quantization:
     effort: types.Effort
     objective: types.Objective
     measure: bool
+    device: str
     source_files: list[str]
     source_states: list[tuple[int, int]] | None
     metadata: Callable[[Sequence[PlannedTensor], int | None], dict[str, Value]]
@@ -222,6 +223,7 @@ class Quantization:
             exact=op == "encode" and source.kind in ("FP8", "FP4") and choice.type in ("BF16", "F32"),
             effort=effort if op == "encode" else "", objective=self.objective, importance=choice.importance,
             measure=self.measure and op == "encode",
+            device=self.device if op == "encode" and self.device and offload.encodes(codec, effort) else "",
         )  # fmt: skip
         return plan.plan_tensor(source.name, source.shape, codec.name, type_id, transform, source.stack, choice.weights)
 
@@ -243,6 +245,7 @@ def prepare(
     fallback: bool = True,
     keep_split: bool = False,
     measure: bool = False,
+    device: str | None = None,
     dialect: str | None = None,
     mtp: bool = False,
     model_name: str | None = None,
@@ -280,6 +283,9 @@ def prepare(
         Split as the source is.
     measure
         Sum up errors on the way (:class:`Tally` reports them).
+    device
+        torch's name of a GPU to search on (``cuda``, ``cuda:1``): the bytes are the CPU's. Types and efforts that it has no
+        encoder for stay on the CPU.
     dialect
         Of a GGUF source, where ids leave it open.
     mtp, model_name, chat_template, skip, allow_nan
@@ -295,6 +301,9 @@ def prepare(
     RecipeError, PlanError, GGUFError
         The recipe, the source or the importance matrix cannot be read.
     """
+    on_device = device is not None and device != "cpu"
+    if on_device:
+        offload.check(str(device))
     rules = _loaded(recipe)
     wanted = [_codec_name(name) for name in (default, output_type, embedding_type) if name is not None]
     opened = source if isinstance(source, File | Checkpoint) else _open(source, dialect)
@@ -307,7 +316,7 @@ def prepare(
         )
     matrix = _matrix(imatrix)
     quantization.effort, quantization.objective, quantization.measure = effort, objective, measure
-    quantization.keep_split = keep_split
+    quantization.keep_split, quantization.device = keep_split, str(device) if on_device else ""
     quantization.label = rules.name or (default or "").upper()
     decide = _Decider(
         rules, None if default is None else _codec_name(default), chosen, matrix, pure=pure,
@@ -443,7 +452,7 @@ def _gguf_sources(file: File, target: Dialect) -> tuple[list[Source], Quantizati
         return keys
 
     found = Quantization(
-        file.path, target, [], [], "normal", "reference", False, paths, None, metadata, alignment=file.alignment
+        file.path, target, [], [], "normal", "reference", False, "", paths, None, metadata, alignment=file.alignment
     )
     return sources, found
 
@@ -526,7 +535,7 @@ def _checkpoint_sources(
         return conversion.metadata(tensors, file_type)
 
     found = Quantization(
-        checkpoint.path, target, [], [], "normal", "reference", False, [str(path) for path in checkpoint.shards],
+        checkpoint.path, target, [], [], "normal", "reference", False, "", [str(path) for path in checkpoint.shards],
         list(checkpoint.shard_states), metadata, skipped=conversion.skipped, notes=conversion.notes,
     )  # fmt: skip
     return sources, found

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ggufx import kernels, types
+from ggufx import kernels, offload, types
 from ggufx.errors import CodecError, NonFiniteError
 from ggufx.plan import Transform
 from ggufx.types.f8_e4m3_b128 import decode_scaled, exponents
@@ -206,6 +206,8 @@ def _cast(transform: Transform, source: U8, out: U8) -> None:
 def _encode(transform: Transform, rows: int, inputs: list[U8], out: U8, weights: F32 | None, phase: int) -> Outcome:
     """Decode and encode a few rows at a time: float32 that stays in the processor's cache costs next to nothing."""
     packed = out.reshape(rows, -1)
+    if transform.device:
+        return _encode_on_device(transform, rows, inputs, packed, weights, phase)
     total = Outcome()
     for start, count, pieces in _pieces(transform, rows, inputs, phase):
         try:
@@ -258,6 +260,36 @@ def _encode_rows(
             square_sum = _square_sum(values)
             error_sum = _square_sum(np.subtract(values, decoded, out=decoded))
     return Outcome(0, 0, lost, square_sum, error_sum)
+
+
+def _encode_on_device(
+    transform: Transform, rows: int, inputs: list[U8], out: U8, weights: F32 | None, phase: int
+) -> Outcome:
+    """Encode a tile on a GPU: packed bytes go up where the device decodes them, else values."""
+    codec = types.get(transform.target)
+    kind = {"FP8": "F8_E4M3_B128", "FP4": "MXFP4"}.get(transform.kind, transform.kind)
+    native = kind != transform.kind
+    row_len = sum(transform.parts)
+    plain = len(transform.parts) == 1 and not transform.transposed and phase == 0 and len(inputs) <= 2
+    source: npt.NDArray[Any]
+    if plain and offload.decodes(kind) and row_len % types.get(kind).layout.block_len == 0:
+        source, bad_codes, bad_scales = inputs[0], 0, 0
+        if native:
+            scales = inputs[1].reshape(-(-rows // transform.rows_per_scale), -1)
+            source, bad_codes, bad_scales = types.get(kind).pack(
+                inputs[0].reshape(rows, -1), scales, rows_per_scale=transform.rows_per_scale
+            )
+    else:
+        source, bad_codes, bad_scales = decode_parts(transform, rows, inputs, phase)
+    if bad_codes or bad_scales:
+        return Outcome(bad_codes, bad_scales)
+    effort, objective = transform.effort or "normal", transform.objective
+    offload.encode(codec, kind, source, rows, out, weights, effort=effort, objective=objective, device=transform.device)
+    if not transform.measure:
+        return Outcome()
+    values, _, _ = decode_parts(transform, rows, inputs, phase)
+    decoded = codec.decode(out, dtype=np.float32, threads=1)
+    return Outcome(0, 0, 0, _square_sum(values), _square_sum(np.subtract(values, decoded, out=decoded)))
 
 
 def _square_sum(values: F32) -> float:

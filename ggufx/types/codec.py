@@ -416,8 +416,9 @@ class Codec(ABC):
             else:
                 self.encode_rows(part, target[start:stop], weights, search)
 
-        # A search takes far longer than a decoder: smaller pieces share better.
-        self._in_chunks(encode_chunk, flat.shape[0], row_len * 32, threads)
+        # A search takes far longer than a decoder: smaller pieces share better. Plain encoders are as quick as one.
+        cost = 4 if function is not None or effort == "reference" else 32
+        self._in_chunks(encode_chunk, flat.shape[0], row_len * cost, threads)
         return out
 
     def pack(
