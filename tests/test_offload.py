@@ -19,8 +19,8 @@ pytest.importorskip("torch")
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 
-# Triton's interpreter must be chosen before Triton is imported, so the device runs in a process of its own, and on one thread, as
-# it has only one; "cpu:0" is torch's name for the CPU as a device among others.
+# Triton's interpreter must be chosen before Triton is imported, so the device runs in a process of its own, and on one thread,
+# as it has only one; "cpu:0" is torch's name for the CPU as a device among others.
 RUN = """
 import sys
 from ggufx import quantize, recipe
