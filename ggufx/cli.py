@@ -808,7 +808,7 @@ def _recipe(
     """Put the sources of rules in order: --tensor-type, --tensor-type-file, --custom-q, the recipe."""
     rules = recipe_module.Recipe.from_tensor_types(tensor_type or ())
     if tensor_type_file is not None:
-        words = tensor_type_file.read_text(encoding="utf-8").split()
+        words = recipe_module.read_text(tensor_type_file).split()
         rules += recipe_module.Recipe.from_tensor_types(words, str(tensor_type_file))
     for text in custom_q or ():
         rules += recipe_module.Recipe.from_custom_q(text)

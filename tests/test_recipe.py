@@ -245,6 +245,13 @@ def test_load_says_what_there_is(tmp_path: Path) -> None:
         recipe.load(path)
 
 
+def test_a_byte_order_mark_and_dos_lines_are_no_part_of_a_rule(tmp_path: Path) -> None:
+    path = tmp_path / "a.recipe"
+    for text in ("attn_q=q4_0\r\nffn_.*=q8_0\r\n", "# head\r\nattn_q=q4_0\r\n\r\nffn_.*=q8_0\r\n"):
+        path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert recipe.load(path).text() == "attn_q=q4_0\nffn_.*=q8_0\n"
+
+
 def test_rules_print_as_they_are_read() -> None:
     rule = Rule("a", ("IQ2_KS", "native"), force=True, origin="x line 1")
     assert str(rule) == "!a=iq2_ks|native"
