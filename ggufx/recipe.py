@@ -207,7 +207,7 @@ def _rule(text: str, origin: str) -> Rule:
         raise RecipeError(f"{origin}: {text!r} has no pattern before the '='")
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise RecipeError(f"{origin}: {pattern!r} is not a regular expression: {error}") from None
     return Rule(pattern, tuple(_type(name, text, origin) for name in names.split("|")), force, origin)
 
