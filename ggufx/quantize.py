@@ -387,7 +387,11 @@ def _loaded(given: Recipe | str | Path | None) -> Recipe:
 
 def _codec_name(name: str) -> str:
     """Return upstream's spelling of a type; raises RecipeError, which also knows mixes and interleaved types."""
-    return Recipe.parse(f".={name}", "type").rules[0].types[0]
+    rules = Recipe.parse(f".={name}", "type").rules
+    # Else a rule given in a type's place would be read as one more pattern, and its type taken for everything.
+    if len(rules) != 1 or rules[0].pattern != "." or len(rules[0].types) != 1:
+        raise RecipeError(f"{name!r} is no type; rules go to --custom-q, --tensor-type or --recipe")
+    return rules[0].types[0]
 
 
 def _open(source: str | Path, dialect: str | None) -> File | Checkpoint:
@@ -639,7 +643,9 @@ class _Decider:
             return self.output_type
         if source.name == "token_embd.weight" and self.embedding_type is not None:
             return self.embedding_type
-        if self.default is None or self.pure or source.name not in ("output.weight", "token_embd.weight"):
+        if self.default is None or self.default == NATIVE or self.pure:
+            return self.default
+        if source.name not in ("output.weight", "token_embd.weight"):
             return self.default
         least = "Q6_K" if head else "Q4_K"
         bits = types.get(self.default).layout.bits_per_weight()

@@ -282,13 +282,14 @@ def test_no_fallback_is_exit_code_3(model: Path, cli: Cli, tmp_path: Path) -> No
 
 def test_the_head_and_the_embeddings(model: Path) -> None:
     def ends(**options: object) -> tuple[str, str]:
-        choices = quantize.prepare(model, default="q3_k", **options).choices  # type: ignore[arg-type]
+        choices = quantize.prepare(model, **{"default": "q3_k", **options}).choices  # type: ignore[arg-type]
         found = {choice.source.name: choice.type for choice in choices}
         return found["token_embd.weight"], found["output.weight"]
 
     assert ends() == ("Q4_K", "Q6_K")
     assert ends(pure=True) == ("Q3_K", "Q3_K")
     assert ends(leave_output=True) == ("Q4_K", "F32")
+    assert ends(default="native") == ("F32", "F32")
     assert ends(output_type="q8_0", embedding_type="q5_0") == ("Q5_0", "Q8_0")
     assert ends(recipe=recipe.Recipe.parse("output\\.weight=q4_0")) == ("Q4_K", "Q4_0")
 
@@ -511,6 +512,7 @@ def test_recipe_commands(model: Path, tmp_path: Path, cli: Cli) -> None:
     [
         ([], "nothing to do"), (["q4_0"], "--outfile is missing"), (["q4_k_m", "--dry-run"], "Q4_K"),
         (["zzz", "--dry-run"], "Invalid quantization type 'zzz'"),
+        (["attn=q4_0", "--dry-run"], "'attn=q4_0' is no type"), (["iq2_ks|q2_k", "--dry-run"], "is no type"),
         (["--recipe", "nope", "--dry-run"], "no recipe of that name"),
         (["--custom-q", "(=q4_0", "--dry-run"], "not a regular expression"), (["q4_0", "--json"], "--json goes with --dry-run"),
         (["q4_0", "--dry-run", "--imatrix", "nope.dat"], "nope.dat"),
