@@ -398,7 +398,7 @@ def memory_need(plan: Plan, threads: int | None = None) -> int:
         largest = max((tile.nbytes + sum(span.nbytes for span in tile.spans) for tile in tensor.tiles), default=0)
         if tensor.transform.op == "encode":
             # Float32 values and their decoded and packed forms.
-            row_len = tensor.shape[-1]
+            row_len = tensor.shape[-1] if tensor.shape else 1
             largest += max((tile.rows * row_len * 12 for tile in tensor.tiles), default=0)
         per_thread = max(per_thread, largest)
     return _PROCESS_NBYTES + per_thread * (threads or default_workers())

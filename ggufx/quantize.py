@@ -582,19 +582,13 @@ class _Decider:
     def __call__(self, source: Source) -> Choice:
         rule = self.rules.find(source.name, stays=source.stays)
         wanted = self._wanted(source, rule)
-        if wanted in (None, NATIVE):
+        if wanted in (None, NATIVE, source.kind) or 0 in source.shape:
             return self._kept(source, rule)
         assert wanted is not None
-        if source.kind in _INTEGERS or not source.stack:
-            if rule is not None:
-                self.say(
-                    "error",
-                    "not-numbers",
-                    f"{{}} is {source.kind} and cannot become {wanted} ({rule.label})",
-                    source.name,
-                )
-            return self._kept(source, rule)
-        if wanted == source.kind:
+        if source.kind in _INTEGERS or wanted in _INTEGERS or not source.stack:
+            if rule is not None or wanted in _INTEGERS:
+                by = f" ({rule.label})" if rule is not None else ""
+                self.say("error", "not-numbers", f"{{}} is {source.kind} and cannot become {wanted}{by}", source.name)
             return self._kept(source, rule)
         if self.target.type_id(types.get(wanted)) is None:
             others = " or ".join(d.name for d in dialects.DIALECTS.values() if d.type_id(types.get(wanted)) is not None)
@@ -661,7 +655,7 @@ class _Decider:
 
     def _fitting(self, source: Source, wanted: str) -> str:
         """Return ``wanted``, or what the field's tables have for rows that it does not fit."""
-        row_len = source.shape[-1]
+        row_len = source.shape[-1] if source.shape else 1
         table = _UPSTREAM_FALLBACK if self.target.name == "llama.cpp" else _IK_FALLBACK
         # F16 cannot hold every value of BF16, FP8 or FP4; upstream's last resort is F16 whatever the source.
         wide = "F16" if source.kind in ("F16", "F32", "F64") else "BF16"

@@ -16,6 +16,7 @@ import pytest
 
 import ggufx
 from ggufx import quantize, recipe, types
+from ggufx.container import Value, encode_header
 from ggufx.errors import FallbackError, GGUFError, PlanError, RecipeError
 
 from .conftest import Run, assert_nothing_left, start
@@ -327,6 +328,34 @@ def test_integers_and_unknown_types(checkpoint_path: PathOf) -> None:
     rules = recipe.Recipe.parse("!tid2eid=q8_0\n.*=native")
     with pytest.raises(RecipeError, match=r"is I.* and cannot become Q8_0"):
         quantize.prepare(checkpoint_path("flash"), recipe=rules, target="llama.cpp").check()
+
+
+def odd_file(path: Path) -> Path:
+    """Write a file with what no model has many of: integers, a scalar, a tensor of no elements, a type of nobody's."""
+    tensors = (
+        ("blk.0.attn_q.weight", (64, 256), 0), ("blk.0.empty.weight", (0, 256), 0), ("blk.0.table.weight", (4, 256), 26),
+        ("blk.0.scale.weight", (), 0), ("blk.0.unknown.weight", (4, 256), 9999),
+    )  # fmt: skip
+    directory, data = [], b""
+    for name, shape, kind in tensors:
+        directory.append((name, shape, kind, len(data)))
+        data += bytes(-(-4 * int(np.prod(shape)) // 32) * 32)
+    path.write_bytes(encode_header({"general.architecture": Value.string("llama")}, directory, 32) + data)
+    return path
+
+
+def test_tensors_that_are_no_matrices_of_numbers(tmp_path: Path, cli: Cli) -> None:
+    path, out = odd_file(tmp_path / "odd.gguf"), tmp_path / "out.gguf"
+    rules = ["--custom-q", "empty=q8_0,table=i32,!scale=q8_0,attn=q8_0"]
+    run = cli("quantize", path, *rules, "--outfile", out)
+    assert run.code == 0, run.err
+    assert list(kinds(out).values()) == ["Q8_0", "F32", "I32", "F16", "id 9999"]
+    assert cli("quantize", path, *rules, "--dry-run").code == 0
+    run = cli("quantize", path, "--custom-q", "unknown=q8_0", "--dry-run")
+    assert (run.code, "blk.0.unknown.weight is id 9999 and cannot become Q8_0" in run.err) == (1, True)
+    for wrong in (["i8"], ["--custom-q", "attn_q=i8"]):
+        run = cli("quantize", path, *wrong, "--dry-run")
+        assert (run.code, "blk.0.attn_q.weight is F32 and cannot become I8" in run.err) == (1, True)
 
 
 def test_forced_rules_reach_routers_and_norms(model: Path, tmp_path: Path) -> None:
