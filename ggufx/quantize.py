@@ -678,6 +678,8 @@ class _Decider:
         self, source: Source, target: str
     ) -> tuple[tuple[Weights | None, ...], Literal["", "matrix", "energy"]]:
         codec = types.get(target)
+        if codec.layout.block_len == 1:
+            return (), ""  # numbers are rounded one by one: no column is paid for with another
         if self.matrix == "energy":
             return (), "energy" if codec.needs_importance else ""
         if self.matrix == "ones":

@@ -358,6 +358,15 @@ def test_tensors_that_are_no_matrices_of_numbers(tmp_path: Path, cli: Cli) -> No
         assert (run.code, "blk.0.attn_q.weight is F32 and cannot become I8" in run.err) == (1, True)
 
 
+def test_plain_number_types_ask_for_no_importance(model: Path, tmp_path: Path, cli: Cli) -> None:
+    weights = np.zeros(256, np.float32)
+    weights[3] = 1
+    imatrix = legacy(tmp_path / "i.dat", {"blk.0.attn_q.weight": weights})
+    run = cli("quantize", model, "bf16", "--imatrix", imatrix, "--outfile", tmp_path / "out.gguf")
+    assert run.code == 0
+    assert "no importance at all" not in run.err
+
+
 def test_forced_rules_reach_routers_and_norms(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     quantize.quantize(model, out, recipe=recipe.Recipe.parse("!ffn_gate_inp=q8_0\n!output_norm=bf16\nnorm=q4_0"))
