@@ -115,8 +115,8 @@ def _nbytes(count: float) -> str:
     return f"{count:.2f} TiB"
 
 
-def _print_json(data: Any) -> None:
-    """Print JSON that every parser takes: numbers that are not finite become null."""
+def _json(data: Any) -> str:
+    """Return JSON that every parser takes: numbers that are not finite become null."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
@@ -125,7 +125,11 @@ def _print_json(data: Any) -> None:
             return {key: clean(item) for key, item in value.items()}
         return [clean(item) for item in value] if isinstance(value, list | tuple) else value
 
-    sys.stdout.write(json.dumps(clean(data), indent=1, allow_nan=False) + "\n")
+    return json.dumps(clean(data), indent=1, allow_nan=False) + "\n"
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(_json(data))
 
 
 def _text(name: str) -> str:
@@ -775,12 +779,14 @@ def quantize(
         else:
             _print_plan(plan, threads, verbose=verbose)
         return
+    if report is not None:
+        _check_report(report, plan)
     tally = quantize_module.Tally(prepared, plan, on_tensor=_print_line if verbose else None)
     _execute(plan, "quantize", overwrite=overwrite, resume=resume, threads=threads, tally=tally)
     for name, count in tally.dead_blocks.items():
         _err.print(f"note: {_text(name)}: no importance at all in {count} blocks of columns; the mean was taken")
     if report is not None:
-        report.write_text(json.dumps(tally.report(), indent=1) + "\n", encoding="utf-8")
+        report.write_text(_json(tally.report()), encoding="utf-8")
 
 
 def _refuse(prepared: quantize_module.Quantization, *, as_json: bool) -> NoReturn:
@@ -791,6 +797,21 @@ def _refuse(prepared: quantize_module.Quantization, *, as_json: bool) -> NoRetur
         _print_findings(prepared.findings, _err)
     _err.print(f"nothing is written: {len(prepared.errors)} errors", style="red")
     raise SystemExit(prepared.exit_code)
+
+
+def _check_report(report: Path, plan: Plan) -> None:
+    """Make the folder of a report, as that of the output is made; refuse a place where none can be written, before the work."""
+    if report.resolve() in {path.resolve() for path in (*map(Path, plan.source_files), *(f.path for f in plan.files))}:
+        raise PlanError(f"--report {report}: is a file of the model")
+    try:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not report.exists()
+        with report.open("a"):
+            pass
+    except OSError as error:
+        raise PlanError(f"--report {report}: cannot be written ({error.strerror})") from None
+    if is_new:
+        report.unlink()
 
 
 def _print_line(line: str) -> None:

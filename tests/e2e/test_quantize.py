@@ -19,7 +19,7 @@ from ggufx import quantize, recipe, types
 from ggufx.container import Value, encode_header
 from ggufx.errors import FallbackError, GGUFError, PlanError, RecipeError
 
-from .conftest import Run, assert_nothing_left, start
+from .conftest import Run, assert_nothing_left, assert_one_line, start
 from .oracle import Gguf, Source
 
 Cli = Callable[..., Run]
@@ -517,6 +517,33 @@ def test_dry_run_json_and_report(model: Path, tmp_path: Path, cli: Cli) -> None:
             expected = np.sqrt(np.square(x - y).sum() / np.square(x).sum())
             assert by_name[name]["relative_rms"] == pytest.approx(expected, rel=1e-6)
     assert by_name["output_norm.weight"]["relative_rms"] is None
+
+
+def test_a_report_that_cannot_be_written_is_known_before_the_work(model: Path, tmp_path: Path, cli: Cli) -> None:
+    for report in (model / "r.json", tmp_path, model, tmp_path / "o.gguf"):
+        run = cli("quantize", model, "q8_0", "--outfile", tmp_path / "o.gguf", "--report", report)
+        assert_one_line(run, "--report", str(report))
+        assert_nothing_left(tmp_path)
+    assert model.read_bytes()[:4] == b"GGUF"
+    report = tmp_path / "new" / "r.json"
+    assert cli("quantize", model, "q8_0", "--outfile", tmp_path / "o.gguf", "--report", report).code == 0
+    assert json.loads(report.read_text())["by_type"]
+
+
+def test_a_report_is_json_whatever_the_numbers(tmp_path: Path, cli: Cli) -> None:
+    path, out, report = tmp_path / "big.gguf", tmp_path / "out.gguf", tmp_path / "r.json"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("blk.0.attn_q.weight", np.full((4, 64), 1e6, np.float32))  # more than F16 can hold
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert cli("quantize", path, "f16", "--outfile", out, "--measure", "--report", report).code == 0
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is no JSON")
+
+    json.loads(report.read_text(), parse_constant=refuse)
 
 
 def test_recipe_commands(model: Path, tmp_path: Path, cli: Cli) -> None:
