@@ -734,12 +734,12 @@ def _add_matrix(quantization: Quantization, matrix: ImportanceMatrix, decide: _D
                 tuple(decide.missing),
             )
         )  # fmt: skip
-    unused = [name for name in matrix if name not in {_upstream_name(used) for used in decide.used} | decide.used]
-    if unused and not decide.used:
+    if not decide.used:
         quantization.findings.append(
             Finding(
                 "warning", "imatrix",
-                f"{matrix.path}: none of its {len(unused)} entries ({unused[0]}, ...) is of a tensor that is quantized",
+                f"{matrix.path}: none of its {len(matrix)} entries ({next(iter(matrix))}, ...) is of a tensor "
+                "that is quantized",
             )
         )  # fmt: skip
     base = quantization.metadata
