@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
@@ -773,12 +773,16 @@ def quantize(
     plan = prepared.plan(
         outfile or _beside(source), split_max_nbytes=_parse_nbytes(split_max_size), overrides=overrides
     )
+    # Of the plan's notes those that are findings have been told.
+    told = {finding.message for finding in prepared.findings}
+    shown = replace(plan, notes=tuple(note for note in plan.notes if note not in told))
     if dry_run:
         if as_json:
             _print_json(plan.to_json() | {"findings": [asdict(finding) for finding in prepared.findings]})
         else:
-            _print_plan(plan, threads, verbose=verbose)
+            _print_plan(shown, threads, verbose=verbose)
         return
+    _print_skipped(shown, _err, verbose=verbose)
     if report is not None:
         _check_report(report, plan)
     tally = quantize_module.Tally(prepared, plan, on_tensor=_print_line if verbose else None)

@@ -499,6 +499,8 @@ def test_dry_run_json_and_report(model: Path, tmp_path: Path, cli: Cli) -> None:
     planned = json.loads(run.out)
     assert [f["code"] for f in planned["findings"]] == ["matches-nothing", "fallback"]
     assert not list(tmp_path.iterdir())
+    shown = cli(*arguments, "--dry-run").out
+    assert shown.count("nothing=q4_0 matches no tensor") == shown.count("are not divisible by 32") == 1
     out, report = tmp_path / "out.gguf", tmp_path / "report.json"
     run = cli(*arguments, "--outfile", out, "--report", report, "--measure", "--verbose")
     assert run.code == 0, run.err
@@ -517,6 +519,13 @@ def test_dry_run_json_and_report(model: Path, tmp_path: Path, cli: Cli) -> None:
             expected = np.sqrt(np.square(x - y).sum() / np.square(x).sum())
             assert by_name[name]["relative_rms"] == pytest.approx(expected, rel=1e-6)
     assert by_name["output_norm.weight"]["relative_rms"] is None
+
+
+def test_what_is_left_out_is_told_in_a_run_too(checkpoint_path: PathOf, tmp_path: Path, cli: Cli) -> None:
+    arguments = ["quantize", checkpoint_path("mini"), "--custom-q", "attn_q_a=q8_0", "--outfile", tmp_path / "o.gguf"]
+    for run in (cli(*arguments, "--dry-run"), cli(*arguments)):
+        assert run.code == 0
+        assert "part of the MTP block: --mtp writes its own file" in run.out + run.err
 
 
 def test_a_report_that_cannot_be_written_is_known_before_the_work(model: Path, tmp_path: Path, cli: Cli) -> None:
