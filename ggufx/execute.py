@@ -612,6 +612,10 @@ def _prepare(plan: Plan, journal: _Journal, *, overwrite: bool) -> list[PlannedF
         if inode is not None and file.path.exists() and file.path.stat().st_ino == inode:
             partial_path(file.path).unlink(missing_ok=True)
             continue  # killed after this file got its name: it is the very one that was finished
+        if file.path.is_dir():
+            if not journal.resumed:
+                journal.remove()
+            raise OutputExists(f"{file.path}: is a directory; choose another --outfile")
         if file.path.exists() and not overwrite:
             if not journal.resumed:
                 journal.remove()
