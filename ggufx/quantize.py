@@ -20,6 +20,7 @@ from ggufx import convert, dialects, execute, plan, types
 from ggufx import imatrix as imatrix_module
 from ggufx import recipe as recipe_module
 from ggufx.architectures.deepseek_v4 import LAYER
+from ggufx.architectures.deepseek_v4_file import DeepSeekV4File
 from ggufx.checkpoint import Checkpoint
 from ggufx.container import Value
 from ggufx.dialects import Dialect
@@ -317,7 +318,7 @@ def prepare(
         n_source_files=len(quantization.source_files),
     )  # fmt: skip
     quantization.choices = [decide(item) for item in sources]
-    quantization.findings = recipe_module.lint(rules, {s.name: s.stays for s in sources}) + decide.findings()
+    quantization.findings += recipe_module.lint(rules, {s.name: s.stays for s in sources}) + decide.findings()
     if isinstance(matrix, ImportanceMatrix):
         _add_matrix(quantization, matrix, decide)
     return quantization
@@ -447,9 +448,26 @@ def _gguf_sources(file: File, target: Dialect) -> tuple[list[Source], Quantizati
         return keys
 
     found = Quantization(
-        file.path, target, [], [], "normal", "reference", False, paths, None, metadata, alignment=file.alignment
-    )
+        file.path, target, [], _foreign_names(file, target), "normal", "reference", False, paths, None, metadata,
+        alignment=file.alignment,
+    )  # fmt: skip
     return sources, found
+
+
+def _foreign_names(file: File, target: Dialect) -> list[Finding]:
+    """Warn of names that the target's programs do not look for: quantizing changes types, retarget names and keys."""
+    if not DeepSeekV4File.recognises(file):
+        return []
+    form = DeepSeekV4File.form_of(file)
+    if (form == "nisparks") == (target.name == "nisparks"):
+        return []
+    return [
+        Finding(
+            "warning", "names",
+            f"{file.path}: has DeepSeek-V4's names and keys as {form} has them, which programs for {target.name} do not load; "
+            f"they stay as they are: afterwards, run `ggufx retarget --target {target.name}` on the result",
+        )
+    ]  # fmt: skip
 
 
 def _matrices(name: str, shape: tuple[int, ...], codec: types.Codec, span: Span) -> list[Matrix]:

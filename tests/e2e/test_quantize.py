@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import ggufx
-from ggufx import quantize, recipe, types
+from ggufx import execute, quantize, recipe, retarget, types
 from ggufx.container import Value, encode_header
 from ggufx.errors import FallbackError, GGUFError, PlanError, RecipeError
 
@@ -304,6 +304,21 @@ def test_the_target_is_the_first_that_holds_the_types(model: Path, checkpoint_pa
     prepared = quantize.prepare(checkpoint_path("flash"), recipe=rules, target="nisparks")
     assert {c.type for c in prepared.choices if "_exps" in c.source.name} >= {"Q2_K"}
     assert not prepared.errors
+
+
+def test_names_of_another_fork_are_told(converted: Callable[..., Gguf], tmp_path: Path) -> None:
+    for form, target in (("nisparks", "llama.cpp"), ("nisparks", "ik_llama.cpp"), ("llama.cpp", "nisparks")):
+        held = converted("flash", form, "bf16")
+        prepared = quantize.prepare(held.path, recipe=recipe.Recipe.parse("_shexp=q4_k"), target=target)
+        assert [f.code for f in prepared.findings if f.severity != "note"] == ["names"]
+        assert f"ggufx retarget --target {target}" in prepared.findings[0].message
+        out = tmp_path / f"{form}-{target}.gguf"
+        execute.execute(prepared.plan(out))
+        retarget.retarget(out, out.with_suffix(".moved"), target)  # the advice can be followed
+        again = quantize.prepare(out.with_suffix(".moved"), recipe=recipe.Recipe.parse(".*=native"), target=target)
+        assert not again.findings
+    same = quantize.prepare(converted("flash", "llama.cpp").path, default="native", target="ik_llama.cpp")
+    assert not same.findings
 
 
 def test_a_type_that_the_target_cannot_hold_is_an_error(model: Path) -> None:
