@@ -277,7 +277,7 @@ def _execute(
     _print_groups(groups, "type")
     rate = f"{plan.nbytes / seconds / 1e9:.2f} GB/s" if seconds else ""
     for path in paths:
-        _out.print(f"{path}", markup=False)
+        _out.print(_text(str(path)))
     _out.print(f"{len(plan.tensors)} tensors, {plan.nbytes} bytes in {seconds:.1f} s ({rate})")
 
 
@@ -292,7 +292,7 @@ def _print_plan(plan: Plan, threads: int | None, *, verbose: bool) -> None:
         directory = directory.parent
     stat = os.statvfs(directory)
     for file in plan.files:
-        _out.print(f"output: {file.path} ({file.nbytes} bytes)", markup=False)
+        _out.print(f"output: {_text(str(file.path))} ({file.nbytes} bytes)")
     _out.print(
         f"{data['n_tensors']} tensors, {data['n_weights']} weights, {plan.data_nbytes} bytes of data, "
         f"{data['bits_per_weight']:.4f} bits per weight, {len(plan.metadata)} keys, dialect {plan.dialect}, "

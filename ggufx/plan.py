@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -516,7 +517,7 @@ class Plan:
         digest = hashlib.sha256()
         digest.update(repr((__version__, self.source_files, self.source_states)).encode())
         for file in self.files:
-            digest.update(f"{file.path.name}\n".encode())
+            digest.update(os.fsencode(file.path.name) + b"\n")  # a name on the disk need not be UTF-8
             digest.update(file.header)
             for tensor in file.tensors:
                 digest.update(repr((tensor.transform, tensor.tiles)).encode())

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +23,7 @@ from ggufx.container import Value, encode_header
 from ggufx.errors import FallbackError, GGUFError, PlanError, RecipeError
 
 from .conftest import Run, assert_nothing_left, assert_one_line, start
-from .oracle import Gguf, Source
+from .oracle import ROOT, Gguf, Source
 
 Cli = Callable[..., Run]
 PathOf = Callable[[str], Path]
@@ -568,6 +571,19 @@ def test_a_report_is_json_whatever_the_numbers(tmp_path: Path, cli: Cli) -> None
         pytest.fail(f"{constant} is no JSON")
 
     json.loads(report.read_text(), parse_constant=refuse)
+
+
+def test_a_name_that_is_not_utf8(model: Path, tmp_path: Path) -> None:
+    out = os.fsencode(tmp_path) + b"/o\xff.gguf"
+    for extra in (["--dry-run"], []):
+        process = subprocess.run(
+            [sys.executable, "-m", "ggufx", "quantize", model, "q8_0", "--outfile", out, *extra],
+            capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        assert r"o\xdcff.gguf" in process.stdout
+    with ggufx.open(os.fsdecode(out)) as file:
+        assert file["blk.0.attn_q.weight"].type == "Q8_0"
 
 
 def test_recipe_commands(model: Path, tmp_path: Path, cli: Cli) -> None:
