@@ -618,8 +618,9 @@ def build(
         names.add(tensor.name)
         shard = shards[-1]
         if members is not None:
-            full = members[position] != held
-            held = members[position]
+            # A first member may hold the metadata and no tensor.
+            shards += [_Shard() for _ in range(held, members[position])]
+            shard, held, full = shards[-1], members[position], False
         else:
             full = split_max_nbytes is not None and shard.end + tensor.nbytes > split_max_nbytes
             full = full or len(shard.tensors) == split_max_tensors

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import ggufx
-from ggufx import execute, quantize, recipe, retarget, types
+from ggufx import execute, quantize, recipe, retarget, rewrite, types
 from ggufx.container import Value, encode_header
 from ggufx.errors import FallbackError, GGUFError, PlanError, RecipeError
 
@@ -439,6 +439,11 @@ def test_split_keep_split_and_merge(model: Path, tmp_path: Path) -> None:
     for before, after in zip(split, kept, strict=True):
         with ggufx.open(before, splits=False) as a, ggufx.open(after, splits=False) as b:
             assert list(a) == list(b)
+    with ggufx.open(model) as file:
+        plan = rewrite.plan_split(file, tmp_path / "f", split_max_tensors=4, tensor_first=False)
+        first_empty = execute.execute(plan)
+    again = quantize.quantize(first_empty[0], tmp_path / "g.gguf", default="q8_0", keep_split=True)
+    assert [path.name for path in again] == [path.name.replace("f-", "g-", 1) for path in first_empty]
     (merged,) = quantize.quantize(split[0], tmp_path / "m.gguf", default="q8_0")
     with ggufx.open(merged) as one, ggufx.open(kept[0]) as many:
         assert [t.name for t in one.tensors] == [t.name for t in many.tensors]
