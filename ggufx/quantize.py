@@ -601,7 +601,10 @@ class _Decider:
         rule = self.rules.find(source.name, stays=source.stays)
         wanted = self._wanted(source, rule)
         if wanted in (None, NATIVE, source.kind) or 0 in source.shape:
-            return self._kept(source, rule)
+            kept = self._kept(source, rule)
+            # Some of what a checkpoint has in BF16 is kept as F32 (norms, routers): a rule that says BF16 means it.
+            if wanted != "BF16" or kept.type == wanted or 0 in source.shape:
+                return kept
         assert wanted is not None
         if source.kind in _INTEGERS or wanted in _INTEGERS or not source.stack:
             if rule is not None or wanted in _INTEGERS:
@@ -618,7 +621,7 @@ class _Decider:
             )  # fmt: skip
             return self._kept(source, rule)
         fitting = self._fitting(source, wanted)
-        if fitting == source.kind:
+        if fitting == source.kind != wanted:
             return self._kept(source, rule)
         if not types.get(fitting).can_encode:
             self.say(

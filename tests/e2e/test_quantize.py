@@ -393,6 +393,19 @@ def test_forced_rules_reach_routers_and_norms(model: Path, tmp_path: Path) -> No
     assert found["blk.0.attn_norm.weight"] == "F32"
 
 
+def test_bf16_of_a_checkpoint_stays_bf16_where_a_rule_says_so(
+    source: Callable[[str], Source], checkpoint_path: PathOf, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.gguf"
+    rules = recipe.Recipe.parse("!attn_norm=bf16\n!ffn_gate_inp=bf16\n!ffn_norm=f32")
+    quantize.quantize(checkpoint_path("mini"), out, recipe=rules, target="nisparks")
+    found = kinds(out)
+    names = ("attn_norm", "ffn_gate_inp", "ffn_norm", "attn_kv_a_norm")
+    assert [found[f"blk.1.{name}.weight"] for name in names] == ["BF16", "BF16", "F32", "F32"]
+    expected = source("mini").bytes_of("layers.1.attn_norm.weight")
+    assert written(out, "blk.1.attn_norm.weight").tobytes() == expected.tobytes()
+
+
 # Metadata and files -------------------------------------------------------------------------------------------------
 
 
