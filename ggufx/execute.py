@@ -305,7 +305,9 @@ def _importance(job: _Job, read: Callable[[Span, npt.NDArray[np.uint8]], None]) 
     row_len = sum(transform.parts)
     codec = types.get(transform.target)
     if transform.importance == "energy":
-        key = (job.sources, tile.matrix)
+        # With the files' states: a process may outlive a source, and another then lie at its path.
+        files = dict.fromkeys(job.sources[span.file] for _, spans in tile.matrix for span in spans)
+        key = (transform.kind, tile.matrix, *((path, _state(path)) for path in files))
         return codec.usable_importance(
             _energies.get(key, lambda: _column_energy(transform, tile.matrix, tile.phase, read))
         )
@@ -315,6 +317,11 @@ def _importance(job: _Job, read: Callable[[Span, npt.NDArray[np.uint8]], None]) 
     read(tile.weights.span, found.view(np.uint8))
     found /= np.float32(tile.weights.divisor)
     return codec.usable_importance(found)
+
+
+def _state(path: str) -> tuple[int, int, int]:
+    status = Path(path).stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class _Energies:

@@ -223,6 +223,23 @@ def test_energy_over_many_tiles_is_that_of_the_whole_matrix(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_energy_is_that_of_the_file_that_is_there_now(model: Path, tmp_path: Path) -> None:
+    path, rules = tmp_path / "m.gguf", recipe.Recipe.parse("attn_q=iq2_xxs")
+    codec, rng = types.get("IQ2_XXS"), np.random.default_rng(8)
+    for number in range(2):
+        writer = gguf.GGUFWriter(path, "llama")
+        values = (rng.standard_normal((16, 256)) * rng.random(256)).astype(np.float32)
+        writer.add_tensor("blk.0.attn_q.weight", values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        out = tmp_path / f"{number}.gguf"
+        quantize.quantize(path, out, recipe=rules, imatrix="energy")
+        energy = np.square(values.astype(np.float64)).mean(axis=0).astype(np.float32)
+        assert np.array_equal(written(out, "blk.0.attn_q.weight"), codec.encode(values, energy))
+
+
 def test_importance_that_is_missing_or_of_another_model(model: Path, tmp_path: Path, cli: Cli) -> None:
     rules = ["--custom-q", "ffn_up_exps=iq2_xxs"]
     run = cli("quantize", model, *rules, "--outfile", tmp_path / "o.gguf")
