@@ -542,6 +542,24 @@ def test_values_that_cannot_be_encoded_name_the_tensor(tmp_path: Path, cli: Cli)
     assert not (tmp_path / "o.gguf").exists()
 
 
+@pytest.mark.parametrize(("kind", "value"), [("f16", 1e6), ("bf16", 3.4e38)])
+def test_values_that_would_become_infinite_name_the_tensor(kind: str, value: float, tmp_path: Path, cli: Cli) -> None:
+    path, out = tmp_path / "big", tmp_path / "out.gguf"
+    for values in (np.full((4, 64), value, np.float32), np.full((4, 64), 65504, np.float32)):
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_tensor("blk.0.attn_q.weight", values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        run = cli("quantize", path, kind, "--outfile", out, "--no-resume")
+        if values[0, 0] == 65504:
+            assert run.code == 0
+        else:
+            assert_one_line(run, "blk.0.attn_q.weight", f"256 values are beyond {kind.upper()}", f"{value:.6g}")
+            assert not out.exists()
+
+
 # The command line ---------------------------------------------------------------------------------------------------
 
 
@@ -592,22 +610,6 @@ def test_a_report_that_cannot_be_written_is_known_before_the_work(model: Path, t
     assert json.loads(report.read_text())["by_type"]
 
 
-def test_a_report_is_json_whatever_the_numbers(tmp_path: Path, cli: Cli) -> None:
-    path, out, report = tmp_path / "big.gguf", tmp_path / "out.gguf", tmp_path / "r.json"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tensor("blk.0.attn_q.weight", np.full((4, 64), 1e6, np.float32))  # more than F16 can hold
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    assert cli("quantize", path, "f16", "--outfile", out, "--measure", "--report", report).code == 0
-
-    def refuse(constant: str) -> None:
-        pytest.fail(f"{constant} is no JSON")
-
-    json.loads(report.read_text(), parse_constant=refuse)
-
-
 def test_a_name_that_is_not_utf8(model: Path, tmp_path: Path) -> None:
     out = os.fsencode(tmp_path) + b"/o\xff.gguf"
     for extra in (["--dry-run"], []):
@@ -652,6 +654,7 @@ def test_recipe_commands(model: Path, tmp_path: Path, cli: Cli) -> None:
     [
         ([], "nothing to do"), (["q4_0"], "--outfile is missing"), (["q4_k_m", "--dry-run"], "Q4_K"),
         (["zzz", "--dry-run"], "Invalid quantization type 'zzz'"),
+        (["q4_0", "--outfile", ".", "--dry-run"], "--outfile .: is a directory"),
         (["attn=q4_0", "--dry-run"], "'attn=q4_0' is no type"), (["iq2_ks|q2_k", "--dry-run"], "is no type"),
         (["--recipe", "nope", "--dry-run"], "no recipe of that name"),
         (["--custom-q", "(=q4_0", "--dry-run"], "not a regular expression"), (["q4_0", "--json"], "--json goes with --dry-run"),
