@@ -47,7 +47,7 @@ from ggufx import retarget as retarget_module
 from ggufx import rewrite as rewrite_module
 from ggufx import verify as verify_module
 from ggufx import warmup as warmup_module
-from ggufx.errors import FallbackError, GGUFError, PlanError
+from ggufx.errors import DiskError, FallbackError, GGUFError, PlanError
 from ggufx.plan import Plan
 
 __all__ = ["app", "main"]
@@ -790,7 +790,10 @@ def quantize(
     for name, count in tally.dead_blocks.items():
         _err.print(f"note: {_text(name)}: no importance at all in {count} blocks of columns; the mean was taken")
     if report is not None:
-        report.write_text(_json(tally.report()), encoding="utf-8")
+        try:
+            report.write_text(_json(tally.report()), encoding="utf-8")
+        except OSError as error:
+            raise DiskError(f"--report {report}: {error.strerror}; the model itself is finished") from None
 
 
 def _refuse(prepared: quantize_module.Quantization, *, as_json: bool) -> NoReturn:
