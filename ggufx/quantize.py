@@ -610,6 +610,10 @@ class _Decider:
             if rule is not None or wanted in _INTEGERS:
                 by = f" ({rule.label})" if rule is not None else ""
                 self.say("error", "not-numbers", f"{{}} is {source.kind} and cannot become {wanted}{by}", source.name)
+            elif not source.stack:
+                self.say(
+                    "note", "unknown", f"{{}} is {source.kind}, which no known dialect defines: it stays", source.name
+                )
             return self._kept(source, rule)
         if self.target.type_id(types.get(wanted)) is None:
             others = " or ".join(d.name for d in dialects.DIALECTS.values() if d.type_id(types.get(wanted)) is not None)

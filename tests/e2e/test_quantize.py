@@ -388,6 +388,8 @@ def test_tensors_that_are_no_matrices_of_numbers(tmp_path: Path, cli: Cli) -> No
     assert cli("quantize", path, *rules, "--dry-run").code == 0
     run = cli("quantize", path, "--custom-q", "unknown=q8_0", "--dry-run")
     assert (run.code, "blk.0.unknown.weight is id 9999 and cannot become Q8_0" in run.err) == (1, True)
+    run = cli("quantize", path, "q8_0", "--dry-run")
+    assert (run.code, "note: blk.0.unknown.weight is id 9999, which no known dialect defines" in run.out) == (0, True)
     for wrong in (["i8"], ["--custom-q", "attn_q=i8"]):
         run = cli("quantize", path, *wrong, "--dry-run")
         assert (run.code, "blk.0.attn_q.weight is F32 and cannot become I8" in run.err) == (1, True)
@@ -608,6 +610,13 @@ def test_a_report_that_cannot_be_written_is_known_before_the_work(model: Path, t
     report = tmp_path / "new" / "r.json"
     assert cli("quantize", model, "q8_0", "--outfile", tmp_path / "o.gguf", "--report", report).code == 0
     assert json.loads(report.read_text())["by_type"]
+
+
+def test_a_report_that_fails_after_the_work_says_what_is_done(model: Path, tmp_path: Path, cli: Cli) -> None:
+    out = tmp_path / "o.gguf"
+    run = cli("quantize", model, "q8_0", "--outfile", out, "--report", "/dev/full")
+    assert_one_line(run, "--report /dev/full: No space left on device; the model itself is finished")
+    assert kinds(out)["blk.0.attn_q.weight"] == "Q8_0"
 
 
 def test_a_name_that_is_not_utf8(model: Path, tmp_path: Path) -> None:
