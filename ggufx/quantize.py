@@ -180,10 +180,11 @@ class Quantization:
         overrides: Mapping[str, Value] | None = None,
     ) -> Plan:
         """Return the plan; raises RecipeError for findings that are errors, PlanError for an output that is a source."""
-        path = Path(convert.fill_file_type(str(outfile), self.label))
+        number = _file_type(self.tensors, self.dialect)
+        named = (self.dialect.file_type_name(number) if number is not None else None) or ""
+        path = Path(convert.fill_file_type(str(outfile), self.label or named or "mixed"))
         if any(path.exists() and path.samefile(source) for source in self.source_files):
             raise PlanError(f"{path}: is the source itself; choose another --outfile")
-        number = _file_type(self.tensors, self.dialect)
         metadata = self.metadata(self.tensors, number)
         if any(not choice.kept for choice in self.choices):
             metadata["general.quantization_version"] = Value.u32(QUANTIZATION_VERSION)
@@ -201,7 +202,7 @@ class Quantization:
             members=members,
             skipped=self.skipped,
             notes=list(dict.fromkeys([*self.notes, *(f.message for f in self.findings if f.severity != "error")])),
-            file_type=(self.dialect.file_type_name(number) if number is not None else None) or "",
+            file_type=named,
         )
 
     def _planned(self, choice: Choice) -> PlannedTensor:
@@ -337,7 +338,7 @@ def plan_quantize(
     Parameters
     ----------
     outfile
-        Output; ``{ftype}`` becomes the recipe's name.
+        Output; ``{ftype}`` becomes the recipe's name, else the default type, else the file type.
     split_max_nbytes
         Bytes of tensor data per file.
     overrides

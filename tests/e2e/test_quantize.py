@@ -489,6 +489,9 @@ def test_the_output_is_not_the_source(model: Path, tmp_path: Path) -> None:
     assert (
         quantize.plan_quantize(model, tmp_path / "x-{ftype}.gguf", default="q4_0").files[0].path.name == "x-q4_0.gguf"
     )
+    rules = recipe.Recipe.parse("_exps=bf16")
+    plan = quantize.plan_quantize(model, tmp_path / "x-{ftype}.gguf", recipe=rules)
+    assert plan.files[0].path.name == "x-bf16.gguf"
 
 
 def test_killed_and_resumed_bytes_are_those_of_an_undisturbed_run(
