@@ -18,7 +18,22 @@ from ggufx.version import __version__
 __all__ = ["File", "GGUFError", "Quality", "Tensor", "__version__", "open", "quality", "types"]
 
 _MODULES = frozenset(
-    {"convert", "diff", "imatrix", "inspect", "measure", "quantize", "recipe", "rewrite", "testing", "torch", "verify"}
+    {
+        "convert",
+        "diff",
+        "edit",
+        "export",
+        "imatrix",
+        "inspect",
+        "measure",
+        "quantize",
+        "recipe",
+        "retarget",
+        "rewrite",
+        "testing",
+        "torch",
+        "verify",
+    }
 )
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
@@ -47,7 +47,7 @@ from ggufx import retarget as retarget_module
 from ggufx import rewrite as rewrite_module
 from ggufx import verify as verify_module
 from ggufx import warmup as warmup_module
-from ggufx.errors import FallbackError, GGUFError, PlanError
+from ggufx.errors import DiskError, FallbackError, GGUFError, PlanError
 from ggufx.plan import Plan
 
 __all__ = ["app", "main"]
@@ -115,8 +115,8 @@ def _nbytes(count: float) -> str:
     return f"{count:.2f} TiB"
 
 
-def _print_json(data: Any) -> None:
-    """Print JSON that every parser takes: numbers that are not finite become null."""
+def _json(data: Any) -> str:
+    """Return JSON that every parser takes: numbers that are not finite become null."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
@@ -125,7 +125,11 @@ def _print_json(data: Any) -> None:
             return {key: clean(item) for key, item in value.items()}
         return [clean(item) for item in value] if isinstance(value, list | tuple) else value
 
-    sys.stdout.write(json.dumps(clean(data), indent=1, allow_nan=False) + "\n")
+    return json.dumps(clean(data), indent=1, allow_nan=False) + "\n"
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(_json(data))
 
 
 def _text(name: str) -> str:
@@ -273,7 +277,7 @@ def _execute(
     _print_groups(groups, "type")
     rate = f"{plan.nbytes / seconds / 1e9:.2f} GB/s" if seconds else ""
     for path in paths:
-        _out.print(f"{path}", markup=False)
+        _out.print(_text(str(path)))
     _out.print(f"{len(plan.tensors)} tensors, {plan.nbytes} bytes in {seconds:.1f} s ({rate})")
 
 
@@ -288,7 +292,7 @@ def _print_plan(plan: Plan, threads: int | None, *, verbose: bool) -> None:
         directory = directory.parent
     stat = os.statvfs(directory)
     for file in plan.files:
-        _out.print(f"output: {file.path} ({file.nbytes} bytes)", markup=False)
+        _out.print(f"output: {_text(str(file.path))} ({file.nbytes} bytes)")
     _out.print(
         f"{data['n_tensors']} tensors, {data['n_weights']} weights, {plan.data_nbytes} bytes of data, "
         f"{data['bits_per_weight']:.4f} bits per weight, {len(plan.metadata)} keys, dialect {plan.dialect}, "
@@ -773,18 +777,27 @@ def quantize(
     plan = prepared.plan(
         outfile or _beside(source), split_max_nbytes=_parse_nbytes(split_max_size), overrides=overrides
     )
+    # Of the plan's notes those that are findings have been told.
+    told = {finding.message for finding in prepared.findings}
+    shown = replace(plan, notes=tuple(note for note in plan.notes if note not in told))
     if dry_run:
         if as_json:
             _print_json(plan.to_json() | {"findings": [asdict(finding) for finding in prepared.findings]})
         else:
-            _print_plan(plan, threads, verbose=verbose)
+            _print_plan(shown, threads, verbose=verbose)
         return
+    _print_skipped(shown, _err, verbose=verbose)
+    if report is not None:
+        _check_report(report, plan)
     tally = quantize_module.Tally(prepared, plan, on_tensor=_print_line if verbose else None)
     _execute(plan, "quantize", overwrite=overwrite, resume=resume, threads=threads, tally=tally)
     for name, count in tally.dead_blocks.items():
         _err.print(f"note: {_text(name)}: no importance at all in {count} blocks of columns; the mean was taken")
     if report is not None:
-        report.write_text(json.dumps(tally.report(), indent=1) + "\n", encoding="utf-8")
+        try:
+            report.write_text(_json(tally.report()), encoding="utf-8")
+        except OSError as error:
+            raise DiskError(f"--report {report}: {error.strerror}; the model itself is finished") from None
 
 
 def _refuse(prepared: quantize_module.Quantization, *, as_json: bool) -> NoReturn:
@@ -795,6 +808,21 @@ def _refuse(prepared: quantize_module.Quantization, *, as_json: bool) -> NoRetur
         _print_findings(prepared.findings, _err)
     _err.print(f"nothing is written: {len(prepared.errors)} errors", style="red")
     raise SystemExit(prepared.exit_code)
+
+
+def _check_report(report: Path, plan: Plan) -> None:
+    """Make the folder of a report, as that of the output is made; refuse a place where none can be written, before the work."""
+    if report.resolve() in {path.resolve() for path in (*map(Path, plan.source_files), *(f.path for f in plan.files))}:
+        raise PlanError(f"--report {report}: is a file of the model")
+    try:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not report.exists()
+        with report.open("a"):
+            pass
+    except OSError as error:
+        raise PlanError(f"--report {report}: cannot be written ({error.strerror})") from None
+    if is_new:
+        report.unlink()
 
 
 def _print_line(line: str) -> None:
@@ -812,7 +840,7 @@ def _recipe(
     """Put the sources of rules in order: --tensor-type, --tensor-type-file, --custom-q, the recipe."""
     rules = recipe_module.Recipe.from_tensor_types(tensor_type or ())
     if tensor_type_file is not None:
-        words = tensor_type_file.read_text(encoding="utf-8").split()
+        words = recipe_module.read_text(tensor_type_file).split()
         rules += recipe_module.Recipe.from_tensor_types(words, str(tensor_type_file))
     for text in custom_q or ():
         rules += recipe_module.Recipe.from_custom_q(text)

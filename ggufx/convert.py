@@ -515,6 +515,8 @@ def fill_file_type(outfile: str, file_type: str) -> str:
     import gguf
 
     path = Path(outfile)
+    if not path.name:
+        raise PlanError(f"--outfile {outfile}: is a directory; name a file")
     try:
         return str(path.with_name(gguf.fill_templated_filename(path.name, file_type)))
     except (KeyError, IndexError, ValueError, AttributeError) as error:

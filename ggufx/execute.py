@@ -336,7 +336,9 @@ def _importance(job: _Job, read: Callable[[Span, npt.NDArray[np.uint8]], None]) 
     row_len = sum(transform.parts)
     codec = types.get(transform.target)
     if transform.importance == "energy":
-        key = (job.sources, tile.matrix)
+        # With the files' states: a process may outlive a source, and another then lie at its path.
+        files = dict.fromkeys(job.sources[span.file] for _, spans in tile.matrix for span in spans)
+        key = (transform.kind, tile.matrix, *((path, _state(path)) for path in files))
         return codec.usable_importance(
             _energies.get(key, lambda: _column_energy(transform, tile.matrix, tile.phase, read))
         )
@@ -346,6 +348,11 @@ def _importance(job: _Job, read: Callable[[Span, npt.NDArray[np.uint8]], None]) 
     read(tile.weights.span, found.view(np.uint8))
     found /= np.float32(tile.weights.divisor)
     return codec.usable_importance(found)
+
+
+def _state(path: str) -> tuple[int, int, int]:
+    status = Path(path).stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class _Energies:
@@ -432,7 +439,7 @@ def memory_need(plan: Plan, threads: int | None = None) -> int:
         largest = max((tile.nbytes + sum(span.nbytes for span in tile.spans) for tile in tensor.tiles), default=0)
         if tensor.transform.op == "encode":
             # Float32 values and their decoded and packed forms.
-            row_len = tensor.shape[-1]
+            row_len = tensor.shape[-1] if tensor.shape else 1
             largest += max((tile.rows * row_len * 12 for tile in tensor.tiles), default=0)
         per_thread = max(per_thread, largest)
     return _PROCESS_NBYTES + per_thread * (threads or default_workers())
@@ -646,6 +653,10 @@ def _prepare(plan: Plan, journal: _Journal, *, overwrite: bool) -> list[PlannedF
         if inode is not None and file.path.exists() and file.path.stat().st_ino == inode:
             partial_path(file.path).unlink(missing_ok=True)
             continue  # killed after this file got its name: it is the very one that was finished
+        if file.path.is_dir():
+            if not journal.resumed:
+                journal.remove()
+            raise OutputExists(f"{file.path}: is a directory; choose another --outfile")
         if file.path.exists() and not overwrite:
             if not journal.resumed:
                 journal.remove()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -522,7 +523,7 @@ class Plan:
         digest = hashlib.sha256()
         digest.update(repr((__version__, self.source_files, self.source_states)).encode())
         for file in self.files:
-            digest.update(f"{file.path.name}\n".encode())
+            digest.update(os.fsencode(file.path.name) + b"\n")  # a name on the disk need not be UTF-8
             digest.update(file.header)
             for tensor in file.tensors:
                 digest.update(repr((tensor.transform, tensor.tiles)).encode())
@@ -623,8 +624,9 @@ def build(
         names.add(tensor.name)
         shard = shards[-1]
         if members is not None:
-            full = members[position] != held
-            held = members[position]
+            # A first member may hold the metadata and no tensor.
+            shards += [_Shard() for _ in range(held, members[position])]
+            shard, held, full = shards[-1], members[position], False
         else:
             full = split_max_nbytes is not None and shard.end + tensor.nbytes > split_max_nbytes
             full = full or len(shard.tensors) == split_max_tensors

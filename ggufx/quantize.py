@@ -20,6 +20,7 @@ from ggufx import convert, dialects, execute, offload, plan, types
 from ggufx import imatrix as imatrix_module
 from ggufx import recipe as recipe_module
 from ggufx.architectures.deepseek_v4 import LAYER
+from ggufx.architectures.deepseek_v4_file import DeepSeekV4File
 from ggufx.checkpoint import Checkpoint
 from ggufx.container import Value
 from ggufx.dialects import Dialect
@@ -144,6 +145,7 @@ class Quantization:
     skipped: Sequence[tuple[str, str]] = ()
     alignment: int = 32
     label: str = ""
+    asked: str = ""
     keep_split: bool = False
     notes: list[str] = field(default_factory=list)
 
@@ -180,10 +182,11 @@ class Quantization:
         overrides: Mapping[str, Value] | None = None,
     ) -> Plan:
         """Return the plan; raises RecipeError for findings that are errors, PlanError for an output that is a source."""
-        path = Path(convert.fill_file_type(str(outfile), self.label))
+        number = _file_type(self.tensors, self.dialect, self.asked)
+        named = (self.dialect.file_type_name(number) if number is not None else None) or ""
+        path = Path(convert.fill_file_type(str(outfile), self.label or named or "mixed"))
         if any(path.exists() and path.samefile(source) for source in self.source_files):
             raise PlanError(f"{path}: is the source itself; choose another --outfile")
-        number = _file_type(self.tensors, self.dialect)
         metadata = self.metadata(self.tensors, number)
         if any(not choice.kept for choice in self.choices):
             metadata["general.quantization_version"] = Value.u32(QUANTIZATION_VERSION)
@@ -201,7 +204,7 @@ class Quantization:
             members=members,
             skipped=self.skipped,
             notes=list(dict.fromkeys([*self.notes, *(f.message for f in self.findings if f.severity != "error")])),
-            file_type=(self.dialect.file_type_name(number) if number is not None else None) or "",
+            file_type=named,
         )
 
     def _planned(self, choice: Choice) -> PlannedTensor:
@@ -318,6 +321,7 @@ def prepare(
     quantization.effort, quantization.objective, quantization.measure = effort, objective, measure
     quantization.keep_split, quantization.device = keep_split, str(device) if on_device else ""
     quantization.label = rules.name or (default or "").upper()
+    quantization.asked = "" if default is None or default.lower() == NATIVE else _codec_name(default)
     decide = _Decider(
         rules, None if default is None else _codec_name(default), chosen, matrix, pure=pure,
         output_type=None if output_type is None else _codec_name(output_type),
@@ -326,7 +330,7 @@ def prepare(
         n_source_files=len(quantization.source_files),
     )  # fmt: skip
     quantization.choices = [decide(item) for item in sources]
-    quantization.findings = recipe_module.lint(rules, {s.name: s.stays for s in sources}) + decide.findings()
+    quantization.findings += recipe_module.lint(rules, {s.name: s.stays for s in sources}) + decide.findings()
     if isinstance(matrix, ImportanceMatrix):
         _add_matrix(quantization, matrix, decide)
     return quantization
@@ -345,7 +349,7 @@ def plan_quantize(
     Parameters
     ----------
     outfile
-        Output; ``{ftype}`` becomes the recipe's name.
+        Output; ``{ftype}`` becomes the recipe's name, else the default type, else the file type.
     split_max_nbytes
         Bytes of tensor data per file.
     overrides
@@ -396,7 +400,11 @@ def _loaded(given: Recipe | str | Path | None) -> Recipe:
 
 def _codec_name(name: str) -> str:
     """Return upstream's spelling of a type; raises RecipeError, which also knows mixes and interleaved types."""
-    return Recipe.parse(f".={name}", "type").rules[0].types[0]
+    rules = Recipe.parse(f".={name}", "type").rules
+    # Else a rule given in a type's place would be read as one more pattern, and its type taken for everything.
+    if len(rules) != 1 or rules[0].pattern != "." or len(rules[0].types) != 1:
+        raise RecipeError(f"{name!r} is no type; rules go to --custom-q, --tensor-type or --recipe")
+    return rules[0].types[0]
 
 
 def _open(source: str | Path, dialect: str | None) -> File | Checkpoint:
@@ -452,9 +460,26 @@ def _gguf_sources(file: File, target: Dialect) -> tuple[list[Source], Quantizati
         return keys
 
     found = Quantization(
-        file.path, target, [], [], "normal", "reference", False, "", paths, None, metadata, alignment=file.alignment
-    )
+        file.path, target, [], _foreign_names(file, target), "normal", "reference", False, "", paths, None, metadata,
+        alignment=file.alignment,
+    )  # fmt: skip
     return sources, found
+
+
+def _foreign_names(file: File, target: Dialect) -> list[Finding]:
+    """Warn of names that the target's programs do not look for: quantizing changes types, retarget names and keys."""
+    if not DeepSeekV4File.recognises(file):
+        return []
+    form = DeepSeekV4File.form_of(file)
+    if (form == "nisparks") == (target.name == "nisparks"):
+        return []
+    return [
+        Finding(
+            "warning", "names",
+            f"{file.path}: has DeepSeek-V4's names and keys as {form} has them, which programs for {target.name} do not load; "
+            f"they stay as they are: afterwards, run `ggufx retarget --target {target.name}` on the result",
+        )
+    ]  # fmt: skip
 
 
 def _matrices(name: str, shape: tuple[int, ...], codec: types.Codec, span: Span) -> list[Matrix]:
@@ -587,19 +612,20 @@ class _Decider:
     def __call__(self, source: Source) -> Choice:
         rule = self.rules.find(source.name, stays=source.stays)
         wanted = self._wanted(source, rule)
-        if wanted in (None, NATIVE):
-            return self._kept(source, rule)
+        if wanted in (None, NATIVE, source.kind) or 0 in source.shape:
+            kept = self._kept(source, rule)
+            # Some of what a checkpoint has in BF16 is kept as F32 (norms, routers): a rule that says BF16 means it.
+            if wanted != "BF16" or kept.type == wanted or 0 in source.shape:
+                return kept
         assert wanted is not None
-        if source.kind in _INTEGERS or not source.stack:
-            if rule is not None:
+        if source.kind in _INTEGERS or wanted in _INTEGERS or not source.stack:
+            if rule is not None or wanted in _INTEGERS:
+                by = f" ({rule.label})" if rule is not None else ""
+                self.say("error", "not-numbers", f"{{}} is {source.kind} and cannot become {wanted}{by}", source.name)
+            elif not source.stack:
                 self.say(
-                    "error",
-                    "not-numbers",
-                    f"{{}} is {source.kind} and cannot become {wanted} ({rule.label})",
-                    source.name,
+                    "note", "unknown", f"{{}} is {source.kind}, which no known dialect defines: it stays", source.name
                 )
-            return self._kept(source, rule)
-        if wanted == source.kind:
             return self._kept(source, rule)
         if self.target.type_id(types.get(wanted)) is None:
             others = " or ".join(d.name for d in dialects.DIALECTS.values() if d.type_id(types.get(wanted)) is not None)
@@ -611,7 +637,7 @@ class _Decider:
             )  # fmt: skip
             return self._kept(source, rule)
         fitting = self._fitting(source, wanted)
-        if fitting == source.kind:
+        if fitting == source.kind != wanted:
             return self._kept(source, rule)
         if not types.get(fitting).can_encode:
             self.say(
@@ -648,7 +674,9 @@ class _Decider:
             return self.output_type
         if source.name == "token_embd.weight" and self.embedding_type is not None:
             return self.embedding_type
-        if self.default is None or self.pure or source.name not in ("output.weight", "token_embd.weight"):
+        if self.default is None or self.default == NATIVE or self.pure:
+            return self.default
+        if source.name not in ("output.weight", "token_embd.weight"):
             return self.default
         least = "Q6_K" if head else "Q4_K"
         bits = types.get(self.default).layout.bits_per_weight()
@@ -664,13 +692,15 @@ class _Decider:
 
     def _fitting(self, source: Source, wanted: str) -> str:
         """Return ``wanted``, or what the field's tables have for rows that it does not fit."""
-        row_len = source.shape[-1]
-        table = _UPSTREAM_FALLBACK if self.target.name == "llama.cpp" else _IK_FALLBACK
+        row_len = source.shape[-1] if source.shape else 1
+        table = _IK_FALLBACK if self.target.name == "ik_llama.cpp" else _UPSTREAM_FALLBACK
         # F16 cannot hold every value of BF16, FP8 or FP4; upstream's last resort is F16 whatever the source.
         wide = "F16" if source.kind in ("F16", "F32", "F64") else "BF16"
         fitting = wanted
         while row_len % types.get(fitting).layout.block_len:
             following = table.get(fitting, wide)
+            if not types.get(following).can_encode:
+                following = "Q8_0"  # Q5_1, so far: the next type of the tables that can be made
             held = self.target.type_id(types.get(following)) is not None
             fitting = following if held else wide
         if fitting != wanted:
@@ -687,6 +717,8 @@ class _Decider:
         self, source: Source, target: str
     ) -> tuple[tuple[Weights | None, ...], Literal["", "matrix", "energy"]]:
         codec = types.get(target)
+        if codec.layout.block_len == 1:
+            return (), ""  # numbers are rounded one by one: no column is paid for with another
         if self.matrix == "energy":
             return (), "energy" if codec.needs_importance else ""
         if self.matrix == "ones":
@@ -741,12 +773,12 @@ def _add_matrix(quantization: Quantization, matrix: ImportanceMatrix, decide: _D
                 tuple(decide.missing),
             )
         )  # fmt: skip
-    unused = [name for name in matrix if name not in {_upstream_name(used) for used in decide.used} | decide.used]
-    if unused and not decide.used:
+    if not decide.used:
         quantization.findings.append(
             Finding(
                 "warning", "imatrix",
-                f"{matrix.path}: none of its {len(unused)} entries ({unused[0]}, ...) is of a tensor that is quantized",
+                f"{matrix.path}: none of its {len(matrix)} entries ({next(iter(matrix))}, ...) is of a tensor "
+                "that is quantized",
             )
         )  # fmt: skip
     base = quantization.metadata
@@ -758,17 +790,20 @@ def _add_matrix(quantization: Quantization, matrix: ImportanceMatrix, decide: _D
         quantization.metadata = metadata
 
 
-def _file_type(tensors: Sequence[PlannedTensor], target: Dialect) -> int | None:
-    """Return the ``general.file_type`` of the type that most weights have; ``None`` where the target has no number for it."""
+def _file_type(tensors: Sequence[PlannedTensor], target: Dialect, asked: str) -> int | None:
+    """Return the ``general.file_type`` of the TYPE asked for, or else of the type that most weights have.
+
+    ``None`` where the target has no number for it.
+    """
     weights: Counter[str] = Counter()
     for tensor in tensors:
         weights[tensor.type] += prod(tensor.shape)
     if not weights:
         return None
     held = set(weights)
-    if {"F8_E4M3_B128", "MXFP4"} <= held and weights.most_common(1)[0][0] in ("F8_E4M3_B128", "MXFP4"):
+    if not asked and {"F8_E4M3_B128", "MXFP4"} <= held and weights.most_common(1)[0][0] in ("F8_E4M3_B128", "MXFP4"):
         return target.file_type_number("F8_E4M3_MXFP4") or target.file_type_number("MXFP4_MOE")
-    name = weights.most_common(1)[0][0]
+    name = asked or weights.most_common(1)[0][0]
     # llama.cpp numbers mixes, not types: the middle one stands for them.
     spellings = {"MXFP4": ("MXFP4_MOE",), "Q3_K": ("Q3_K_M",), "Q4_K": ("Q4_K_M",), "Q5_K": ("Q5_K_M",)}.get(
         name, (name,)

@@ -23,7 +23,7 @@ from typing import Final, Literal
 from ggufx import types
 from ggufx.errors import RecipeError, UnknownType
 
-__all__ = ["NATIVE", "Finding", "Recipe", "Rule", "from_tensors", "lint", "load", "shipped", "stays"]
+__all__ = ["NATIVE", "Finding", "Recipe", "Rule", "from_tensors", "lint", "load", "read_text", "shipped", "stays"]
 
 NATIVE: Final = "native"
 """In place of a type: the source's own bits, exactly."""
@@ -207,7 +207,7 @@ def _rule(text: str, origin: str) -> Rule:
         raise RecipeError(f"{origin}: {text!r} has no pattern before the '='")
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise RecipeError(f"{origin}: {pattern!r} is not a regular expression: {error}") from None
     return Rule(pattern, tuple(_type(name, text, origin) for name in names.split("|")), force, origin)
 
@@ -251,6 +251,20 @@ def shipped() -> dict[str, str]:
     return {name: found[name].read_text(encoding="utf-8") for name in sorted(found)}
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a file of rules, without the byte order mark that some editors put first.
+
+    Raises
+    ------
+    RecipeError
+        It is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not a text file (byte {error.start} is not UTF-8)") from None
+
+
 def load(name: str | Path) -> Recipe:
     """Read a recipe file, or a shipped recipe by its name.
 
@@ -261,11 +275,7 @@ def load(name: str | Path) -> Recipe:
     """
     path = Path(name)
     if path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{path}: is not a text file (byte {error.start} is not UTF-8)") from None
-        return replace(Recipe.parse(text, str(path)), name=path.name.removesuffix(_SUFFIX))
+        return replace(Recipe.parse(read_text(path), str(path)), name=path.name.removesuffix(_SUFFIX))
     ours = shipped()
     key = str(name).removesuffix(_SUFFIX)
     if key in ours:

@@ -287,6 +287,19 @@ def test_columns_without_importance_stay_sane(name: str, objective: str) -> None
     assert np.array_equal(none, codec.encode(x, np.ones(512, np.float32), objective=objective))
 
 
+@pytest.mark.parametrize("name", [*NAMES, "IQ2_XXS", "Q4_K"])
+@pytest.mark.parametrize("weight", [3e38, 1e-45])
+def test_the_mean_weight_neither_overflows_nor_vanishes(name: str, weight: float) -> None:
+    x, _ = sample(17, 4, 1024)
+    importance = np.zeros(1024, np.float32)
+    importance[256:] = weight if weight > 1 else 0
+    importance[300] = weight
+    codec = types.get(name)
+    with pytest.warns(ImportanceWarning):
+        y = codec.decode(codec.encode(x, importance))
+    assert ((x - y)[:, :256] ** 2).sum() < 0.3 * (x[:, :256] ** 2).sum()
+
+
 @every_type
 def test_the_scale_of_the_importance_is_nothing(name: str) -> None:
     x, importance = sample(15, 4, 512)

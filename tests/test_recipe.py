@@ -95,7 +95,7 @@ def test_commas_and_equal_signs_inside_a_pattern() -> None:
         ("\n\nattn_q=", "line 3: 'attn_q=' is no rule"),
         ("=q4_0", "no pattern before"),
         ("!=q4_0", "no pattern before"),
-        ("(=q4_0", "is not a regular expression"),
+        ("(=q4_0", "is not a regular expression"), ("a{99999999999}=q4_0", "is not a regular expression: the repetition"),
         ("a=q4_k_m", "Invalid quantization type 'q4_k_m'.*Q4_K"),
         ("a=iq4_kz", "Invalid quantization type 'iq4_kz' in custom quantization input 'a=iq4_kz'; did you mean IQ4_K"),
         ("a=zzz", "Invalid quantization type 'zzz'.*ggufx types"),
@@ -243,6 +243,13 @@ def test_load_says_what_there_is(tmp_path: Path) -> None:
     path.write_text("ffn=q4_0\nx=nope\n")
     with pytest.raises(RecipeError, match=r"a\.recipe line 2"):
         recipe.load(path)
+
+
+def test_a_byte_order_mark_and_dos_lines_are_no_part_of_a_rule(tmp_path: Path) -> None:
+    path = tmp_path / "a.recipe"
+    for text in ("attn_q=q4_0\r\nffn_.*=q8_0\r\n", "# head\r\nattn_q=q4_0\r\n\r\nffn_.*=q8_0\r\n"):
+        path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert recipe.load(path).text() == "attn_q=q4_0\nffn_.*=q8_0\n"
 
 
 def test_rules_print_as_they_are_read() -> None:

@@ -88,10 +88,15 @@ class DeepSeekV4File:
             return False
         return not any(".nextn." in name for name in file)
 
+    @staticmethod
+    def form_of(file: File) -> str:
+        """Whose names a main model's file has, ``nisparks`` or ``llama.cpp``: by the hyper-connections, which no two share."""
+        return "nisparks" if "hc_head_base" in file else "llama.cpp"
+
     @property
     def form(self) -> str:
-        """Whose names the file has, ``nisparks`` or ``llama.cpp``: by the hyper-connections, which no two share."""
-        return "nisparks" if "hc_head_base" in self.file else "llama.cpp"
+        """Whose names the file has: see :meth:`form_of`."""
+        return self.form_of(self.file)
 
     def _member(self, tensor: Tensor) -> Member:
         match = _BLOCK.match(tensor.name)

@@ -33,6 +33,8 @@ F32 = npt.NDArray[np.float32]
 _CHUNK_NBYTES = 1 << 22
 """Output bytes of a row chunk: a few hundred microseconds of work, so that handing over the GIL costs nothing."""
 
+_LEAST = float(np.finfo(np.float32).smallest_subnormal)
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _FLOATS = frozenset((np.dtype(np.float32), np.dtype(np.float16), BFLOAT16, np.dtype(np.float64)))
 
@@ -541,8 +543,10 @@ class Codec(ABC):
         dead = ~weights.reshape(-1, self.layout.block_len).any(axis=1)
         count = int(dead.sum())
         if count:
+            # In float64, and not 0: the mean of finite weights may overflow float32, or vanish in it.
+            mean = max(float(weights.mean(dtype=np.float64)), _LEAST) if weights.any() else 1
             weights = weights.copy()
-            weights.reshape(-1, self.layout.block_len)[dead] = weights.mean() if weights.any() else 1
+            weights.reshape(-1, self.layout.block_len)[dead] = mean
         return weights, count
 
     def _finite(self, part: npt.NDArray[Any], first_row: int) -> F32:

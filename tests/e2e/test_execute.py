@@ -518,6 +518,14 @@ def test_a_partial_that_is_a_directory(editable: Source, cli: Cli, tmp_path: Pat
     assert not journal_path(tmp_path / "o.gguf").exists()
 
 
+def test_an_output_that_is_a_directory(editable: Source, cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    out.mkdir()
+    run = cli("quantize", editable.path, "q8_0", "--outfile", out, "--overwrite")
+    assert_one_line(run, "out.gguf: is a directory")
+    assert [path.name for path in tmp_path.iterdir() if path != editable.path] == ["out.gguf"]
+
+
 def test_zero_size_tensors_and_an_empty_file(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(np.arange(8, dtype="<f4").tobytes())
