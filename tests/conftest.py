@@ -14,8 +14,38 @@ settings.register_profile("ci", max_examples=300, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
+SLOW = (
+    # Kernels compiled anew for other CPU models, or all of them.
+    "test_encoders_scalar.py::test_the_cpu_model_changes_nothing",
+    "test_encoders.py::test_every_cpu_model_gives_the_same_bytes",
+    "test_warmup.py::test_the_engine_compiles_nothing_after_warming_up",
+    # Plans of models with a hundred thousand tensors, beyond the first.
+    "test_fullshape.py::test_the_native_file_moved_and_exported",
+    "test_fullshape_v3.py",
+    "test_recipe_v3",
+    # Triton's interpreter, where a search or a wide product runs in it; each family has a type in the quick group.
+    "test_offload.py::test_searches_on_the_device",
+    "test_cuda_encode.py::test_bytes_are_the_cpus[IQ2_XXS]",
+    "test_cuda_encode.py::test_bytes_are_the_cpus[IQ3_KS]",
+    "test_cuda_encode.py::test_bytes_are_the_cpus[IQ4_KS]",
+    "test_cuda_encode.py::test_bytes_are_the_cpus[IQ4_K]",
+    "test_cuda_encode.py::test_bytes_are_the_cpus[IQ5_K]",
+    "test_cuda_encode.py::test_bytes_are_the_cpus_without_importance",
+    "test_cuda_kernels.py::test_linear[IQ4_K",
+    "test_cuda_kernels.py::test_linear[IQ5_K]",
+    "test_cuda_kernels.py::test_linear[IQ4_NL]",
+    "test_cuda_kernels.py::test_linear_of_long_rows_and_eight_tokens",
+    "test_cuda_kernels.py::test_experts[F8_E4M3_B128]",
+)
+"""Tests of several seconds that look again at what quicker ones look at: ``make test-slow``, which CI runs after ``make test``."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none: ``pytest -m cuda`` says so, and loads torch for it alone."""
+    """Mark what is slow, and skip what needs a GPU where there is none: ``pytest -m cuda`` loads torch for it alone."""
+    for item in items:
+        if any(part in item.nodeid for part in SLOW):
+            item.add_marker(pytest.mark.slow)
     needing = [item for item in items if item.get_closest_marker("cuda")]
     if needing:
         import torch

@@ -27,7 +27,8 @@ from ggufx import quantize, recipe
 options = {"recipe": recipe.load(sys.argv[2]), "imatrix": "energy", "allow_requantize": True, "measure": True}
 quantize.quantize(sys.argv[1], sys.argv[3], device="cpu:0", threads=1, **options)
 """
-RULES = "f32=q4_0\nf16=iq4_ks\nbf16=q8_0\nmxfp4=q4_0\nf8=mxfp4\nexperts=iq2_xxs\nq5=q8_0\nonly_cpu=q5_0\n"
+RULES = "f32=q8_0\nf16=q8_0\nbf16=q8_0\nmxfp4=q8_0\nexperts=q8_0\nq5=q8_0\nonly_cpu=q5_0\n"
+SEARCHES = "f32=q4_0\nf16=iq4_ks\nbf16=mxfp4\nmxfp4=q4_0\nexperts=iq2_xxs\n"
 
 
 def model(path: Path) -> Path:
@@ -64,12 +65,21 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_devices_bytes_are_the_cpus(tmp_path: Path) -> None:
+    same_bytes(RULES, tmp_path)
+
+
+def test_searches_on_the_device(tmp_path: Path) -> None:
+    same_bytes(SEARCHES, tmp_path)
+
+
+def same_bytes(text: str, tmp_path: Path) -> None:
+    """Quantize on the device and on the CPU, and compare."""
     source, rules = model(tmp_path / "model.gguf"), tmp_path / "all.recipe"
-    rules.write_text(RULES)
+    rules.write_text(text)
     done = run(source, rules, tmp_path / "device.gguf")
     assert done.returncode == 0, done.stderr
     options = {"imatrix": "energy", "allow_requantize": True}
-    quantize.quantize(source, tmp_path / "cpu.gguf", recipe=recipe.Recipe.parse(RULES), **options)
+    quantize.quantize(source, tmp_path / "cpu.gguf", recipe=recipe.Recipe.parse(text), **options)
     with ggufx.open(tmp_path / "device.gguf") as a, ggufx.open(tmp_path / "cpu.gguf") as b:
         assert list(a) == list(b)
         for name in a:
@@ -105,7 +115,7 @@ def test_devices_that_are_not_there(device: str, message: str, tmp_path: Path) -
 @pytest.mark.cuda
 def test_on_a_gpu(tmp_path: Path) -> None:
     source = model(tmp_path / "model.gguf")
-    options = {"imatrix": "energy", "allow_requantize": True, "recipe": recipe.Recipe.parse(RULES)}
+    options = {"imatrix": "energy", "allow_requantize": True, "recipe": recipe.Recipe.parse(SEARCHES + RULES)}
     quantize.quantize(source, tmp_path / "device.gguf", device="cuda", **options)
     quantize.quantize(source, tmp_path / "cpu.gguf", **options)
     assert (tmp_path / "device.gguf").read_bytes() == (tmp_path / "cpu.gguf").read_bytes()

@@ -258,7 +258,7 @@ def test_importance_that_is_missing_or_of_another_model(model: Path, tmp_path: P
 
 # Choices ------------------------------------------------------------------------------------------------------------
 
-# (type asked for, target) -> type for rows of 96 and of 33. From llama-quant.cpp and ik_llama.cpp's llama.cpp, but that upstream
+# (type asked for, target) -> type for rows of 96 and of 33. From llama-quant.cpp and ik_llama.cpp's llama.cpp, but upstream
 # takes Q5_1 for Q5_K, which has no encoder here: the next wider one is taken.
 FALLBACKS = [
     ("q2_k", "llama.cpp", "Q4_0"), ("q3_k", "llama.cpp", "Q4_0"), ("q4_k", "llama.cpp", "Q5_0"),
