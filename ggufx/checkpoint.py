@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from ggufx.errors import CheckpointError
 
-__all__ = ["Checkpoint", "SourceTensor"]
+__all__ = ["Checkpoint", "SourceTensor", "read_shard"]
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 MAX_HEADER_NBYTES: Final = 100_000_000
@@ -91,7 +91,7 @@ class Checkpoint(Mapping[str, SourceTensor]):
         self._tensors: dict[str, SourceTensor] = {}
         self.shard_states: list[tuple[int, int]] = []
         for number, shard in enumerate(self.shards):
-            state, tensors = _read_header(shard, number)
+            state, tensors = read_shard(shard, number)
             self.shard_states.append(state)
             for tensor in tensors:
                 if tensor.name in self._tensors:
@@ -100,6 +100,20 @@ class Checkpoint(Mapping[str, SourceTensor]):
                 self._tensors[tensor.name] = tensor
         if weight_map is not None:
             self._check_index(weight_map)
+
+    @classmethod
+    def imagined(
+        cls, path: Path, config: dict[str, Any], shards: Sequence[Path], tensors: Iterable[SourceTensor]
+    ) -> Checkpoint:
+        """Return a checkpoint of which no file exists: what a GGUF would be as one.
+
+        The architecture's own checks and orders then apply to it. Nothing can be read from it.
+        """
+        made = cls.__new__(cls)
+        made.path, made.config, made.shards = path, config, list(shards)
+        made.shard_states = []
+        made._tensors = {tensor.name: tensor for tensor in tensors}
+        return made
 
     def _json(self, name: str, *, required: bool = False) -> dict[str, Any]:
         file = self.path / name
@@ -190,7 +204,14 @@ class Checkpoint(Mapping[str, SourceTensor]):
         return f"<Checkpoint {self.path.name}: {len(self)} tensors in {len(self.shards)} shards>"
 
 
-def _read_header(path: Path, shard: int) -> tuple[tuple[int, int], list[SourceTensor]]:
+def read_shard(path: Path, shard: int) -> tuple[tuple[int, int], list[SourceTensor]]:
+    """Read a safetensors header: the file's (size, modification time in ns), and its tensors as of shard ``shard``.
+
+    Raises
+    ------
+    CheckpointError
+        The header is damaged, or the tensors do not fill the file exactly.
+    """
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
         file_nbytes = status.st_size

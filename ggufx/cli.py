@@ -36,11 +36,14 @@ import ggufx
 from ggufx import catalog, dialects, execute, testing, types
 from ggufx import convert as convert_module
 from ggufx import diff as diff_module
+from ggufx import edit as edit_module
+from ggufx import export as export_module
 from ggufx import imatrix as imatrix_module
 from ggufx import inspect as inspect_module
 from ggufx import measure as measure_module
 from ggufx import quantize as quantize_module
 from ggufx import recipe as recipe_module
+from ggufx import retarget as retarget_module
 from ggufx import rewrite as rewrite_module
 from ggufx import verify as verify_module
 from ggufx import warmup as warmup_module
@@ -61,6 +64,9 @@ app = typer.Typer(
 Target = StrEnum("Target", {name: name for name in dialects.DIALECTS})  # type: ignore[misc]
 Reading = StrEnum("Reading", {name: name for name in (*dialects.DIALECTS, dialects.OPAQUE)})  # type: ignore[misc]
 Dense = StrEnum("Dense", {name: name for name in convert_module.DENSE_TYPES})  # type: ignore[misc]
+MoveTarget = StrEnum("MoveTarget", {name: name for name in retarget_module.TARGETS})  # type: ignore[misc]
+MoveDense = StrEnum("MoveDense", {name: name for name in retarget_module.DENSE_TYPES})  # type: ignore[misc]
+Plain = StrEnum("Plain", {name: name for name in retarget_module.PLAIN_TYPES})  # type: ignore[misc]
 
 ObjectiveChoice = StrEnum("ObjectiveChoice", {name: name for name in get_args(types.Objective)})  # type: ignore[misc]
 EffortChoice = StrEnum("EffortChoice", {name: name for name in get_args(types.Effort)})  # type: ignore[misc]
@@ -68,6 +74,7 @@ EffortChoice = StrEnum("EffortChoice", {name: name for name in get_args(types.Ef
 _NORMAL = EffortChoice("normal")
 _REFERENCE = ObjectiveChoice("reference")
 _NISPARKS = Target("nisparks")
+_PLAIN = Plain("f32")
 
 # A table is as wide as it needs to be: a narrow terminal wraps its lines, and nothing is cut off.
 _out = Console(soft_wrap=True, highlight=False, width=400)
@@ -81,6 +88,13 @@ Threads = Annotated[
 DialectOption = Annotated[
     Reading | None, typer.Option("--dialect", help="Whose type ids the file has. Default: found from ids and sizes.")
 ]
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output, at the end.")]
+Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a partial output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")]
+AsJson = Annotated[bool, typer.Option("--json", help="With --dry-run: print it as JSON.")]
+SplitMaxSize = Annotated[str | None, typer.Option(help="Split into files of at most N(M|G) bytes of data.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")]
 
 
 def _parse_nbytes(text: str | None) -> int | None:
@@ -221,6 +235,22 @@ def convert(
     _execute(plan, "convert", overwrite=overwrite, resume=resume, threads=threads)
 
 
+def _show_or_execute(
+    plan: Plan, verb: str, *, dry_run: bool, as_json: bool, verbose: bool = False, overwrite: bool, resume: bool,
+    threads: int | None,
+) -> None:  # fmt: skip
+    """Do what every command that writes a model does with its plan."""
+    if as_json and not dry_run:
+        raise PlanError("--json goes with --dry-run")
+    if dry_run:
+        _print_json(plan.to_json()) if as_json else _print_plan(plan, threads, verbose=verbose)
+        return
+    _print_skipped(plan, _err, verbose=verbose)
+    if verbose:
+        _print_tensors(plan)
+    _execute(plan, verb, overwrite=overwrite, resume=resume, threads=threads)
+
+
 def _execute(
     plan: Plan,
     verb: str,
@@ -341,7 +371,10 @@ def _print_tensors(plan: Plan) -> None:
 
 
 def _how(tensor: Any) -> str:
-    words = {"copy": "copied", "pack": "packed, exact", "cast": "cast, exact", "encode": "rounded"}
+    words = {
+        "copy": "copied", "pack": "packed, exact", "cast": "cast, exact", "encode": "rounded", "codes": "unpacked, exact",
+        "scales": "scales, exact",
+    }  # fmt: skip
     how = "decoded, exact" if tensor.transform.exact else words[tensor.transform.op]
     return f"{tensor.transform.kind} {how}"
 
@@ -392,7 +425,7 @@ def inspect(
 @app.command()
 def verify(
     file: Annotated[Path, typer.Argument(help="The GGUF.")],
-    against: Annotated[Path, typer.Option(help="The checkpoint directory it was made from.")],
+    against: Annotated[Path, typer.Option(help="The checkpoint directory, or the GGUF, it was made from.")],
     skip: Annotated[
         list[str] | None, typer.Option(help="Tensors of this shell pattern were left out. Repeatable.")
     ] = None,
@@ -401,7 +434,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")] = False,
 ) -> None:
-    """Prove a conversion: compare every tensor's codes, scales or values with the checkpoint's. Exit 0 if all is right."""
+    """Prove a conversion or a move: compare every tensor's codes, scales or values with the source's. Exit 0 if right."""
     with _progress("verify") as progress:
         report = verify_module.verify(
             file,
@@ -487,6 +520,150 @@ def rewrite(
     with ggufx.open(file, dialect=None if dialect is None else dialect.value) as source:
         plan = rewrite_module.plan_rewrite(source, outfile, split_max_nbytes=_parse_nbytes(split_max_size))
         _execute(plan, "rewrite", overwrite=overwrite, resume=resume, threads=threads)
+
+
+@app.command()
+def retarget(
+    file: Annotated[Path, typer.Argument(help="A GGUF; any member of a split.")],
+    outfile: Annotated[Path, typer.Option(help="Output.")],
+    target: Annotated[MoveTarget, typer.Option(help="Dialect to move to.")],
+    dense: Annotated[
+        MoveDense | None,
+        typer.Option(
+            help="What becomes of tensors that the target cannot hold. Default: bf16, exact for FP8; ds4: q8_0."
+        ),
+    ] = None,
+    plain: Annotated[
+        Plain, typer.Option(help="ds4: type of hyper-connections, compressors and routers; f16 for older readers.")
+    ] = _PLAIN,
+    split_max_size: SplitMaxSize = None,
+    dialect: DialectOption = None,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Move a GGUF to another dialect: names, order, keys, and types only where the target cannot hold them."""
+    with ggufx.open(file, dialect=None if dialect is None else dialect.value) as source:
+        plan = retarget_module.plan_retarget(
+            source,
+            outfile,
+            target.value,
+            dense=None if dense is None else dense.value,
+            plain=plain.value,
+            split_max_nbytes=_parse_nbytes(split_max_size),
+        )
+        _show_or_execute(
+            plan, "retarget", dry_run=dry_run, as_json=as_json, verbose=verbose, overwrite=overwrite, resume=resume,
+            threads=threads,
+        )  # fmt: skip
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="A native DeepSeek-V4 GGUF; any member of a split.")],
+    outfile: Annotated[Path, typer.Option(help="Directory of the checkpoint.")],
+    dialect: DialectOption = None,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Take a native GGUF back to a Hugging Face checkpoint: official names, FP8 and FP4 codes and scales, config, tokenizer."""
+    with ggufx.open(file, dialect=None if dialect is None else dialect.value) as source:
+        plan = export_module.plan_export(source, outfile)
+        _show_or_execute(
+            plan, "export", dry_run=dry_run, as_json=as_json, verbose=verbose, overwrite=overwrite, resume=resume,
+            threads=threads,
+        )  # fmt: skip
+
+
+@app.command()
+def split(
+    file: Annotated[Path, typer.Argument(help="A GGUF.")],
+    outfile: Annotated[Path | None, typer.Option(help="Prefix: PREFIX-00001-of-0000N.gguf. Default: FILE.")] = None,
+    split_max_size: SplitMaxSize = None,
+    split_max_tensors: Annotated[
+        int | None, typer.Option(min=1, help="Split into files of at most N tensors. Default: 128.")
+    ] = None,
+    no_tensor_first_split: Annotated[
+        bool, typer.Option("--no-tensor-first-split", help="The first file holds the metadata and no tensor.")
+    ] = False,
+    dialect: DialectOption = None,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Split a GGUF as llama-gguf-split does."""
+    with ggufx.open(file, dialect=None if dialect is None else dialect.value) as source:
+        plan = rewrite_module.plan_split(
+            source,
+            outfile,
+            split_max_nbytes=_parse_nbytes(split_max_size),
+            split_max_tensors=split_max_tensors,
+            tensor_first=not no_tensor_first_split,
+        )
+        _show_or_execute(
+            plan, "split", dry_run=dry_run, as_json=as_json, overwrite=overwrite, resume=resume, threads=threads
+        )
+
+
+@app.command()
+def merge_splits(
+    file: Annotated[Path, typer.Argument(help="Any member of a split GGUF.")],
+    outfile: Annotated[Path | None, typer.Option(help="Output. Default: the members' common name.")] = None,
+    dialect: DialectOption = None,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge the members of a split GGUF into one file."""
+    with ggufx.open(file, dialect=None if dialect is None else dialect.value) as source:
+        plan = rewrite_module.plan_merge(source, outfile)
+        _show_or_execute(
+            plan, "merge", dry_run=dry_run, as_json=as_json, overwrite=overwrite, resume=resume, threads=threads
+        )
+
+
+@app.command(name="set")
+def set_command(
+    file: Annotated[Path, typer.Argument(help="A GGUF; any member of a split.")],
+    assignments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=TYPE:VALUE]...", help="TYPE: u8..u64, i8..i64, f32, f64, bool, str, arr[T]."),
+    ] = None,
+    remove: Annotated[list[str] | None, typer.Option(help="Key to remove. Repeatable.")] = None,
+    threads: Threads = None,
+    resume: Resume = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the changes; write nothing.")] = False,
+) -> None:
+    """Set or remove metadata: in place where the header's padding allows it, else the file is written anew."""
+    if not assignments and not remove:
+        raise PlanError("nothing to do: give KEY=TYPE:VALUE or --remove KEY")
+    values = dict(edit_module.parse_assignment(text) for text in assignments or ())
+    edit = edit_module.plan_edit(file, values, remove or ())
+    for line in edit.lines:
+        _out.print(line, markup=False)
+    if not edit.lines:
+        _out.print("nothing changes")
+        return
+    how = "in place" if edit.plan is None else f"writing {edit.plan.nbytes} bytes anew"
+    count = "1 key" if len(edit.lines) == 1 else f"{len(edit.lines)} keys"
+    _out.print(f"{edit.path}: {count}, {how}{' (dry run)' if dry_run else ''}", markup=False)
+    if not dry_run:
+        with _progress("set") as progress:
+            try:
+                edit_module.set_keys(edit, resume=resume, threads=threads, progress=progress)
+            except _Stopped:
+                raise _Stopped("what is done is kept, the same command goes on") from None
 
 
 @app.command()

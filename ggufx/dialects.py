@@ -14,7 +14,7 @@ from ggufx.container import Entry, align_up
 from ggufx.errors import AmbiguousDialect, CodecError, UnknownDialect
 from ggufx.types import Codec
 
-__all__ = ["DIALECTS", "OPAQUE", "Dialect", "Resolution", "fits", "get", "resolve"]
+__all__ = ["DIALECTS", "DS4", "OPAQUE", "TARGETS", "Dialect", "Resolution", "fits", "get", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,23 @@ class Dialect:
         Inherited ids that this fork does not have.
     file_types
         ``general.file_type`` numbers that differ from the parent's.
+    only
+        Inherited ids that this program reads, where it is easier to say than :attr:`lacks`; ``None`` for all.
     """
 
     name: str
     parent: str | None = None
     lacks: frozenset[int] = frozenset()
     file_types: Mapping[int, str] = field(default_factory=dict)
+    only: frozenset[int] | None = None
 
     def codec(self, type_id: int) -> Codec | None:
         """Return the codec of ``type_id``, or ``None`` when this dialect does not know it."""
         own = types.by_id(self.name, type_id)
         if own is not None or self.parent is None or type_id in self.lacks:
             return own
+        if self.only is not None and type_id not in self.only:
+            return None
         return DIALECTS[self.parent].codec(type_id)
 
     def type_id(self, codec: Codec) -> int | None:
@@ -97,6 +102,15 @@ DIALECTS: Mapping[str, Dialect] = {
     )
 }
 
+
+DS4 = Dialect("ds4", parent="llama.cpp", only=frozenset({0, 1, 2, 8, 10, 12, 13, 14, 16, 26, 39}))
+"""antirez/ds4: upstream's numbers and file types, of which its loader takes a few; BF16 (30) is not among them.
+
+It gives no id a meaning of its own, so it is a target to write for, not a candidate when a file is read.
+"""
+
+TARGETS: Mapping[str, Dialect] = {**DIALECTS, DS4.name: DS4}
+"""What a GGUF can be moved to."""
 
 OPAQUE = "opaque"
 """In place of a dialect's name: resolve no id at all."""

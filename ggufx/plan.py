@@ -6,6 +6,7 @@ A command builds a :class:`Plan` and hands it to :func:`ggufx.execute.execute`. 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ggufx import container, types
-from ggufx.container import Value, ValueType, align_up, encode_header
+from ggufx.checkpoint import read_shard
+from ggufx.container import Value, ValueType, align_up, encode_header, read_container
 from ggufx.errors import PlanError
 from ggufx.version import __version__
 
@@ -22,7 +24,9 @@ __all__ = [
     "Matrix",
     "Plan",
     "PlannedFile",
+    "PlannedShard",
     "PlannedTensor",
+    "PlannedText",
     "Span",
     "Tile",
     "Transform",
@@ -30,6 +34,7 @@ __all__ = [
     "build",
     "copy_tensor",
     "plan_tensor",
+    "plan_unpacked",
 ]
 
 TILE_LEN = 1 << 21
@@ -128,7 +133,8 @@ class Transform(NamedTuple):
     ----------
     op
         ``copy`` bytes as they are; ``pack`` native codes and scales, exactly; ``cast`` one number type to another that
-        holds it, exactly; ``encode`` decode to float32 and quantize.
+        holds it, exactly; ``encode`` decode to float32 and quantize; ``codes`` and ``scales`` take the one or the other out
+        of rows that ``pack`` made, exactly.
     kind, target
         Source kind (see :class:`Matrix`) and codec name.
     parts
@@ -155,7 +161,7 @@ class Transform(NamedTuple):
         ``encode``: sum up the squares of the values and of the errors.
     """
 
-    op: Literal["copy", "pack", "cast", "encode"]
+    op: Literal["copy", "pack", "cast", "encode", "codes", "scales"]
     kind: str
     target: str
     parts: tuple[int, ...]
@@ -305,6 +311,35 @@ def plan_tensor(
     return PlannedTensor(name, shape, target, type_id, nbytes, transform, tuple(tiles), items)
 
 
+def plan_unpacked(name: str, dtype: str, transform: Transform, source: Matrix, row_nbytes: int) -> PlannedTensor:
+    """Plan the native codes, or the scales, of packed rows as a tensor of a checkpoint.
+
+    Parameters
+    ----------
+    name, dtype
+        Of the output tensor; the dtype as safetensors spells it, one byte an element.
+    transform
+        ``codes`` or ``scales``. Scales have a row for each :attr:`Transform.rows_per_scale` of the source's.
+    source
+        The packed rows; its ``kind`` names the codec, its ``rows_per_scale`` is where tiles may be cut.
+    row_nbytes
+        Bytes of an output row.
+    """
+    per_row = transform.rows_per_scale if transform.op == "scales" else 1
+    step = max(
+        source.rows_per_scale, TILE_LEN // max(1, source.row_len) // source.rows_per_scale * source.rows_per_scale
+    )
+    tiles = []
+    offset = 0
+    for start in range(0, source.rows, step):
+        stop = min(source.rows, start + step)
+        nbytes = -(-(stop - start) // per_row) * row_nbytes
+        tiles.append(Tile(0, stop - start, offset, nbytes, source.cut(start, stop)))
+        offset += nbytes
+    shape = (-(-source.rows // per_row), row_nbytes)
+    return PlannedTensor(name, shape, dtype, -1, offset, transform, tuple(tiles), ((source.name,),))
+
+
 def copy_tensor(name: str, shape: tuple[int, ...], kind: str, type_id: int, source: Span) -> PlannedTensor:
     """Plan a tensor whose packed bytes are copied as they are; its type need not be known."""
     # Bytes per tile as a tile of BF16 has.
@@ -319,7 +354,7 @@ def copy_tensor(name: str, shape: tuple[int, ...], kind: str, type_id: int, sour
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One output file."""
+    """One output file: header bytes, and tensors at offsets behind them. This one is a GGUF; others override."""
 
     path: Path
     metadata: Mapping[str, Value]
@@ -344,6 +379,69 @@ class PlannedFile:
     def nbytes(self) -> int:
         """Bytes of the file."""
         return len(self.header) + self.data_nbytes
+
+    def reads_back(self, path: Path) -> bool:
+        """Return whether the finished file at ``path`` has this header, read as any reader would."""
+        written = read_container(path)
+        try:
+            directory = [(e.name, e.shape, e.type_id, e.offset) for e in written.entries]
+            keys = written.metadata.typed()
+            return (
+                directory == [(t.name, t.shape, t.type_id, t.offset) for t in self.tensors]
+                and list(keys) == list(self.metadata)
+                and all(keys[key].same(value) for key, value in self.metadata.items())
+                and (written.file_nbytes, written.data_offset) == (self.nbytes, len(self.header))
+            )
+        finally:
+            written.close()
+
+
+@dataclass(frozen=True)
+class PlannedShard(PlannedFile):
+    """A safetensors file: tensors follow each other without padding, :attr:`PlannedTensor.type` is safetensors' dtype."""
+
+    metadata: Mapping[str, Value] = field(default_factory=dict)
+    tensors: tuple[PlannedTensor, ...] = ()
+    alignment: int = 1
+
+    @cached_property
+    def header(self) -> bytes:
+        """Length, JSON and the spaces that bring it to a multiple of 8 bytes."""
+        entries = {
+            t.name: {"dtype": t.type, "shape": list(t.shape), "data_offsets": [t.offset, t.offset + t.nbytes]}
+            for t in self.tensors
+        }
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    def reads_back(self, path: Path) -> bool:
+        """Return whether the finished file has this header and no byte too many."""
+        (nbytes, _), tensors = read_shard(path, 0)
+        found = {t.name: (t.dtype, t.shape, t.offset, t.nbytes) for t in tensors}
+        start = len(self.header)
+        return nbytes == self.nbytes and found == {
+            t.name: (t.type, t.shape, start + t.offset, t.nbytes) for t in self.tensors
+        }
+
+
+@dataclass(frozen=True)
+class PlannedText(PlannedFile):
+    """A small file that is all header: config.json, an index, a tokenizer."""
+
+    metadata: Mapping[str, Value] = field(default_factory=dict)
+    tensors: tuple[PlannedTensor, ...] = ()
+    alignment: int = 1
+    content: bytes = b""
+
+    @cached_property
+    def header(self) -> bytes:
+        """The content."""
+        return self.content
+
+    def reads_back(self, path: Path) -> bool:
+        """Return whether the file holds the content."""
+        return path.read_bytes() == self.content
 
 
 @dataclass(frozen=True)
@@ -478,6 +576,8 @@ def build(
     dialect: str,
     alignment: int = container.DEFAULT_ALIGNMENT,
     split_max_nbytes: int | None = None,
+    split_max_tensors: int | None = None,
+    tensor_first: bool = True,
     members: Sequence[int] | None = None,
     skipped: Sequence[tuple[str, str]] = (),
     notes: Sequence[str] = (),
@@ -492,6 +592,10 @@ def build(
     split_max_nbytes
         Start a new file when a tensor would take the data section past this many bytes; metadata goes to the first file,
         ``split.no`` (from 0), ``split.count`` and ``split.tensors.count`` (the total) to all.
+    split_max_tensors
+        Start a new file after this many tensors.
+    tensor_first
+        ``False``: the first file of a split holds the metadata and no tensor.
     members
         Number of each tensor's file, ascending, instead of ``split_max_nbytes``.
 
@@ -503,7 +607,8 @@ def build(
     if path.is_symlink():
         # The file grows beside the one it will replace, on the same disk, and the link stays a link.
         path = path.resolve()
-    shards = [_Shard()]
+    split = bool(split_max_nbytes or split_max_tensors)
+    shards = [_Shard()] if tensor_first or not split else [_Shard(), _Shard()]
     names: set[str] = set()
     held = 0
     for position, tensor in enumerate(tensors):
@@ -515,7 +620,8 @@ def build(
             full = members[position] != held
             held = members[position]
         else:
-            full = bool(split_max_nbytes) and shard.end + tensor.nbytes > (split_max_nbytes or 0)
+            full = split_max_nbytes is not None and shard.end + tensor.nbytes > split_max_nbytes
+            full = full or len(shard.tensors) == split_max_tensors
         if full and shard.tensors:
             shard = _Shard()
             shards.append(shard)
@@ -524,8 +630,10 @@ def build(
     files = []
     for number, shard in enumerate(shards):
         keys = dict(metadata) if number == 0 else {}
+        if number and alignment != container.DEFAULT_ALIGNMENT:
+            keys["general.alignment"] = Value.u32(alignment)  # every member is a file of its own
         target = path
-        if split_max_nbytes or (members is not None and len(shards) > 1):
+        if split or len(shards) > 1:
             target = container.split_name(path, number + 1, len(shards))
             keys["split.no"] = Value(ValueType.UINT16, number)
             keys["split.count"] = Value(ValueType.UINT16, len(shards))

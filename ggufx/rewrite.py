@@ -7,18 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ggufx import execute, plan
-from ggufx.container import Value
+from ggufx.container import SPLIT_PATTERN, Value
 from ggufx.errors import PlanError
 from ggufx.file import File, open
 from ggufx.plan import Plan
 
-__all__ = ["plan_rewrite", "rewrite"]
+__all__ = ["SPLIT_MAX_TENSORS", "plan_merge", "plan_rewrite", "plan_split", "rewrite"]
+
+SPLIT_MAX_TENSORS: Final = 128
+"""llama-gguf-split's default."""
 
 
-def plan_rewrite(file: File, outfile: str | Path, *, split_max_nbytes: int | None = None) -> Plan:
+def plan_rewrite(
+    file: File,
+    outfile: str | Path,
+    *,
+    split_max_nbytes: int | None = None,
+    split_max_tensors: int | None = None,
+    tensor_first: bool = True,
+    source_allowed: bool = False,
+) -> Plan:
     """Plan a copy of an open GGUF.
 
     Parameters
@@ -27,8 +38,12 @@ def plan_rewrite(file: File, outfile: str | Path, *, split_max_nbytes: int | Non
         The source; all members of a split are merged.
     outfile
         Where to write; with ``split_max_nbytes`` the members get ``-NNNNN-of-NNNNN`` names.
-    split_max_nbytes
-        Bytes of tensor data per member.
+    split_max_nbytes, split_max_tensors
+        Bytes of tensor data, and tensors, per member.
+    tensor_first
+        ``False``: the first member holds the metadata and no tensor.
+    source_allowed
+        ``outfile`` may be the source's name: the members' names are others.
 
     Raises
     ------
@@ -37,7 +52,7 @@ def plan_rewrite(file: File, outfile: str | Path, *, split_max_nbytes: int | Non
     """
     path = Path(outfile)
     paths = [str(p) for p in file.paths]
-    if path.exists() and any(path.samefile(p) for p in paths):
+    if not source_allowed and path.exists() and any(path.samefile(p) for p in paths):
         raise PlanError(f"{path}: is the source itself; choose another --outfile")
     tensors = [
         plan.copy_tensor(
@@ -61,7 +76,72 @@ def plan_rewrite(file: File, outfile: str | Path, *, split_max_nbytes: int | Non
         dialect=file.dialect or "",
         alignment=file.alignment,
         split_max_nbytes=split_max_nbytes,
+        split_max_tensors=split_max_tensors,
+        tensor_first=tensor_first,
     )
+
+
+def plan_split(
+    file: File,
+    outfile: str | Path | None = None,
+    *,
+    split_max_nbytes: int | None = None,
+    split_max_tensors: int | None = None,
+    tensor_first: bool = True,
+) -> Plan:
+    """Plan to split a GGUF as llama-gguf-split does: ``PREFIX-00001-of-0000N.gguf``, metadata in the first.
+
+    Parameters
+    ----------
+    file
+        The source; one that is split already is split anew.
+    outfile
+        Prefix of the names, with or without ``.gguf``; default: the source's own name.
+    split_max_nbytes, split_max_tensors
+        Bytes of tensor data, or tensors, per member; default :data:`SPLIT_MAX_TENSORS` tensors.
+    tensor_first
+        ``False``: the first member holds the metadata and no tensor.
+
+    Raises
+    ------
+    PlanError
+        Both limits are given, or an output is one of the sources.
+    """
+    if split_max_nbytes is not None and split_max_tensors is not None:
+        raise PlanError("--split-max-size and --split-max-tensors: one of them at a time")
+    if split_max_nbytes is None and split_max_tensors is None:
+        split_max_tensors = SPLIT_MAX_TENSORS
+    prefix = _unsplit_name(file.path) if outfile is None else Path(outfile)
+    built = plan_rewrite(
+        file,
+        prefix if prefix.suffix == ".gguf" else prefix.with_name(prefix.name + ".gguf"),
+        split_max_nbytes=split_max_nbytes,
+        split_max_tensors=split_max_tensors,
+        tensor_first=tensor_first,
+        source_allowed=True,
+    )
+    taken = {path.resolve() for path in file.paths} & {planned.path.resolve() for planned in built.files}
+    if taken:
+        raise PlanError(f"{min(taken)}: is the source itself; choose another --outfile")
+    return built
+
+
+def plan_merge(file: File, outfile: str | Path | None = None) -> Plan:
+    """Plan to merge the members of a split GGUF; by default under the name that they have in common.
+
+    Raises
+    ------
+    PlanError
+        The file is not split.
+    """
+    if len(file.paths) < 2:
+        raise PlanError(f"{file.path}: is not split; there is nothing to merge")
+    return plan_rewrite(file, _unsplit_name(file.path) if outfile is None else outfile)
+
+
+def _unsplit_name(path: Path) -> Path:
+    match = SPLIT_PATTERN.match(path.name)
+    return path if match is None else path.with_name(f"{match['prefix']}.gguf")
 
 
 def rewrite(

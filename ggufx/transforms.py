@@ -1,4 +1,4 @@
-"""What happens to a tile's bytes: copy, pack, cast or encode. Pure functions over arrays; no files, no threads."""
+"""What happens to a tile's bytes: copy, pack, unpack, cast or encode. Pure functions over arrays; no files, no threads."""
 
 from __future__ import annotations
 
@@ -75,6 +75,9 @@ def apply(
             return Outcome(lost=lost)
         _, bad_codes, bad_scales = codec.pack(codes, scales, rows_per_scale=rows_per_scale, out=out.reshape(rows, -1))
         return Outcome(bad_codes, bad_scales)
+    if transform.op in ("codes", "scales"):
+        _unpack(transform, rows, inputs[0], out)
+        return Outcome()
     if transform.op == "cast":
         _cast(transform, _every(transform, rows, inputs)[0], out)
         return Outcome()
@@ -148,6 +151,25 @@ def decode_parts(transform: Transform, rows: int, inputs: list[U8], phase: int =
     return values, bad_codes, bad_scales
 
 
+def _unpack(transform: Transform, rows: int, packed: U8, out: U8) -> None:
+    codes, scales = types.get(transform.kind).unpack(packed.reshape(rows, -1))
+    if transform.op == "codes":
+        out[:] = codes.reshape(-1)
+        return
+    step = transform.rows_per_scale
+    kept = scales[::step]
+    out[:] = kept.reshape(-1)
+    unlike = scales != np.repeat(kept, step, axis=0)[:rows]
+    if unlike.any():
+        row, column = (int(n) for n in np.argwhere(unlike)[0])
+        width = types.get(transform.kind).layout.block_len
+        raise CodecError(
+            f"the scales do not form {step}x{width} tiles: columns {column * width} to {column * width + width - 1} have "
+            f"scale byte {kept[row // step, column]} in one row and {scales[row, column]} {row % step} rows further down; "
+            "the checkpoint format has one scale for the whole tile, so this tensor was not made from one"
+        )
+
+
 def _cast(transform: Transform, source: U8, out: U8) -> None:
     if transform.kind == "BF16" and transform.target == "F32":
         bits = source.view("<u2")
@@ -160,6 +182,9 @@ def _cast(transform: Transform, source: U8, out: U8) -> None:
         if low < 0 or high >= limit:
             raise CodecError(f"values {low} to {high} are outside 0 to {limit - 1}")
         out.view("<i4")[:] = numbers
+        return
+    if (transform.kind, transform.target) == ("I32", "I64"):
+        out.view("<i8")[:] = source.view("<i4")
         return
     if (transform.kind, transform.target) == ("F16", "F32"):
         out.view("<f4")[:] = source.view("<f2")

@@ -1,7 +1,8 @@
-"""Prove a conversion: every tensor of a GGUF against the checkpoint it was made from.
+"""Prove a conversion: every tensor of a GGUF against the checkpoint, or the GGUF, it was made from.
 
 Native tensors are unpacked into codes and scales and compared with the checkpoint's own bytes, which goes backwards from
-the file and shares no step with the packing that made it. Others are compared by value, decoded from both sides.
+the file and shares no step with the packing that made it. Others are compared by value, decoded from both sides. Where
+two GGUFs have a tensor in the same type, its bytes are compared.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ggufx import execute, types
+from ggufx import execute, retarget, types
+from ggufx import plan as plan_module
 from ggufx.checkpoint import Checkpoint
 from ggufx.container import Value, ValueType
 from ggufx.convert import plan_convert
 from ggufx.errors import GGUFError, PlanError
 from ggufx.execute import Progress
 from ggufx.file import File, Tensor, open
-from ggufx.plan import Plan, PlannedTensor, Tile
+from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Tile, Transform
 from ggufx.transforms import decode_parts, native_codes
 
 __all__ = ["Report", "TensorReport", "verify"]
@@ -122,14 +124,14 @@ def verify(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Compare every tensor of a GGUF with the checkpoint it was made from.
+    """Compare every tensor of a GGUF with the checkpoint, or the GGUF, it was made from.
 
     Parameters
     ----------
     path
         The GGUF (any member, if split).
     against
-        The checkpoint's directory.
+        The checkpoint's directory, or a GGUF: of the same dialect or another.
     dialect
         As in :func:`ggufx.open`.
     skip
@@ -144,6 +146,8 @@ def verify(
     GGUFError
         A file cannot be read, or the GGUF's names are not those of this checkpoint at all.
     """
+    if Path(against).is_file():
+        return _verify_moved(path, against, dialect=dialect, threads=threads, progress=progress)
     checkpoint = Checkpoint(against)
     with open(path, dialect=dialect) as file:
         plan, target = _matching_plan(file, checkpoint, skip)
@@ -160,12 +164,94 @@ def verify(
                 if tensor.name not in file:
                     report.tensors.append(TensorReport(tensor.name, tensor.type, "missing", native=_native(tensor)))
                     continue
-                report.tensors.append(_compare(pool, plan, tensor, file[tensor.name]))
+                report.tensors.append(_compare(pool, plan.source_files, tensor, file[tensor.name]))
                 done += file[tensor.name].nbytes
                 if progress is not None:
                     progress(done, total)
         report.tensors += [TensorReport(t.name, t.type, "extra") for t in file.tensors if t.name not in planned]
     return report
+
+
+def _verify_moved(
+    path: str | Path, against: str | Path, *, dialect: str | None, threads: int | None, progress: Progress | None
+) -> Report:
+    """Compare a GGUF with the one that it was retargeted, split, merged or edited from."""
+    with open(path, dialect=dialect) as file, open(against) as source:
+        target, moves, metadata = _matching_moves(file, source)
+        report = Report(str(path), str(against), target)
+        report.metadata = _differing_keys(metadata, file.metadata.typed())
+        planned = {move.name: move for move in moves}
+        total = sum(file[name].nbytes for name in planned if name in file)
+        done = 0
+        if progress is not None:
+            progress(0, total)
+        workers = threads or execute.default_workers()
+        with execute.open_files(), ThreadPoolExecutor(workers, thread_name_prefix="ggufx") as pool:
+            for move in moves:
+                if move.name not in file:
+                    report.tensors.append(TensorReport(move.name, move.tensor.type, "missing"))
+                    continue
+                report.tensors.append(_compare_moved(pool, move.tensor, file[move.name]))
+                done += file[move.name].nbytes
+                if progress is not None:
+                    progress(done, total)
+        report.tensors += [TensorReport(t.name, t.type, "extra") for t in file.tensors if t.name not in planned]
+    return report
+
+
+def _matching_moves(file: File, source: File) -> tuple[str, list[retarget.Move], Mapping[str, Value]]:
+    """Return the target whose names the file has, or most of them, the tensors, and the keys a move writes."""
+    if list(file) == list(source) or set(file) == set(source):
+        same = [retarget.Move(tensor.name, tensor) for tensor in source.tensors]
+        copied: tuple[str, list[retarget.Move], Mapping[str, Value]] = ("a copy", same, source.metadata.typed())
+        if len(_differing_keys(copied[2], file.metadata.typed())) == 0:
+            return copied
+    found = []
+    refusal: GGUFError | None = None
+    for target in ("nisparks", "llama.cpp", "ds4"):
+        try:
+            moves, _, model = retarget.moves_for(source, target)
+            metadata = retarget.keys_for(source, model, target, None, [])
+        except GGUFError as error:
+            refusal = refusal or error
+            continue
+        common = len({move.name for move in moves} & set(file))
+        unlike = len(_differing_keys(metadata, file.metadata.typed()))
+        found.append(((common, -unlike), target, moves, metadata))
+    best = max(found, key=lambda item: item[0], default=None)
+    if best is None or best[0][0] == 0:
+        raise refusal or PlanError(f"{file.path}: none of its {len(file)} tensors is one of {source.path}'s")
+    return best[1], best[2], best[3]
+
+
+def _compare_moved(pool: ThreadPoolExecutor, source: Tensor, tensor: Tensor) -> TensorReport:
+    span = Span(0, source.file_offset, source.nbytes)
+    if source.type_id == tensor.type_id and source.shape == tensor.shape and source.nbytes == tensor.nbytes:
+        whole = plan_module.copy_tensor(tensor.name, source.shape, source.type, source.type_id, span)
+        work = [pool.submit(_same_bytes, source, tensor, tile) for tile in whole.tiles]
+        if all(future.result() for future in work):
+            return TensorReport(tensor.name, tensor.type, "exact")
+    if source.codec is None or not source.codec.can_decode:
+        same = source.type_id == tensor.type_id
+        status: Status = "different" if same else "undecided"
+        detail = "the bytes differ" if same else f"{source.type} cannot be decoded here"
+        return TensorReport(tensor.name, tensor.type, status, detail=detail)
+    row_len = source.shape[-1] if source.shape else 1
+    transform = Transform("copy", source.type, source.type, (row_len,))
+    matrix = Matrix(source.name, source.type, source.size // max(1, row_len), row_len, span)
+    planned = plan_module.plan_tensor(tensor.name, source.shape, source.type, source.type_id, transform, [[matrix]])
+    result = _compare(pool, (str(source.path),), planned, tensor)
+    if result.status == "exact" and source.type_id == tensor.type_id:
+        # Two codes of one value, a minus zero of MXFP4 say: whoever copied would not have changed it.
+        result.status, result.detail = "different", "the bytes differ, the values do not"
+    return result
+
+
+def _same_bytes(source: Tensor, tensor: Tensor, tile: Tile) -> bool:
+    held = execute.scratch("source", tile.nbytes), execute.scratch("file", tile.nbytes)
+    for one, buffer in zip((source, tensor), held, strict=True):
+        execute.read_into(str(one.path), one.file_offset + tile.offset, buffer)
+    return np.array_equal(*held)
 
 
 def _native(tensor: PlannedTensor) -> bool:
@@ -223,7 +309,7 @@ def _short(value: Value) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _compare(pool: ThreadPoolExecutor, plan: Plan, planned: PlannedTensor, tensor: Tensor) -> TensorReport:
+def _compare(pool: ThreadPoolExecutor, sources: Sequence[str], planned: PlannedTensor, tensor: Tensor) -> TensorReport:
     transform = planned.transform
     coded = (transform.kind, tensor.type) in _NATIVE and (
         transform.op == "pack" or not (transform.kind == "FP8_F32" or transform.transposed)
@@ -239,7 +325,7 @@ def _compare(pool: ThreadPoolExecutor, plan: Plan, planned: PlannedTensor, tenso
         return result
     first_rows = np.cumsum([0, *(tile.rows for tile in planned.tiles)])
     work = [
-        pool.submit(_compare_tile, plan, planned, tensor, tile, int(row), coded)
+        pool.submit(_compare_tile, sources, planned, tensor, tile, int(row), coded)
         for tile, row in zip(planned.tiles, first_rows, strict=False)
     ]
     sums = [future.result() for future in work]
@@ -273,7 +359,9 @@ def _compare(pool: ThreadPoolExecutor, plan: Plan, planned: PlannedTensor, tenso
     return result
 
 
-def _compare_tile(plan: Plan, planned: PlannedTensor, tensor: Tensor, tile: Tile, first_row: int, coded: bool) -> _Sum:
+def _compare_tile(
+    sources: Sequence[str], planned: PlannedTensor, tensor: Tensor, tile: Tile, first_row: int, coded: bool
+) -> _Sum:
     codec = tensor.codec
     assert codec is not None
     row_len = sum(planned.transform.parts)  # as the plan sees rows
@@ -281,7 +369,7 @@ def _compare_tile(plan: Plan, planned: PlannedTensor, tensor: Tensor, tile: Tile
     packed = execute.scratch("file", tile.rows * row_nbytes)
     execute.read_into(str(tensor.path), tensor.file_offset + first_row * row_nbytes, packed)
     rows = packed.reshape(tile.rows, row_nbytes)
-    inputs = execute.read_spans(plan.source_files, tile)
+    inputs = execute.read_spans(sources, tile)
     result = _Sum()
     if coded:
         _compare_codes(codec, rows, planned, tile, inputs, first_row, result)

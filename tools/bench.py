@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure ggufx on this machine: decoding, opening, importing and converting, each beside something that does the same.
+"""Measure ggufx on this machine: decoding, opening, importing, converting and moving, each beside something that does the same.
 
     python tools/bench.py                              # everything, a few minutes
     python tools/bench.py decode --all-types           # one subject
@@ -482,12 +482,11 @@ def import_package(options: argparse.Namespace) -> list[Section]:
 _REALISTIC = ("--hidden", "4096", "--moe", "2048", "--mtp-layers", "0")
 
 
-def convert(options: argparse.Namespace) -> list[Section]:
-    """Convert checkpoints of several lengths as whole processes, beside copying the finished file."""
-    columns = [
+def _columns(verb: str) -> list[Column]:
+    return [
         Column("target", "target"),
         Column("output_gb", "output GB", ".2f"),
-        Column("convert_s", "convert s", ".2f"),
+        Column("run_s", f"{verb} s", ".2f"),
         Column("gbps", "GB/s", ".2f"),
         Column("cp_s", "cp s", ".2f"),
         Column("cp_sync_s", "cp+fsync s", ".2f"),
@@ -496,42 +495,76 @@ def convert(options: argparse.Namespace) -> list[Section]:
         Column("peak_rss_mb", "peak RSS MB", ".0f"),
         Column("cp_rss_mb", "cp RSS MB", ".0f"),
     ]
-    note = (
-        "Medians of whole processes, inputs in the page cache; convert syncs its output before it renames it. "
-        '"of cp" is the time of cp over the time of convert, the median over rounds of one each.'
+
+
+def _cp_note(verb: str) -> str:
+    return (
+        f"Medians of whole processes, inputs in the page cache; {verb} syncs its output before it renames it. "
+        f'"of cp" is the time of cp over the time of {verb}, the median over rounds of one each.'
     )
-    section = Section("Convert", columns, note)
+
+
+def convert(options: argparse.Namespace) -> list[Section]:
+    """Convert checkpoints of several lengths as whole processes, beside copying the finished file."""
+    section = Section("Convert", _columns("convert"), _cp_note("convert"))
     for gigabytes in options.gigabytes:
-        checkpoint = options.directory / "checkpoint"
-        maker = [sys.executable, ROOT / "tools" / "make_tiny_v4.py", checkpoint, "--gigabytes", str(gigabytes)]
-        run_child([*maker, *_REALISTIC])
+        checkpoint = _checkpoint(gigabytes, options)
         for target in ("nisparks", "llama.cpp"):
-            section.rows.append(_convert_row(checkpoint, target, options))
+            command = ["convert", checkpoint, "--target", target]
+            section.rows.append({"target": target} | _beside_cp(command, checkpoint, options))
         shutil.rmtree(checkpoint)
     return [section]
 
 
-def _convert_row(checkpoint: Path, target: str, options: argparse.Namespace) -> dict[str, Any]:
+def retarget(options: argparse.Namespace) -> list[Section]:
+    """Retarget a native file, split it and merge it as whole processes, beside copying the finished files."""
+    section = Section("Retarget and merge", _columns("run"), _cp_note("the run"))
+    for gigabytes in options.gigabytes:
+        checkpoint = _checkpoint(gigabytes, options)
+        native = options.directory / "native" / "model.gguf"
+        split = options.directory / "split" / "model.gguf"
+        ggufx = [sys.executable, "-m", "ggufx"]
+        run_child([*ggufx, "convert", checkpoint, "--outfile", native])
+        shutil.rmtree(checkpoint)
+        for target in ("llama.cpp", "ds4"):
+            command = ["retarget", native, "--target", target]
+            section.rows.append({"target": target} | _beside_cp(command, native.parent, options))
+        run_child([*ggufx, "split", native, "--outfile", split, "--split-max-size", "1G"])
+        shutil.rmtree(native.parent)
+        command = ["merge-splits", min(split.parent.iterdir())]
+        section.rows.append({"target": "merge of splits"} | _beside_cp(command, split.parent, options))
+        shutil.rmtree(split.parent)
+    return [section]
+
+
+def _checkpoint(gigabytes: float, options: argparse.Namespace) -> Path:
+    checkpoint: Path = options.directory / "checkpoint"
+    maker = [sys.executable, ROOT / "tools" / "make_tiny_v4.py", checkpoint, "--gigabytes", str(gigabytes)]
+    run_child([*maker, *_REALISTIC])
+    return checkpoint
+
+
+def _beside_cp(command: Sequence[str | Path], sources: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Race a command of ggufx that reads a directory's files against copies of what it writes."""
     finished, copy, synced = (options.directory / name for name in ("finished.gguf", "copy.gguf", "synced.gguf"))
     output = options.directory / "output.gguf"
 
     def prepared(target_file: Path, arguments: Sequence[str | Path]) -> Callable[[], Run]:
         # All dirty pages are written and the pages of the last output are freed: every contender starts alike.
         def run() -> Run:
-            _read_through(checkpoint)
+            _read_through(sources)
             os.sync()
             target_file.unlink(missing_ok=True)
             return run_child(arguments)
 
         return run
 
-    ggufx = [sys.executable, "-m", "ggufx"]
-    command = [*ggufx, "convert", checkpoint, "--outfile", output, "--overwrite", "--target", target]
-    prepared(output, command)()
+    whole = [sys.executable, "-m", "ggufx", *command, "--outfile", output, "--overwrite"]
+    prepared(output, whole)()
     output.rename(finished)
     runs = take_turns(
         {
-            "convert": prepared(output, command),
+            "run": prepared(output, whole),
             "cp": prepared(copy, ["cp", finished, copy]),
             "cp_sync": prepared(synced, ["sh", "-c", 'cp "$0" "$1" && sync "$1"', finished, synced]),
         },
@@ -543,15 +576,14 @@ def _convert_row(checkpoint: Path, target: str, options: argparse.Namespace) -> 
     seconds = {name: [run.seconds for run in found] for name, found in runs.items()}
     peak = {name: max(run.peak_rss_nbytes for run in found) / MEGABYTE for name, found in runs.items()}
     return {
-        "target": target,
         "output_gb": nbytes / 1e9,
-        "convert_s": statistics.median(seconds["convert"]),
-        "gbps": nbytes / 1e9 / statistics.median(seconds["convert"]),
+        "run_s": statistics.median(seconds["run"]),
+        "gbps": nbytes / 1e9 / statistics.median(seconds["run"]),
         "cp_s": statistics.median(seconds["cp"]),
         "cp_sync_s": statistics.median(seconds["cp_sync"]),
-        "of_cp": ratio(seconds["cp"], seconds["convert"]),
-        "of_cp_sync": ratio(seconds["cp_sync"], seconds["convert"]),
-        "peak_rss_mb": peak["convert"],
+        "of_cp": ratio(seconds["cp"], seconds["run"]),
+        "of_cp_sync": ratio(seconds["cp_sync"], seconds["run"]),
+        "peak_rss_mb": peak["run"],
         "cp_rss_mb": peak["cp"],
         "seconds": seconds,
     }
@@ -678,6 +710,7 @@ SUBJECTS: Mapping[str, Callable[[argparse.Namespace], list[Section]]] = {
     "import": import_package,
     "open": open_file,
     "convert": convert,
+    "retarget": retarget,
     "quantize": quantize,
     "decode": decode,
 }
@@ -697,7 +730,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--convert-rounds", type=int, default=5, help="rounds of convert (default: 5)")
     parser.add_argument(
-        "--gigabytes", type=float, nargs="+", default=[3, 6], help="convert: lengths of the checkpoints (default: 3 6)"
+        "--gigabytes",
+        type=float,
+        nargs="+",
+        default=[3, 6],
+        help="convert, retarget: lengths of the checkpoints (default: 3 6)",
     )
     options = parser.parse_args(arguments)
     report: dict[str, Any] = {"machine": machine()}

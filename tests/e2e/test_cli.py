@@ -29,6 +29,14 @@ COMMANDS = {
     "verify": ["--against", "--json", "--threads"],
     "diff": ["--json"],
     "types": ["--json"],
+    "retarget": [
+        "--outfile", "--target", "--dense", "--plain", "--split-max-size", "--dialect", "--overwrite", "--resume",
+        "--dry-run", "--json",
+    ],
+    "export": ["--outfile", "--overwrite", "--resume", "--dry-run", "--json"],
+    "split": ["--outfile", "--split-max-size", "--split-max-tensors", "--no-tensor-first-split", "--dry-run"],
+    "merge-splits": ["--outfile", "--overwrite", "--dry-run"],
+    "set": ["--remove", "--dry-run"],
 }  # fmt: skip
 
 

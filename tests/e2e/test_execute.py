@@ -44,15 +44,17 @@ def undisturbed(checkpoint_path: PathOf, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def applied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Targets of the tiles that are transformed (and not found done) in this process, in order."""
+    """Targets of the tiles that are transformed or copied (and not found done) in this process, in order."""
     seen: list[str] = []
-    original = execute.apply
+    original = execute._run_tile
 
-    def spy(transform: plan.Transform, *arguments: object) -> object:
-        seen.append(transform.target)
-        return original(transform, *arguments)  # type: ignore[arg-type]
+    def spy(job: execute._Job, opened: dict[tuple[str, int], int]) -> execute._Done:
+        done = original(job, opened)
+        if not done.resumed:
+            seen.append(job.transform.target)
+        return done
 
-    monkeypatch.setattr(execute, "apply", spy)
+    monkeypatch.setattr(execute, "_run_tile", spy)
     return seen
 
 

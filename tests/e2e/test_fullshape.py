@@ -16,9 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ggufx import open as open_gguf
 from ggufx.container import ValueType
 from ggufx.convert import plan_convert
+from ggufx.export import plan_export
 from ggufx.plan import Plan
+from ggufx.retarget import plan_retarget
 
 from .conftest import Run, run_process
 from .oracle import FIXTURES, KV_TYPES, TYPES, Expected, expected, nbytes_of
@@ -320,3 +323,24 @@ def test_the_published_file_with_45_keys(full: Path, plans: dict[str, Plan]) -> 
     assert all(key.startswith("deepseek4.rope.scaling.") for key in gone)
     assert len(with_scaling.files[0].header) - len(plan.files[0].header) == 256
     assert plan.nbytes == plan.data_nbytes + len(plan.files[0].header)
+
+
+def test_the_native_file_moved_and_exported(full: Path, plans: dict[str, Plan], tmp_path: Path) -> None:
+    """The published native file, sparse: moved, it has the header of the conversion; exported, the official tensors."""
+    planned = plans["nisparks"].files[0]
+    with (tmp_path / "n.gguf").open("wb") as file:
+        file.write(planned.header)
+        file.truncate(planned.nbytes)
+    exact = plan_convert(full, tmp_path / "o.gguf", target="llama.cpp", dense="bf16")
+    with open_gguf(tmp_path / "n.gguf") as native:
+        moved = plan_retarget(native, tmp_path / "o.gguf", "llama.cpp")
+        assert moved.files[0].header == exact.files[0].header
+        assert moved.nbytes == exact.nbytes
+        exported = plan_export(native, tmp_path / "back")
+    names, shapes, dtypes = official()
+    wanted = {name: dtypes[name] for name in names if not name.startswith("mtp.")}
+    assert {t.name: t.type for t in exported.tensors} == wanted
+    for tensor in exported.tensors:
+        shape = shapes[tensor.name]
+        assert tensor.shape == ((shape[0], shape[1] // 2) if tensor.type == "I8" else shape)
+    assert len([file for file in exported.files if file.path.suffix == ".safetensors"]) == 45

@@ -1,4 +1,4 @@
-"""The two converters under comparison, each run as its users run it."""
+"""The two converters under comparison, and other commands, each run as its users run it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise AssertionError(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+
+def ggufx(*arguments: object) -> None:
+    """Run a command of ggufx."""
+    _run([sys.executable, "-m", "ggufx", *map(str, arguments)])
 
 
 def convert(checkpoint: Path, out: Path, *arguments: str) -> Path:

@@ -1,0 +1,159 @@
+"""The small files beside a checkpoint's weights, rebuilt from GGUF metadata: tokenizer, generation config, model card.
+
+What :mod:`ggufx.vocabulary` and :mod:`ggufx.convert` read out of them is put back, so that converting again gives the same
+keys. What a GGUF does not hold (training remarks, the card's text, other tokenizer settings) is not made up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+
+from ggufx.container import Value, ValueType
+
+__all__ = ["generation_config", "model_card", "tokenizer_files"]
+
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's llama_token_type
+
+PRE_TOKENIZERS: Final[Mapping[str, tuple[str, ...]]] = dict.fromkeys(
+    ("joyai-llm", "deepseek-v3"),
+    (
+        r"\p{N}{1,3}",
+        "[一-龥぀-ゟ゠-ヿ]+",
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+        r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+    ),
+)
+"""By llama.cpp's name of a pre-tokenizer, the expressions that it splits text with, one after the other."""
+
+_SPECIAL: Final = {
+    "bos": "bos",
+    "eos": "eos",
+    "unknown": "unk",
+    "seperator": "sep",
+    "padding": "pad",
+    "cls": "cls",
+    "mask": "mask",
+}
+_SAMPLING: Final = {
+    "sequence": "sequence", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "xtc_probability": "xtc_probability",
+    "xtc_threshold": "xtc_threshold", "temp": "temperature", "penalty_last_n": "penalty_last_n",
+    "penalty_repeat": "penalty_repeat", "mirostat": "mirostat", "mirostat_tau": "mirostat_tau",
+    "mirostat_eta": "mirostat_eta",
+}  # fmt: skip
+# general.* and the model card's name for it, as the gguf package reads cards.
+_CARD: Final = {
+    "name": "model_name", "author": "model_author", "version": "model_version", "organization": "model_organization",
+    "description": "model_description", "finetune": "model_finetune", "basename": "model_basename",
+    "size_label": "model_size_label", "license": "license", "license.name": "license_name", "license.link": "license_link",
+    "tags": "tags", "languages": "language",
+}  # fmt: skip
+
+
+def tokenizer_files(metadata: Mapping[str, Value], builtin_template: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the content of tokenizer.json and tokenizer_config.json by file name, and what could not be rebuilt.
+
+    Parameters
+    ----------
+    metadata
+        Of the GGUF.
+    builtin_template
+        The chat template that a conversion writes when a checkpoint has none: it is not put into one.
+    """
+    keys = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    model, pre = _data(keys, "model"), str(_data(keys, "pre"))
+    if model != "gpt2" or pre not in PRE_TOKENIZERS or not {"tokens", "token_type", "merges"} <= keys.keys():
+        return {}, [
+            f"no tokenizer is written: only gpt2 with {', '.join(PRE_TOKENIZERS)} can be rebuilt, this is {model}, {pre}"
+        ]
+    vocab: dict[str, int] = {}
+    added: list[dict[str, Any]] = []
+    notes = []
+    for number, (text, kind) in enumerate(zip(keys["tokens"].data, keys["token_type"].data.tolist(), strict=False)):
+        if kind == _UNUSED:
+            if text != f"[PAD{number}]":
+                notes.append(f"token {number} {text!r} is marked unused; it is left out of tokenizer.json")
+            continue
+        # Tokens with a meaning of their own stand in both lists: their ids are those of the vocabulary then.
+        if kind == _NORMAL and text in vocab:
+            notes.append(f"token {number} {text!r} occurs twice; the second is left out of tokenizer.json")
+        vocab.setdefault(text, number)
+        if kind in (_CONTROL, _USER_DEFINED):
+            flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+            added.append({"id": number, "content": text, **flags, "special": kind == _CONTROL})
+    splits = [
+        {"type": "Split", "pattern": {"Regex": r}, "behavior": "Isolated", "invert": False} for r in PRE_TOKENIZERS[pre]
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": []},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
+        "post_processor": byte_level | {"trim_offsets": False},
+        "decoder": byte_level | {"add_prefix_space": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": vocab,
+            "merges": list(keys["merges"].data),
+        },
+    }
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    texts = {entry["id"]: entry["content"] for entry in added}
+    for name, kind in _SPECIAL.items():
+        number = _data(keys, f"{name}_token_id")
+        if number in texts:
+            config[f"{kind}_token"] = texts[number]
+        elif number is not None:
+            notes.append(f"the {kind} token, {number}, is no added token; only config.json names it")
+        flag = _data(keys, f"add_{name}_token")
+        if flag is not None:
+            config[f"add_{kind}_token"] = flag
+    template = _data(metadata, "tokenizer.chat_template")
+    if template is not None and template != builtin_template:
+        config["chat_template"] = template
+    return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}, notes
+
+
+def special_ids(metadata: Mapping[str, Value]) -> dict[str, int]:
+    """Return config.json's ``bos_token_id`` and the like."""
+    found = {kind: _data(metadata, f"tokenizer.ggml.{name}_token_id") for name, kind in _SPECIAL.items()}
+    return {f"{kind}_token_id": number for kind, number in found.items() if number is not None}
+
+
+def generation_config(metadata: Mapping[str, Value]) -> dict[str, Any]:
+    """Return generation_config.json: the sampling parameters and special tokens."""
+    config: dict[str, Any] = {key: number for key, number in special_ids(metadata).items() if key[:3] in ("bos", "eos")}
+    for name, key in _SAMPLING.items():
+        value = metadata.get(f"general.sampling.{name}")
+        if value is not None:
+            data = value.to_json()
+            config[key] = float(str(np.float32(data))) if value.type is ValueType.FLOAT32 else data
+    return config
+
+
+def model_card(metadata: Mapping[str, Value]) -> str:
+    """Return README.md: the front matter that a conversion reads its ``general.*`` keys from."""
+    lines = ["---"]
+    for name, key in _CARD.items():
+        value = metadata.get(f"general.{name}")
+        if value is not None:
+            # JSON is YAML. Not escaped: YAML reads the halves of an escaped surrogate pair as two characters.
+            lines.append(f"{key}: {json.dumps(value.to_json(), ensure_ascii=False)}")
+    return "\n".join([*lines, "---", "", "Exported from a GGUF by ggufx.", ""])
+
+
+def _data(metadata: Mapping[str, Value], key: str) -> Any:
+    value = metadata.get(key)
+    return None if value is None else value.data

@@ -1,0 +1,216 @@
+"""Take a native GGUF back to a Hugging Face checkpoint: the official names, codes, scales and files.
+
+FP8 rows give their codes and, where the scales form 128x128 tiles, one scale byte for each; FP4 blocks give pairs of codes
+and a scale for 32. No value is computed. The shards, and the small files beside them, go through the engine like a GGUF.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+from ggufx import companions, execute, plan
+from ggufx.architectures.deepseek_v4 import CHAT_TEMPLATE
+from ggufx.architectures.deepseek_v4_file import DeepSeekV4File, Member
+from ggufx.checkpoint import INDEX_NAME, SourceTensor
+from ggufx.errors import PlanError
+from ggufx.execute import Progress
+from ggufx.file import File, open
+from ggufx.plan import Matrix, Plan, PlannedFile, PlannedShard, PlannedTensor, PlannedText, Span, Transform
+from ggufx.retarget import is_bfloat16
+
+__all__ = ["export", "plan_export"]
+
+# The order inside the official shards, and of the safetensors library.
+_DTYPE_ORDER: Final = ("I64", "F32", "BF16", "F16", "F8_E8M0", "F8_E4M3", "I8")
+_FP8, _FP4 = "F8_E4M3_B128", "MXFP4"
+FP8_TILE: Final = 128
+"""Rows and columns that share a scale in the official checkpoints."""
+
+
+def plan_export(file: File, outfile: str | Path) -> Plan:
+    """Plan the export of an open GGUF.
+
+    Parameters
+    ----------
+    file
+        A DeepSeek-V4 main model of any dialect whose tensors are native (FP8, FP4) or plain floats.
+    outfile
+        The checkpoint's directory; may exist.
+
+    Raises
+    ------
+    PlanError
+        The model is of another architecture, a tensor has a type that the checkpoint format lacks, or the metadata
+        contradicts the tensors.
+    """
+    directory = Path(outfile)
+    if directory.exists() and not directory.is_dir():
+        raise PlanError(f"{directory}: is a file; --outfile names the checkpoint's directory")
+    if not DeepSeekV4File.recognises(file):
+        raise PlanError(
+            f"{file.path}: holds a model of architecture {file.metadata.get('general.architecture')!r} or an MTP block; export "
+            "knows the main model of DeepSeek-V4 (deepseek4)"
+        )
+    model = DeepSeekV4File(file)
+    _one_clamp(file)
+    paths = [str(path) for path in file.paths]
+    names = [Path("model.safetensors")] if model.single_shard else model.shard_names()
+    shards: list[list[PlannedTensor]] = [[] for _ in names]
+    with execute.open_files():
+        for member in model.members.values():
+            number = 0 if model.single_shard else model.shard_of(member)
+            shards[number] += _tensors(file, member, paths)
+    files: list[PlannedFile] = []
+    described: list[SourceTensor] = []
+    for number, (name, tensors) in enumerate(zip(names, shards, strict=True)):
+        placed = _placed(tensors)
+        files.append(PlannedShard(directory / name, tensors=placed))
+        described += [SourceTensor(t.name, t.type, t.shape, number, t.offset, t.nbytes) for t in placed]
+    # The architecture's own check of what it will be given when this is converted again.
+    model.arranged("nisparks", names, described)
+    metadata = file.metadata.typed()
+    tokenizer, notes = companions.tokenizer_files(metadata, CHAT_TEMPLATE)
+    small = {
+        "config.json": _config(model, described),
+        "generation_config.json": companions.generation_config(metadata),
+        **tokenizer,
+    }
+    if len(names) > 1:
+        small[INDEX_NAME] = {
+            "metadata": {"total_size": sum(t.nbytes for t in described)},
+            "weight_map": {t.name: names[t.shard].name for t in sorted(described, key=lambda t: t.name)},
+        }
+    files += [PlannedText(directory / name, content=_json(content)) for name, content in small.items()]
+    files.append(PlannedText(directory / "README.md", content=companions.model_card(metadata).encode()))
+    notes += [f"config.json: {key} is supposed: {why}" for key, why in model.supposed]
+    if model.config["num_nextn_predict_layers"]:
+        notes.append("config.json: num_nextn_predict_layers is 0: the MTP block is not in this file")
+    states = [(path.stat().st_size, path.stat().st_mtime_ns) for path in file.paths]
+    sources = tuple(str(Path(path).resolve()) for path in paths)
+    return Plan(tuple(files), sources, tuple(states), "safetensors", notes=tuple(notes), file_type="safetensors")
+
+
+def export(
+    path: str | Path,
+    outfile: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = True,
+    threads: int | None = None,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    dialect: str | None = None,
+) -> list[Path]:
+    """Export a GGUF: :func:`plan_export` and :func:`ggufx.execute.execute`; returns the files written."""
+    with open(path, dialect=dialect) as file:
+        return execute.execute(
+            plan_export(file, outfile),
+            overwrite=overwrite,
+            resume=resume,
+            threads=threads,
+            executor=executor,
+            progress=progress,
+        )
+
+
+def _one_clamp(file: File) -> None:
+    for key in ("swiglu_clamp_exp", "swiglu_clamp_shexp"):
+        values = file.metadata.get(f"deepseek4.{key}")
+        if values is not None and len(set(values)) > 1:
+            raise PlanError(
+                f"{file.path}: deepseek4.{key} has {len(set(values))} different values; config.json has one swiglu_limit"
+            )
+
+
+def _tensors(file: File, member: Member, paths: list[str]) -> list[PlannedTensor]:
+    """Return the checkpoint's tensors of one of the file's: two for native types, as many times as there are experts."""
+    tensor, role = member.tensor, member.family.role
+    kind, shape = tensor.type, tensor.shape
+    start = Span(paths.index(str(tensor.path)), tensor.file_offset, tensor.nbytes)
+    native = (kind == _FP8 and role in ("dense", "expert")) or (kind == _FP4 and role == "expert")
+    if not native:
+        if role != "expert":
+            return [_plain(file, member, member.source, shape, start)]
+        count = shape[0]
+        each = [
+            Span(start.file, start.offset + e * (start.nbytes // count), start.nbytes // count) for e in range(count)
+        ]
+        return [_plain(file, member, member.of_expert(e), shape[1:], span) for e, span in enumerate(each)]
+    count = shape[0] if role == "expert" else 1
+    rows, row_len = shape[-2:]
+    nbytes = start.nbytes // count
+    fp8 = kind == _FP8
+    step = FP8_TILE if fp8 else 1
+    codes = Transform("codes", kind, "F8_E4M3" if fp8 else "I8", (row_len,))
+    scales = Transform("scales", kind, "F8_E8M0", (row_len,), step)
+    found = []
+    for expert in range(count):
+        name = member.of_expert(expert)
+        span = Span(start.file, start.offset + expert * nbytes, nbytes)
+        # The source by its name in the file, so that an error says which tensor it is.
+        matrix = Matrix(tensor.name, kind, rows, row_len, span, rows_per_scale=step)
+        found.append(plan.plan_unpacked(name, codes.target, codes, matrix, row_len if fp8 else row_len // 2))
+        scale = name.removesuffix(".weight") + ".scale"
+        width = row_len // (FP8_TILE if fp8 else 32)
+        found.append(plan.plan_unpacked(scale, scales.target, scales, matrix, width))
+    return found
+
+
+def _plain(file: File, member: Member, name: str, shape: tuple[int, ...], span: Span) -> PlannedTensor:
+    tensor, role = member.tensor, member.family.role
+    kind = tensor.type
+    wanted = kind
+    if role == "table":
+        wanted = "I64"
+    elif kind not in ("F32", "BF16", "F16"):
+        raise PlanError(
+            f"{file.path}: tensor {tensor.name!r} is {kind}, which the official checkpoint has no form for; export a file "
+            "whose tensors are native (F8_E4M3_B128, MXFP4) or BF16"
+        )
+    # Norms and matrices are BF16 in the checkpoint, and F32 in files only because runtimes compute so.
+    half = role != "vector" or name.endswith("norm.weight")
+    if kind == "F32" and half and is_bfloat16(tensor):
+        wanted = "BF16"
+    op: Any = "copy" if wanted == kind else "cast" if role == "table" else "encode"
+    row_len = shape[-1] if shape else 1
+    transform = Transform(op, kind, wanted, (row_len,), exact=op == "encode")
+    matrix = Matrix(tensor.name, kind, prod(shape[:-1]), row_len, span)
+    return plan.plan_tensor(name, shape, wanted, -1, transform, [[matrix]])
+
+
+def _placed(tensors: Iterable[PlannedTensor]) -> tuple[PlannedTensor, ...]:
+    """Order a shard's tensors as the official ones are, and give them their offsets: without holes."""
+    placed = []
+    offset = 0
+    for tensor in sorted(tensors, key=lambda t: (_DTYPE_ORDER.index(t.type), t.name)):
+        placed.append(replace(tensor, offset=offset))
+        offset += tensor.nbytes
+    return tuple(placed)
+
+
+def _config(model: DeepSeekV4File, tensors: Iterable[SourceTensor]) -> dict[str, Any]:
+    dtypes = {tensor.name: tensor.dtype for tensor in tensors}
+    config = {**model.config, "num_nextn_predict_layers": 0, **companions.special_ids(model.file.metadata.typed())}
+    experts = {dtype for name, dtype in dtypes.items() if ".ffn.experts." in name and name.endswith(".weight")}
+    known = {"I8": "fp4", "F8_E4M3": "fp8"}
+    if len(experts) == 1 and (dtype := experts.pop()) in known:
+        config["expert_dtype"] = known[dtype]
+    if "F8_E4M3" in dtypes.values():
+        config["quantization_config"] = {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "scale_fmt": "ue8m0",
+            "weight_block_size": [FP8_TILE, FP8_TILE],
+        }
+    return dict(sorted(config.items()))
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,197 @@
+"""GGUFs taken back to checkpoints: against the checkpoint that they came from, read without any of ggufx's code."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ggufx import execute
+from ggufx.architectures.deepseek_v4 import CHAT_TEMPLATE
+from ggufx.container import Value
+from ggufx.convert import convert
+from ggufx.edit import plan_edit, set_keys
+from ggufx.export import export
+from ggufx.retarget import retarget
+
+from .conftest import Run, assert_nothing_left, assert_one_line
+from .oracle import Gguf, Source
+
+Get = Callable[[str], Source]
+Converted = Callable[..., Gguf]
+Cli = Callable[..., Run]
+
+
+def main_model(source: Source) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Every tensor but the MTP block's."""
+    return {
+        name: (tensor.dtype, tensor.shape, tensor.data.tobytes())
+        for name, tensor in source.tensors.items()
+        if not name.startswith("mtp.")
+    }
+
+
+@pytest.mark.parametrize("case", ["flash", "flash-base", "pro-like", "pruned", "one-file"])
+def test_there_and_back(case: str, source: Get, converted: Converted, tmp_path: Path) -> None:
+    out = tmp_path / "back"
+    written = export(converted(case).path, out)
+    assert sorted(written) == sorted(out.iterdir())
+    found = Source(out)
+    assert main_model(found) == main_model(source(case))
+    convert(out, tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == converted(case).raw
+
+
+def test_shards_are_the_official_ones_byte_for_byte(source: Get, converted: Converted, tmp_path: Path) -> None:
+    export(converted("flash").path, tmp_path)
+    ours = sorted(tmp_path.glob("*.safetensors"))
+    theirs = sorted(source("flash").path.glob("*.safetensors"))[:-1]  # the last one is the MTP block's
+    assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
+    assert [re.sub("-of-.*", "", path.name) for path in ours] == [re.sub("-of-.*", "", path.name) for path in theirs]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    found = Source(tmp_path)
+    assert index["weight_map"] == {name: found.shard_of(name) for name in found.tensors}
+    assert index["metadata"]["total_size"] == sum(t.data.size for t in found.tensors.values())
+
+
+def test_config_and_tokenizer_are_rebuilt(source: Get, converted: Converted, tmp_path: Path) -> None:
+    export(converted("flash").path, tmp_path)
+    old, new = source("flash").config, Source(tmp_path).config
+    absent = {"initializer_range", "transformers_version"}
+    assert {key for key in old if key not in new} == absent
+    differing = {key: new[key] for key in old if key not in absent and new[key] != old[key]}
+    assert differing == {"num_nextn_predict_layers": 0}
+    tokenizers = [json.loads((path / "tokenizer.json").read_text()) for path in (source("flash").path, tmp_path)]
+    was, made = tokenizers
+    assert made["pre_tokenizer"] == was["pre_tokenizer"]
+    assert made["model"]["merges"] == was["model"]["merges"]
+    added = {entry["content"]: entry["id"] for entry in was["added_tokens"]}
+    assert made["model"]["vocab"] == was["model"]["vocab"] | added
+    assert {entry["content"]: entry["id"] for entry in made["added_tokens"]} == added
+    configs = [json.loads((path / "tokenizer_config.json").read_text()) for path in (source("flash").path, tmp_path)]
+    for key in ("bos_token", "eos_token", "pad_token"):
+        assert configs[1][key] == configs[0][key]["content"]
+    assert (configs[1]["add_bos_token"], configs[1]["add_eos_token"]) == (False, False)
+    assert "chat_template" not in configs[1]  # the built-in one is no part of the checkpoint
+
+
+def test_a_chat_template_and_general_keys_come_back(converted: Converted, tmp_path: Path) -> None:
+    path = tmp_path / "n.gguf"
+    shutil.copy(converted("mini").path, path)
+    texts = {"tokenizer.chat_template": "{{ 'é\n😀' }}", "general.name": 'A "name": é 😀', "general.license": "mit"}
+    set_keys(plan_edit(path, {key: Value.string(text) for key, text in texts.items()}))
+    assert texts["tokenizer.chat_template"] != CHAT_TEMPLATE
+    export(path, tmp_path / "back")
+    convert(tmp_path / "back", tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == path.read_bytes()
+
+
+def test_exact_files_of_llama_cpp_export_too(source: Get, converted: Converted, tmp_path: Path) -> None:
+    """Experts are native there; dense tensors are the BF16 that they became."""
+    export(converted("flash", "llama.cpp", "bf16").path, tmp_path)
+    found, wanted = Source(tmp_path), source("flash")
+    for name, tensor in wanted.tensors.items():
+        if name.startswith("mtp.") or name not in found.tensors:
+            continue
+        if tensor.dtype == "F8_E4M3":
+            assert found.tensors[name].dtype == "BF16"
+            assert np.array_equal(found.decode(name), wanted.decode(name))
+        else:
+            assert np.array_equal(found.tensors[name].data, tensor.data)
+    assert "quantization_config" not in found.config
+    convert(tmp_path, tmp_path / "again.gguf")
+    retarget(converted("flash", "llama.cpp", "bf16").path, tmp_path / "moved.gguf", "nisparks")
+    again, moved = Gguf(tmp_path / "again.gguf"), Gguf(tmp_path / "moved.gguf")
+    assert again.raw[again.data_offset :] == moved.raw[moved.data_offset :]
+
+
+def _flip_scale(path: Path, name: str, row: int, block: int) -> None:
+    tensor = Gguf(path).tensors[name]
+    at = tensor.offset + row * (tensor.shape[-1] // 128 * 129) + block * 129
+    with path.open("rb+") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_scales_that_are_not_of_tiles_are_an_error(converted: Converted, tmp_path: Path, cli: Cli) -> None:
+    path = tmp_path / "n.gguf"
+    shutil.copy(converted("mini").path, path)
+    _flip_scale(path, "blk.1.attn_q_b.weight", 130, 0)
+    run = cli("export", path, "--outfile", tmp_path / "back")
+    assert_one_line(run, str(path), "'blk.1.attn_q_b.weight'", "128x128 tiles", "columns 0 to 127", "2 rows further")
+    assert not list((tmp_path / "back").glob("*.safetensors"))
+    assert not (tmp_path / "back" / "config.json").exists()
+
+
+def test_errors_name_tensor_and_rule(converted: Converted, tmp_path: Path, cli: Cli) -> None:
+    def fails(path: Path, *needed: str) -> None:
+        assert_one_line(cli("export", path, "--outfile", tmp_path / "back"), str(path), *needed)
+        assert not (tmp_path / "back").exists()
+
+    fails(converted("flash", "llama.cpp").path, "is Q8_0", "no form", "native")
+    fails(converted("flash", "llama.cpp", mtp=True).path, "MTP block")
+    native = converted("mini").path
+    (tmp_path / "file").write_text("")
+    assert_one_line(cli("export", native, "--outfile", tmp_path / "file"), "is a file")
+    clamp = tmp_path / "clamp.gguf"
+    shutil.copy(native, clamp)
+    with clamp.open("rb+") as file:
+        found = Gguf(clamp).raw
+        at = found.index(b"deepseek4.swiglu_clamp_exp") + len(b"deepseek4.swiglu_clamp_exp") + 16
+        file.seek(at)
+        file.write(np.float32(9).tobytes())
+    fails(clamp, "swiglu_clamp_exp has 2 different values")
+
+
+def test_an_interrupted_export_goes_on(converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(BaseException):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise Stop
+
+    out = tmp_path / "back"
+    with pytest.raises(Stop):
+        export(converted("long").path, out, progress=stop, threads=1)
+    assert not list(out.glob("*.safetensors")) + list(out.glob("*.json"))
+    assert list(out.glob("*.safetensors.partial"))
+    resumed = []
+    original = execute._run_tile
+
+    def counting(job: execute._Job, opened: dict[tuple[str, int], int]) -> execute._Done:
+        done = original(job, opened)
+        resumed.append(done.resumed)
+        return done
+
+    monkeypatch.setattr(execute, "_run_tile", counting)
+    export(converted("long").path, out)
+    assert resumed.count(True) > len(resumed) // 4
+    assert not list(out.glob("*.partial")) + list(out.glob("*.journal"))
+    convert(out, tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == converted("long").raw
+
+
+def test_existing_files_are_kept_and_a_dry_run_writes_nothing(converted: Converted, tmp_path: Path, cli: Cli) -> None:
+    out = tmp_path / "back"
+    arguments = ("export", converted("mini").path, "--outfile", out)
+    data = json.loads(cli(*arguments, "--dry-run", "--json").out)
+    assert {t["type"] for t in data["tensors"]} >= {"F8_E4M3", "F8_E8M0", "I8", "BF16", "F32", "I64"}
+    assert not out.exists()
+    assert "codes" not in cli(*arguments, "--dry-run").err
+    out.mkdir()
+    (out / "config.json").write_text("mine")
+    assert_one_line(cli(*arguments), "config.json", "--overwrite")
+    assert (out / "config.json").read_text() == "mine"
+    assert_nothing_left(out)
+    run = cli(*arguments, "--overwrite")
+    assert run.code == 0
+    assert "num_nextn_predict_layers is 0" in run.err
+    assert json.loads((out / "config.json").read_text())["model_type"] == "deepseek_v4"

@@ -1,0 +1,401 @@
+"""Moving files between dialects: against conversions of the checkpoint, and against the tables of dsv4."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import ggufx
+from ggufx import types
+from ggufx.container import Value, ValueType, align_up, encode_header
+from ggufx.convert import convert
+from ggufx.edit import plan_edit, set_keys
+from ggufx.errors import PlanError
+from ggufx.retarget import plan_retarget, retarget
+from ggufx.verify import verify
+
+from .conftest import Run, assert_one_line
+from .oracle import FIXTURES, TYPES, Gguf, Source, expected_of, rule, values_of
+
+Get = Callable[[str], Source]
+Converted = Callable[..., Gguf]
+Cli = Callable[..., Run]
+
+ROPE = ("type", "factor", "original_context_length", "yarn_beta_fast", "yarn_beta_slow")
+
+
+def edited(path: Path, out: Path, remove: tuple[str, ...] = (), **values: Value) -> Path:
+    """A copy with other metadata; ``__`` in a name stands for a dot."""
+    shutil.copy(path, out)
+    set_keys(plan_edit(out, {key.replace("__", "."): value for key, value in values.items()}, remove))
+    return out
+
+
+# Against conversions ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["flash", "flash-base", "pro-like", "pruned", "one-file"])
+def test_native_file_becomes_what_a_conversion_gives(case: str, converted: Converted, tmp_path: Path) -> None:
+    out = tmp_path / "moved.gguf"
+    assert retarget(converted(case).path, out, "llama.cpp") == [out]
+    assert out.read_bytes() == converted(case, "llama.cpp", "bf16").raw
+
+
+def test_rows_that_fp8_blocks_do_not_divide(converted: Converted, tmp_path: Path) -> None:
+    retarget(converted("odd-96").path, tmp_path / "o.gguf", "ik_llama.cpp")
+    moved, wanted = Gguf(tmp_path / "o.gguf"), converted("odd-96", "ik_llama.cpp", "bf16")
+    assert moved.raw[moved.data_offset :] == wanted.raw[wanted.data_offset :]
+    # The name is in title case, so the part of it that the directory spelled "odd" is not known any more.
+    assert {key for key in wanted.kv if moved.kv[key] != wanted.kv[key]} == {"general.basename"}
+
+
+@pytest.mark.parametrize("dense", ["q8_0", "f32"])
+def test_other_types_of_fp8(dense: str, converted: Converted, tmp_path: Path) -> None:
+    retarget(converted("flash").path, tmp_path / "o.gguf", "llama.cpp", dense=dense)
+    assert (tmp_path / "o.gguf").read_bytes() == converted("flash", "llama.cpp", dense).raw
+
+
+def test_the_issue_without_rope_scaling(converted: Converted, tmp_path: Path) -> None:
+    keys = tuple(f"deepseek4.rope.scaling.{key}" for key in ROPE)
+    short = edited(converted("flash").path, tmp_path / "45.gguf", keys)
+    assert len(Gguf(short).kv) == len(converted("flash").kv) - 5
+    with ggufx.open(short) as file:
+        notes = plan_retarget(file, tmp_path / "o.gguf", "llama.cpp").notes
+    assert sum("rope.scaling" in note and "not in the file" in note for note in notes) == 5
+    retarget(short, tmp_path / "o.gguf", "llama.cpp")
+    assert (tmp_path / "o.gguf").read_bytes() == converted("flash", "llama.cpp", "bf16").raw
+
+
+def test_a_name_that_says_version_and_base(checkpoint_path: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tmp_path / "DeepSeek-V4-Flash-0731"
+    shutil.copytree(checkpoint_path("mini"), path)
+    convert(path, tmp_path / "n.gguf")
+    convert(path, tmp_path / "l.gguf", target="llama.cpp", dense="bf16")
+    retarget(tmp_path / "n.gguf", tmp_path / "o.gguf", "llama.cpp")
+    assert Gguf(tmp_path / "l.gguf").kv["general.version"] == (8, "0731")
+    assert (tmp_path / "o.gguf").read_bytes() == (tmp_path / "l.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("case", ["flash", "pro-like", "one-file"])
+def test_back_to_nisparks_names_and_keys(case: str, converted: Converted, source: Get, tmp_path: Path) -> None:
+    native = converted(case)
+    retarget(converted(case, "llama.cpp", "bf16").path, tmp_path / "o.gguf", "nisparks")
+    moved = Gguf(tmp_path / "o.gguf")
+    assert list(moved.kv) == list(native.kv)
+    assert {k: v for k, v in moved.kv.items() if native.kv[k] != v} == {"general.file_type": (4, 38)}
+    assert [(t.name, t.shape) for t in moved.tensors.values()] == [(t.name, t.shape) for t in native.tensors.values()]
+    for tensor in moved.tensors.values():
+        wanted = native.tensors[tensor.name]
+        assert tensor.type == wanted.type or (tensor.type, wanted.type) == ("BF16", "F8_E4M3_B128")
+        np.testing.assert_array_equal(tensor.decode(), wanted.decode(), err_msg=tensor.name)
+    # And there again: the FP8 is BF16 for good, nothing else was lost.
+    retarget(tmp_path / "o.gguf", tmp_path / "again.gguf", "llama.cpp")
+    assert (tmp_path / "again.gguf").read_bytes() == converted(case, "llama.cpp", "bf16").raw
+
+
+def test_values_that_nisparks_has_no_key_for_survive(converted: Converted, tmp_path: Path) -> None:
+    odd = {
+        "deepseek4__hyper_connection__sinkhorn_iterations": Value.u32(7),
+        "deepseek4__hyper_connection__epsilon": Value.f32(1e-5),
+        "deepseek4__attention__compress_ratios": Value.array(ValueType.INT32, [0, 0, 4, 128, 4, 0, 0, 0]),
+        "general__url": Value.string("https://example.org"),
+        "quantize__imatrix__file": Value.string("x.dat"),
+    }
+    first = edited(converted("flash", "llama.cpp", "bf16").path, tmp_path / "odd.gguf", **odd)
+    retarget(first, tmp_path / "n.gguf", "nisparks")
+    assert set(Gguf(tmp_path / "n.gguf").kv) == set(converted("flash").kv) | {k.replace("__", ".") for k in odd}
+    retarget(tmp_path / "n.gguf", tmp_path / "back.gguf", "llama.cpp")
+    assert Gguf(tmp_path / "back.gguf").kv == Gguf(first).kv
+
+
+def test_a_router_that_was_never_bfloat16_stays_float32(converted: Converted, tmp_path: Path) -> None:
+    path = tmp_path / "n.gguf"
+    shutil.copy(converted("mini").path, path)
+    tensor = converted("mini").tensors["blk.1.ffn_gate_inp.weight"]
+    with path.open("rb+") as file:
+        file.seek(tensor.offset)
+        file.write(np.float32(1 / 3).tobytes())
+    retarget(path, tmp_path / "o.gguf", "llama.cpp")
+    moved = Gguf(tmp_path / "o.gguf").tensors
+    assert [moved[f"blk.{n}.ffn_gate_inp.weight"].type for n in range(3)] == ["BF16", "F32", "BF16"]
+    assert moved["blk.1.ffn_gate_inp.weight"].decode().flat[0] == np.float32(1 / 3)
+
+
+def test_files_of_the_same_form_keep_every_type(converted: Converted, tmp_path: Path) -> None:
+    """A router in F32, which llama.cpp's own files do not have, is no reason to change it."""
+    retarget(converted("mini").path, tmp_path / "d.gguf", "ds4")
+    retarget(tmp_path / "d.gguf", tmp_path / "l.gguf", "llama.cpp")
+    assert Gguf(tmp_path / "l.gguf").tensors["blk.0.ffn_gate_inp.weight"].type == "BF16"
+    odd = tmp_path / "odd.gguf"
+    with ggufx.open(tmp_path / "l.gguf") as file:
+        name = "blk.0.ffn_gate_inp.weight"
+        wide = file[name].numpy().tobytes()
+        content = [(t.name, t.shape, 0 if t.name == name else t.type_id, wide if t.name == name else t.packed.tobytes())
+                   for t in file.tensors]  # fmt: skip
+        write_gguf(odd, content, **file.metadata.typed())
+    retarget(odd, tmp_path / "ik.gguf", "ik_llama.cpp")
+    assert (tmp_path / "ik.gguf").read_bytes() == odd.read_bytes()
+    # Without a file type in the source, there is one in the result all the same.
+    bare = edited(converted("mini").path, tmp_path / "bare.gguf", ("general.file_type",))
+    retarget(bare, tmp_path / "o.gguf", "llama.cpp")
+    assert (tmp_path / "o.gguf").read_bytes() == converted("mini", "llama.cpp", "bf16").raw
+
+
+# ds4 --------------------------------------------------------------------------------------------------------------
+
+
+def _ds4_accepts(name: str) -> set[str]:
+    """What NOTES.md says that ds4 loads, and map.tsv's published type of a tensor."""
+    listed = {rule(name)[0]["antirez_mxfp4_type"]}
+    if re.search(r"hc_\w*fn$|compressor\.(ape|wkv|wgate)|gate\.weight$", name):
+        listed |= {"F16", "F32"}
+    if name.endswith("indexer.wq_b.weight"):
+        listed |= {"F16", "Q8_0"}
+    return listed
+
+
+@pytest.mark.parametrize("start", ["nisparks", "llama.cpp"])
+def test_ds4_types_names_and_keys(start: str, source: Get, converted: Converted, tmp_path: Path) -> None:
+    checkpoint = source("flash")
+    retarget(converted("flash", start, "bf16").path, tmp_path / "o.gguf", "ds4")
+    moved = Gguf(tmp_path / "o.gguf")
+    rules = expected_of(checkpoint, "llama.cpp")
+    assert [(t.name, t.shape) for t in moved.tensors.values()] == [(r.name, r.shape) for r in rules]
+    for each in rules:
+        tensor = moved.tensors[each.name]
+        assert tensor.type in _ds4_accepts(each.sources[0]), each.name
+        wanted = values_of(checkpoint, each)
+        if tensor.type in ("F16", "Q8_0"):
+            decoded = types.get(tensor.type).decode(tensor.data, tensor.shape)
+            error = np.abs(decoded - wanted).max() / np.abs(wanted).max()
+            assert error < (0.005 if tensor.type == "Q8_0" else 1e-6), each.name
+        else:
+            np.testing.assert_array_equal(tensor.decode(), wanted, err_msg=each.name)
+    with (FIXTURES / "kv_keys.tsv").open(encoding="utf-8") as file:
+        column = {row["key"]: row["antirez"] for row in csv.DictReader(file, delimiter="\t")}
+    assert [key for key, need in column.items() if need == "required" and key not in moved.kv] == []
+    assert [key for key in moved.kv if column[key] == "n"] == []
+    assert moved.kv["deepseek4.vocab_size"] == (4, checkpoint.config["vocab_size"])
+
+
+def test_ds4_in_half_floats_as_the_published_files(converted: Converted, tmp_path: Path) -> None:
+    retarget(converted("flash", "llama.cpp", "bf16").path, tmp_path / "o.gguf", "ds4", plain="f16")
+    kinds = {t.name: t.type for t in Gguf(tmp_path / "o.gguf").tensors.values()}
+    assert kinds["blk.2.attn_compressor_kv.weight"] == kinds["blk.0.ffn_gate_inp.weight"] == "F16"
+    assert kinds["blk.0.hc_attn_fn.weight"] == "F32"  # held as it is
+
+
+def test_ds4_back_to_llama_cpp_has_its_keys(converted: Converted, tmp_path: Path) -> None:
+    retarget(converted("flash").path, tmp_path / "d.gguf", "ds4")
+    retarget(tmp_path / "d.gguf", tmp_path / "o.gguf", "llama.cpp")
+    wanted = converted("flash", "llama.cpp", "bf16")
+    moved = Gguf(tmp_path / "o.gguf")
+    assert moved.kv == wanted.kv
+    assert list(moved.tensors) == list(wanted.tensors)
+
+
+# Other models -----------------------------------------------------------------------------------------------------
+
+
+def write_gguf(path: Path, tensors: list[tuple[str, tuple[int, ...], int, bytes]], **keys: Value) -> Path:
+    """Write a small file, tensor ids and bytes as given."""
+    offset, directory, data = 0, [], b""
+    for name, shape, number, content in tensors:
+        directory.append((name, shape, number, offset))
+        data += content + bytes(-len(content) % 32)
+        offset = align_up(offset + len(content), 32)
+    metadata = {"general.architecture": Value.string("llama")}
+    metadata |= {key.replace("__", "."): value for key, value in keys.items()}
+    path.write_bytes(encode_header(metadata, directory, 32) + data)
+    return path
+
+
+def _values(shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+
+def test_other_architectures_keep_names_and_change_only_what_must_change(tmp_path: Path) -> None:
+    fp8, f32 = types.get("F8_E4M3_B128").encode(_values((4, 256))), _values((3,))
+    path = write_gguf(
+        tmp_path / "n.gguf",
+        [("a.weight", (4, 256), 42, fp8.tobytes()), ("b.weight", (3,), 0, f32.tobytes())],
+        general__file_type=Value.u32(41),
+        ggufx__dialect=Value.string("nisparks"),
+    )
+    retarget(path, tmp_path / "o.gguf", "llama.cpp")
+    with ggufx.open(path) as old, ggufx.open(tmp_path / "o.gguf") as new:
+        assert [(t.name, t.type) for t in new.tensors] == [("a.weight", "BF16"), ("b.weight", "F32")]
+        assert np.array_equal(new["a.weight"].numpy(), old["a.weight"].numpy())
+        assert (new.dialect, new.metadata["general.file_type"]) == ("llama.cpp", 32)
+    assert verify(tmp_path / "o.gguf", path).ok
+
+
+def test_types_of_ik_need_a_word(tmp_path: Path) -> None:
+    iq = types.get("IQ4_KS").encode(_values((4, 256)))
+    path = write_gguf(tmp_path / "ik.gguf", [("a.weight", (4, 256), 144, iq.tobytes())])
+    retarget(path, tmp_path / "same.gguf", "ik_llama.cpp")
+    assert (tmp_path / "same.gguf").read_bytes() == path.read_bytes()
+    with pytest.raises(PlanError, match=r"'a\.weight' is IQ4_KS, which llama\.cpp cannot hold; --dense f32"):
+        retarget(path, tmp_path / "o.gguf", "llama.cpp")
+    retarget(path, tmp_path / "o.gguf", "llama.cpp", dense="f32")
+    report = verify(tmp_path / "o.gguf", path)
+    assert [(t.type, t.status) for t in report.tensors] == [("F32", "exact")]
+
+
+def test_unknown_ids_travel_unless_they_would_be_misread(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "u.gguf", [("a.weight", (4, 256), 999, bytes(range(256)))])
+    retarget(path, tmp_path / "o.gguf", "llama.cpp")
+    assert (tmp_path / "o.gguf").read_bytes() == path.read_bytes()
+    assert verify(tmp_path / "o.gguf", path).ok
+    path = write_gguf(tmp_path / "u.gguf", [("a.weight", (4, 256), 42, bytes(range(256)))])
+    with (
+        ggufx.open(path, dialect="opaque") as file,
+        pytest.raises(PlanError, match="type id 42, which is Q2_0 in llama"),
+    ):
+        plan_retarget(file, tmp_path / "p.gguf", "llama.cpp")
+
+
+# Verify -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["llama.cpp", "ds4", "nisparks"])
+def test_verify_against_the_gguf(target: str, converted: Converted, tmp_path: Path, cli: Cli) -> None:
+    source = converted("flash").path
+    out = tmp_path / "o.gguf"
+    retarget(source, out, target)
+    report = verify(out, source)
+    assert report.ok
+    assert report.metadata == []
+    assert set(report.counts()) == ({"exact", "rounded"} if target == "ds4" else {"exact"})
+    run = cli("verify", out, "--against", source)
+    assert run.code == 0
+    assert "verified" in run.out
+
+
+@pytest.mark.parametrize("name", ["blk.2.ffn_up_exps.weight", "blk.0.attn_q_a.weight", "blk.1.ffn_gate_tid2eid.weight"])
+def test_verify_finds_a_changed_bit(name: str, converted: Converted, tmp_path: Path) -> None:
+    out = tmp_path / "o.gguf"
+    retarget(converted("flash").path, out, "llama.cpp")
+    tensor = Gguf(out).tensors[name]
+    with out.open("rb+") as file:
+        file.seek(tensor.offset + 1)
+        byte = file.read(1)[0]
+        file.seek(tensor.offset + 1)
+        file.write(bytes([byte ^ 1]))
+    report = verify(out, converted("flash").path)
+    assert not report.ok
+    assert [(t.name, t.status, t.differing) for t in report.tensors if t.status != "exact"] == [(name, "different", 1)]
+
+
+def test_verify_tells_keys_and_tensors_that_are_not_right(converted: Converted, tmp_path: Path) -> None:
+    out = tmp_path / "o.gguf"
+    retarget(converted("flash").path, out, "llama.cpp")
+    edited(out, tmp_path / "e.gguf", ("deepseek4.expert_gating_func",), general__name=Value.string("Other"))
+    report = verify(tmp_path / "e.gguf", converted("flash").path)
+    assert report.ok
+    assert sorted(line.split(":")[0] for line in report.metadata) == ["deepseek4.expert_gating_func", "general.name"]
+    report = verify(out, converted("pruned").path)
+    assert not report.ok
+    with pytest.raises(PlanError, match="none of its"):
+        verify(write_gguf(tmp_path / "x.gguf", [("x", (1,), 0, bytes(4))]), converted("flash").path)
+
+
+# Errors, and the command ------------------------------------------------------------------------------------------
+
+
+def _without(path: Path, out: Path, name: str) -> Path:
+    with ggufx.open(path) as file:
+        kept = [t for t in file.tensors if t.name != name]
+        content = [(t.name, t.shape, t.type_id, t.packed.tobytes()) for t in kept]
+        keys = file.metadata.typed()
+    return write_gguf(out, content, **keys)
+
+
+def test_errors_name_file_tensor_and_rule(converted: Converted, tmp_path: Path, cli: Cli) -> None:
+    native, out = converted("mini").path, tmp_path / "o.gguf"
+
+    def fails(path: Path, target: str, *needed: str, flags: tuple[str, ...] = ()) -> None:
+        assert_one_line(cli("retarget", path, "--outfile", out, "--target", target, *flags), *needed)
+        assert not out.exists()
+
+    gone = tmp_path / "gone.gguf"
+    fails(
+        _without(native, gone, "blk.1.attn_q_a.weight"), "llama.cpp", str(gone), "layers.1.attn.wq_a.weight", "Missing"
+    )
+    fails(_without(native, gone, "hc_head_base"), "ds4", str(gone), "hc_head_base")
+    wrong = edited(native, tmp_path / "w.gguf", deepseek4__attention__q_lora_rank=Value.u32(96))
+    fails(wrong, "llama.cpp", str(wrong), "metadata says")
+    wrong = edited(native, tmp_path / "w.gguf", ("deepseek4.expert_used_count",))
+    fails(wrong, "llama.cpp", str(wrong), "deepseek4.expert_used_count is missing", "ggufx set")
+    wrong = edited(native, tmp_path / "w.gguf", deepseek4__expert_count=Value.string("many"))
+    fails(wrong, "llama.cpp", str(wrong), "deepseek4.expert_count is many, expected an integer")
+    ratios = Value.array(ValueType.INT32, [0, 4, 4])
+    wrong = edited(
+        converted("mini", "llama.cpp").path, tmp_path / "w.gguf", deepseek4__attention__compress_ratios=ratios
+    )
+    fails(wrong, "nisparks", str(wrong), "[0, 4, 4]", "[0, 0, 4]")
+    fails(converted("flash", "llama.cpp", mtp=True).path, "nisparks", "MTP block", "no form")
+    other = write_gguf(tmp_path / "x.gguf", [("x", (1,), 0, bytes(4))])
+    fails(other, "ds4", str(other), "'llama'", "no form")
+    fails(native, "ds4", "q8_0", flags=("--dense", "bf16"))
+    assert_one_line(cli("retarget", native, "--outfile", native, "--target", "ds4"), str(native), "source")
+
+
+def test_mtp_files_move_between_the_two_that_share_names(converted: Converted, tmp_path: Path) -> None:
+    mtp = converted("flash", "llama.cpp", mtp=True)
+    retarget(mtp.path, tmp_path / "o.gguf", "ik_llama.cpp")
+    assert (tmp_path / "o.gguf").read_bytes() == mtp.raw
+
+
+def test_dry_run_and_split(converted: Converted, tmp_path: Path, cli: Cli) -> None:
+    native = converted("flash").path
+    out = tmp_path / "o.gguf"
+    arguments = ("retarget", native, "--outfile", out, "--target", "llama.cpp")
+    data: dict[str, Any] = json.loads(cli(*arguments, "--dry-run", "--json").out)
+    assert data["file"]["nbytes"] == len(converted("flash", "llama.cpp", "bf16").raw)
+    first = next(t for t in data["tensors"] if t["name"] == "blk.0.attn_kv.weight")
+    assert (first["type"], first["sources"], first["lossless"]) == ("BF16", ["blk.0.attn_kv_latent.weight"], True)
+    run = cli(*arguments, "--dry-run")
+    for text in (
+        "attn_kv_latent.weight -> blk.N.attn_kv.weight (5",
+        "F8_E4M3_B128 -> BF16, exact",
+        "gating_func = 4: not in",
+    ):
+        assert text in run.out
+    assert list(tmp_path.iterdir()) == []
+    assert cli(*arguments, "--split-max-size", "1M").code == 0
+    members = sorted(tmp_path.iterdir())
+    assert len(members) > 3
+    assert verify(members[1], native).ok
+    assert cli("merge-splits", members[0], "--outfile", out).code == 0
+    assert out.read_bytes() == converted("flash", "llama.cpp", "bf16").raw
+
+
+def test_existing_outputs_are_kept(converted: Converted, tmp_path: Path, cli: Cli) -> None:
+    out = tmp_path / "o.gguf"
+    out.write_bytes(b"mine")
+    arguments = ("retarget", converted("mini").path, "--outfile", out, "--target", "llama.cpp")
+    assert_one_line(cli(*arguments), str(out), "--overwrite")
+    assert out.read_bytes() == b"mine"
+    assert cli(*arguments, "--overwrite").code == 0
+    assert out.read_bytes() == converted("mini", "llama.cpp", "bf16").raw
+
+
+def test_bf16_oracle_is_not_ours() -> None:
+    """F8 to BF16 is exact for every code and the scales that checkpoints have, by ml_dtypes alone."""
+    codes = (
+        np.array([c for c in range(256) if c & 127 != 127], np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    )
+    for scale in (-30, -8, 0, 8):
+        values = np.ldexp(codes, scale)
+        assert np.array_equal(values.astype(ml_dtypes.bfloat16).astype(np.float32), values)
+    assert TYPES["BF16"][2] == 2
