@@ -30,7 +30,18 @@ from ggufx.imatrix import ImportanceMatrix, Place
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform, Weights
 from ggufx.recipe import NATIVE, Finding, Recipe, Rule
 
-__all__ = ["ENERGY", "ONES", "Choice", "Quantization", "Source", "Tally", "plan_quantize", "prepare", "quantize"]
+__all__ = [
+    "ENERGY",
+    "ONES",
+    "Choice",
+    "Quantization",
+    "Source",
+    "Tally",
+    "common_file_type",
+    "plan_quantize",
+    "prepare",
+    "quantize",
+]
 
 ENERGY: Final = "energy"
 """In place of an importance matrix: the mean squares of a matrix's own columns, for types that demand importance."""
@@ -182,7 +193,7 @@ class Quantization:
         path = Path(convert.fill_file_type(str(outfile), self.label))
         if any(path.exists() and path.samefile(source) for source in self.source_files):
             raise PlanError(f"{path}: is the source itself; choose another --outfile")
-        number = _file_type(self.tensors, self.dialect)
+        number = common_file_type(self.tensors, self.dialect)
         metadata = self.metadata(self.tensors, number)
         if any(not choice.kept for choice in self.choices):
             metadata["general.quantization_version"] = Value.u32(QUANTIZATION_VERSION)
@@ -749,7 +760,7 @@ def _add_matrix(quantization: Quantization, matrix: ImportanceMatrix, decide: _D
         quantization.metadata = metadata
 
 
-def _file_type(tensors: Sequence[PlannedTensor], target: Dialect) -> int | None:
+def common_file_type(tensors: Sequence[PlannedTensor], target: Dialect) -> int | None:
     """Return the ``general.file_type`` of the type that most weights have; ``None`` where the target has no number for it."""
     weights: Counter[str] = Counter()
     for tensor in tensors:
