@@ -277,7 +277,8 @@ def _as_gguf(
         type_id = dialect.type_id(expert.tensor.codec)
         assert type_id is not None
         tensors.append(_expert_tensor(output.name, expert, type_id))
-    file_type = common_file_type(tensors, dialect)
+    # A file is called by its experts: they are most of a model, if not of a small one.
+    file_type = common_file_type([tensor for tensor in tensors if tensor.name in experts], dialect)
     metadata = conversion.metadata(tensors, file_type)
     label = "" if file_type is None else dialect.file_type_name(file_type) or ""
     text = str(output_path)
