@@ -780,6 +780,9 @@ def quantize(
     skip: Annotated[
         list[str] | None, typer.Option(help="Of a checkpoint: leave these tensors out. Repeatable.")
     ] = None,
+    override_kv: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=TYPE:VALUE", help="Add or replace a metadata key. Repeatable.")
+    ] = None,
     dialect: DialectOption = None,
     measure_errors: Annotated[bool, typer.Option("--measure", help="Report the relative error by type.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write everything that was done to a JSON file.")] = None,
@@ -825,7 +828,10 @@ def quantize(
         _refuse(prepared, as_json=as_json)
     if not as_json:
         _print_findings(prepared.findings, _out if dry_run else _err)
-    plan = prepared.plan(outfile or _beside(source), split_max_nbytes=_parse_nbytes(split_max_size))
+    overrides = dict(edit_module.parse_override(text) for text in override_kv or ())
+    plan = prepared.plan(
+        outfile or _beside(source), split_max_nbytes=_parse_nbytes(split_max_size), overrides=overrides
+    )
     if dry_run:
         if as_json:
             _print_json(plan.to_json() | {"findings": [asdict(finding) for finding in prepared.findings]})

@@ -33,7 +33,7 @@ from ggufx.errors import DiskError, PlanError
 from ggufx.execute import Progress
 from ggufx.plan import Plan, Span
 
-__all__ = ["TYPES", "Edit", "parse_assignment", "plan_edit", "set_keys"]
+__all__ = ["TYPES", "Edit", "parse_assignment", "parse_override", "plan_edit", "set_keys"]
 
 TYPES: Final[Mapping[str, ValueType]] = {
     "u8": ValueType.UINT8, "i8": ValueType.INT8, "u16": ValueType.UINT16, "i16": ValueType.INT16, "u32": ValueType.UINT32,
@@ -78,6 +78,30 @@ def parse_assignment(text: str) -> tuple[str, Value]:
     except ValueError:
         raise PlanError(f'{key}: {value[:60]!r} is no JSON list, such as [1, 2] or ["a", "b"]') from None
     return key, Value.array(TYPES[element], [_element(key, element, item) for item in items])
+
+
+def parse_override(text: str) -> tuple[str, Value]:
+    """Parse ``KEY=TYPE:VALUE`` as ``--override-kv`` takes it: types of :func:`parse_assignment`, and llama-quantize's own.
+
+    Those are ``int`` (an i64, or a u32 where it fits, which is what loaders read), ``float`` (f32), ``bool`` and ``str``.
+
+    Raises
+    ------
+    PlanError
+        As :func:`parse_assignment`; or the key decides how the file is read and cannot be overridden.
+    """
+    key, equals, rest = text.partition("=")
+    kind, colon, value = rest.partition(":")
+    if kind == "int":
+        try:
+            kind = "u32" if 0 <= int(value, 0) < 2**32 else "i64"
+        except ValueError:
+            raise PlanError(f"{key}: {value[:60]!r} is no int") from None
+    kind = {"float": "f32"}.get(kind, kind)
+    key, found = parse_assignment(f"{key}{equals}{kind}{colon}{value}")
+    if key in _REFUSED:
+        raise PlanError(f"{key} cannot be overridden: {_REFUSED[key]}")
+    return key, found
 
 
 def _scalar(key: str, kind: str, text: str) -> Any:

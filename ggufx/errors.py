@@ -14,6 +14,7 @@ __all__ = [
     "DiskError",
     "FallbackError",
     "GGUFError",
+    "NonFiniteError",
     "OutputExists",
     "PlanError",
     "PluginError",
@@ -71,6 +72,29 @@ class PluginError(GGUFError):
 
 class CodecError(GGUFError):
     """Bytes or values do not fit the type: wrong length, row length, dtype or code."""
+
+
+class NonFiniteError(CodecError):
+    """A value to be encoded is NaN or infinite.
+
+    Parameters
+    ----------
+    row, column
+        Where it is.
+    value
+        What it is.
+    name
+        Name of the type.
+    """
+
+    def __init__(self, row: int, column: int, value: object, name: str) -> None:
+        super().__init__(f"found {value} at row {row}, column {column}: {name} encodes finite values only")
+        self._facts = (row, column, value, name)
+
+    def moved(self, rows: int) -> NonFiniteError:
+        """Return the error for rows that are a part of something, of which ``rows`` rows come before."""
+        row, *rest = self._facts
+        return NonFiniteError(row + rows, *rest)  # type: ignore[arg-type]
 
 
 class CheckpointError(GGUFError):

@@ -29,7 +29,16 @@ import numpy.typing as npt
 import xxhash
 
 from ggufx import types
-from ggufx.errors import CheckpointError, CodecError, DiskError, GGUFError, OutputExists, PlanError, SourceCodesError
+from ggufx.errors import (
+    CheckpointError,
+    CodecError,
+    DiskError,
+    GGUFError,
+    NonFiniteError,
+    OutputExists,
+    PlanError,
+    SourceCodesError,
+)
 from ggufx.plan import Plan, PlannedFile, PlannedTensor, Span, Tile, Transform
 from ggufx.transforms import ColumnEnergy, Outcome, apply, decode_parts
 
@@ -289,6 +298,9 @@ def _run_tile(job: _Job, opened: dict[tuple[str, int], int]) -> _Done:
     try:
         weights, dead_blocks = _importance(job, read)
         outcome = apply(job.transform, tile.rows, inputs, out, weights, tile.phase)
+    except NonFiniteError as error:
+        row_nbytes = tile.nbytes // tile.rows
+        return _Done(0, 0, Outcome(), resumed=False, problem=str(error.moved(tile.offset // row_nbytes)))
     except CodecError as error:
         return _Done(0, 0, Outcome(), resumed=False, problem=str(error))
     if _refused(job.transform, outcome):
@@ -361,8 +373,11 @@ def _column_energy(
             read(span, buffer)
             inputs.append(buffer)
         values, _, _ = decode_parts(transform, rows, inputs, phase)
-        # NaN is refused, and named, when its own tile is encoded: what the columns weigh does not matter then.
-        energy.add(np.nan_to_num(values, nan=0, posinf=0, neginf=0, copy=False))
+        try:
+            energy.add(values)
+        except CodecError:
+            # NaN is refused, and named, when its own tile is encoded: what the columns weigh does not matter then.
+            return np.ones(sum(transform.parts), np.float32)
     return energy.result()
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ggufx import types
-from ggufx.errors import CodecError
+from ggufx import kernels, types
+from ggufx.errors import CodecError, NonFiniteError
 from ggufx.plan import Transform
 from ggufx.types.f8_e4m3_b128 import decode_scaled, exponents
 
@@ -16,6 +17,9 @@ __all__ = ["ColumnEnergy", "Outcome", "apply", "decode_parts", "decode_source", 
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
+
+_PIECE_LEN: Final = 1 << 17
+"""Elements that are decoded and encoded at a time: 512 KiB of float32."""
 
 _DTYPES = {"F32": "<f4", "F16": "<f2", "I32": "<i4", "I64": "<i8"}
 
@@ -38,6 +42,13 @@ class Outcome(NamedTuple):
     lost: int = 0
     square_sum: float = 0.0
     error_sum: float = 0.0
+
+    def plus(self, other: Outcome) -> Outcome:
+        """Return what was found here and there."""
+        return Outcome(
+            self.bad_codes + other.bad_codes, self.bad_scales + other.bad_scales, self.lost + other.lost,
+            self.square_sum + other.square_sum, self.error_sum + other.error_sum,
+        )  # fmt: skip
 
 
 def apply(
@@ -193,6 +204,42 @@ def _cast(transform: Transform, source: U8, out: U8) -> None:
 
 
 def _encode(transform: Transform, rows: int, inputs: list[U8], out: U8, weights: F32 | None, phase: int) -> Outcome:
+    """Decode and encode a few rows at a time: float32 that stays in the processor's cache costs next to nothing."""
+    packed = out.reshape(rows, -1)
+    total = Outcome()
+    for start, count, pieces in _pieces(transform, rows, inputs, phase):
+        try:
+            found = _encode_rows(transform, count, pieces, packed[start : start + count], weights, phase)
+        except NonFiniteError as error:
+            raise error.moved(start) from None
+        total = total.plus(found)
+        if total.bad_codes or total.bad_scales:
+            break
+    return total
+
+
+def _pieces(transform: Transform, rows: int, inputs: list[U8], phase: int) -> Iterator[tuple[int, int, list[U8]]]:
+    """Cut a tile's rows and their source bytes; yields (first row, rows, inputs)."""
+    row_len = sum(transform.parts)
+    grain = transform.rows_per_scale
+    step = max(1, _PIECE_LEN // max(1, row_len) // grain) * grain
+    plain = len(transform.parts) == 1 and not transform.transposed and phase == 0
+    if not plain or step >= rows or inputs[0].nbytes % rows or len(inputs) > 2:
+        yield 0, rows, inputs
+        return
+    code_nbytes = inputs[0].nbytes // rows
+    scale_nbytes = inputs[1].nbytes // -(-rows // grain) if len(inputs) == 2 else 0
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        cut = [inputs[0][start * code_nbytes : stop * code_nbytes]]
+        if scale_nbytes:
+            cut.append(inputs[1][start // grain * scale_nbytes : -(-stop // grain) * scale_nbytes])
+        yield start, stop - start, cut
+
+
+def _encode_rows(
+    transform: Transform, rows: int, inputs: list[U8], out: U8, weights: F32 | None, phase: int
+) -> Outcome:
     codec = types.get(transform.target)
     values, bad_codes, bad_scales = decode_parts(transform, rows, inputs, phase)
     if bad_codes or bad_scales:
@@ -200,9 +247,7 @@ def _encode(transform: Transform, rows: int, inputs: list[U8], out: U8, weights:
         return Outcome(bad_codes, bad_scales)
     # By default the same bytes as upstream's converter, where the type has them.
     effort: types.Effort = transform.effort or ("reference" if codec.reproduces else "normal")
-    packed = codec.encode(
-        values, weights, effort=effort, objective=transform.objective, out=out.reshape(rows, -1), threads=1
-    )
+    packed = codec.encode(values, weights, effort=effort, objective=transform.objective, out=out, threads=1)
     lost = 0
     square_sum = error_sum = 0.0
     if transform.exact or transform.measure:
@@ -271,8 +316,6 @@ class ColumnEnergy:
     for each expert.
     """
 
-    _BLOCK_LEN = 1 << 16
-
     def __init__(self) -> None:
         self._sums: npt.NDArray[np.float64] | None = None
         self._n_rows = 0
@@ -291,14 +334,9 @@ class ColumnEnergy:
             self._sums = np.zeros(rows.shape[1])
         if rows.shape[1] != self._sums.size:
             raise CodecError(f"energy of rows of {self._sums.size} values was given rows of {rows.shape[1]}")
-        step = max(1, self._BLOCK_LEN // rows.shape[1])
-        for start in range(0, rows.shape[0], step):
-            block = rows[start : start + step].astype(np.float64)
-            if not np.isfinite(block).all():
-                raise CodecError("energy of values that are NaN or infinite")
-            # Not block.sum(axis=0): numpy is free to add in another order where rows are short.
-            for row in np.square(block, out=block):
-                self._sums += row
+        kernels.load("_columns").add_squares(np.require(rows, np.float32, ("C", "A")), self._sums)
+        if not np.isfinite(self._sums).all():  # the squares of finite float32 never overflow float64
+            raise CodecError("energy of values that are NaN or infinite")
         self._n_rows += rows.shape[0]
 
     def result(self) -> F32:

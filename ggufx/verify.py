@@ -391,7 +391,8 @@ def _compare_tile(
         result.max_error = float(np.nan_to_num(error, nan=np.inf).max())
         result.squares = float(np.square(error).sum())
         result.energy = float(np.square(source.astype(np.float64)).sum())
-        if codec.reproduces:
+        # A conversion has one result; who quantized to a type of their own choice also chose an effort and weights.
+        if codec.reproduces and (tensor.type == planned.type or not codec.searches):
             wanted = codec.encode(source, effort="reference", threads=1)
             result.unlike_encoder = int(np.count_nonzero(wanted != rows))
     else:

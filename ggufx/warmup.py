@@ -55,13 +55,9 @@ def kernels_of(names: Iterable[str] | None = None) -> list[tuple[Codec, str]]:
         (codec, verb)
         for codec in codecs
         for verb, able in verbs.items()
-        if getattr(codec, able) and (verb in codec._kernels or (verb == "encode" and _searches(codec)))
+        if getattr(codec, able)
+        and (verb in codec._kernels or (verb == "encode" and codec.searches and codec.has_kernel))
     ]
-
-
-def _searches(codec: Codec) -> bool:
-    """Return whether ``encode_rows`` calls kernels of its own: a search is no ``encode`` kernel (see ``ggufx.kernels``)."""
-    return codec.has_kernel and codec.layout.block_len > 1
 
 
 def warm_up(

@@ -28,7 +28,7 @@ from functools import cache
 from types import ModuleType
 from typing import Final
 
-__all__ = ["OUTPUTS", "exists", "find", "uncollected"]
+__all__ = ["OUTPUTS", "exists", "find", "load", "uncollected"]
 
 OUTPUTS: Final = {"float32": "float32", "float16": "uint16", "bfloat16": "int16"}
 """Dtypes that kernels decode to, and how they are handed over: Numba knows no 16-bit floats on the CPU, so the dtype of the
@@ -53,8 +53,14 @@ def find(name: str) -> ModuleType | None:
     # With Numba's compiler switched off (to debug, say) the specifications run: the kernels' intrinsics exist compiled only.
     if not exists(name) or os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         return None
+    return load(name.lower())
+
+
+@cache
+def load(name: str) -> ModuleType:
+    """Return module ``name`` of this package; the first call imports Numba."""
     with uncollected():
-        return importlib.import_module(f"{__name__}.{name.lower()}")
+        return importlib.import_module(f"{__name__}.{name}")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import kernels
-from ggufx.errors import CodecError, UnsupportedType
+from ggufx.errors import CodecError, NonFiniteError, UnsupportedType
 
 __all__ = ["Codec", "Effort", "ImportanceWarning", "Layout", "Objective", "Search"]
 
@@ -214,6 +214,11 @@ class Codec(ABC):
     def has_cuda(self) -> bool:
         """Whether a CUDA kernel decodes the type; asking loads no compiler."""
         return self._own and self.can_decode and kernels.exists(self.name, cuda=True)
+
+    @property
+    def searches(self) -> bool:
+        """Whether effort, objective and importance may change what :meth:`encode` gives."""
+        return self.can_encode and self.layout.block_len > 1 and "encode" not in self._kernels
 
     @property
     def _own(self) -> bool:
@@ -526,10 +531,7 @@ class Codec(ABC):
             values.flags.writeable = False
         if not np.isfinite(values).all():
             row, column = (int(n) for n in np.argwhere(~np.isfinite(values))[0])
-            raise CodecError(
-                f"found {values[row, column]} at row {first_row + row}, column {column}: {self.name} encodes finite "
-                "values only"
-            )
+            raise NonFiniteError(first_row + row, column, values[row, column], self.name)
         return values
 
     @staticmethod

@@ -350,6 +350,30 @@ def test_metadata(model: Path, tmp_path: Path) -> None:
             assert not [key for key in file.metadata if key.startswith(("split.", "quantize."))]
 
 
+def test_override_kv(model: Path, tmp_path: Path, cli: Cli) -> None:
+    out = tmp_path / "out.gguf"
+    given = [
+        "llama.expert_used_count=int:6",
+        "general.name=str:Mine: all",
+        "x.scale=float:0.5",
+        "x.on=bool:true",
+        "x.n=i64:-3",
+    ]
+    options = [word for text in given for word in ("--override-kv", text)]
+    run = cli("quantize", model, "q8_0", "--outfile", out, *options)
+    assert run.code == 0, run.err
+    keys = gguf.GGUFReader(out).fields
+    found = {key: (keys[key].types[0].name, keys[key].contents()) for key in (text.partition("=")[0] for text in given)}
+    assert found == {
+        "llama.expert_used_count": ("UINT32", 6), "general.name": ("STRING", "Mine: all"), "x.scale": ("FLOAT32", 0.5),
+        "x.on": ("BOOL", True), "x.n": ("INT64", -3),
+    }  # fmt: skip
+    for bad in ("general.alignment=u32:64", "x=int:1.5", "x=y:1", "x"):
+        run = cli("quantize", model, "q8_0", "--dry-run", "--override-kv", bad)
+        assert (run.code, run.out.count("Traceback")) == (1, 0)
+        assert len(run.err.strip().splitlines()) <= 3
+
+
 def test_split_keep_split_and_merge(model: Path, tmp_path: Path) -> None:
     split = quantize.quantize(model, tmp_path / "s.gguf", default="bf16", split_max_nbytes=60_000)
     assert len(split) > 2
