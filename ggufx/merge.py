@@ -390,7 +390,8 @@ def _companions(checkpoint: Checkpoint) -> Iterator[tuple[str, bytes]]:
     """Return the small files beside the weights: config, tokenizer, templates, code, card and license."""
     paths = {path for pattern in _COMPANIONS for path in checkpoint.path.glob(pattern) if path.is_file()}
     for path in sorted(paths):
-        if path.name != INDEX_NAME and path.stat().st_size <= _COMPANION_NBYTES:
+        # An index of the source's shards, whatever it is called, would be wrong here.
+        if not path.name.endswith(".index.json") and path.stat().st_size <= _COMPANION_NBYTES:
             yield path.name, path.read_bytes()
 
 
@@ -398,7 +399,7 @@ def _notes(experts: Mapping[str, _Expert], layers: Mapping[int, Sequence[Planned
     strange = sorted({expert.tensor.type for expert in experts.values()} - KNOWN_TO_KTRANSFORMERS)
     if strange:
         yield (
-            f"warning: KTransformers' loader does not know the experts' type {', '.join(strange)}; it knows "
+            f"KTransformers' loader does not know the experts' type {', '.join(strange)}; it knows "
             f"{', '.join(sorted(KNOWN_TO_KTRANSFORMERS))}"
         )
     if not any(tensor.type == "F8_E4M3" for tensors in layers.values() for tensor in tensors):

@@ -211,7 +211,9 @@ def test_the_folder_as_others_read_it(
     assert not blocks
     assert json.loads((hybrid / "model.safetensors.index.json").read_text())["metadata"]["total_size"] == total
     source = source_of("float")
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+    small = {path.name for path in source.iterdir() if path.suffix not in (".safetensors",)}
+    assert {path.name for path in hybrid.iterdir()} == {*files, *small}
+    for name in small - {"model.safetensors.index.json"}:
         assert (hybrid / name).read_bytes() == (source / name).read_bytes()
     # What is aligned to more bytes lies first, so that numbers can be read where they lie.
     for path in hybrid.glob("*.safetensors"):
@@ -437,6 +439,21 @@ def test_a_folder_of_the_original_script(hybrid: Path, tmp_path: Path) -> None:
         assert np.array_equal(out, wanted["blk.0.attn_q_b.weight"].numpy(np.float16))
         with pytest.raises(GGUFError, match="must be a writeable"):
             found["blk.0.attn_q_b.weight"].numpy(out=out[:-1])
+
+
+def test_scales_as_powers_of_two_in_one_byte(hybrid: Path, tmp_path: Path) -> None:
+    shutil.copytree(hybrid, tmp_path / "out")
+    copy, name = Source(tmp_path / "out"), "blk.0.attn_q_b.weight"
+    exponents = np.arange(110, 125, dtype=np.uint8).reshape(3, 5)
+    copy.put(f"{name}_scale_inv", "F8_E8M0", (3, 5), exponents)
+    copy.save()
+    tensor = copy.tensors[name]
+    codes = tensor.data.view(ml_dtypes.float8_e4m3fn).reshape(tensor.shape).astype(np.float32)
+    full = np.repeat(np.repeat(np.exp2(exponents.astype(np.float32) - 127), 128, 0), 128, 1)
+    found = ggufx.open(tmp_path / "out")[name]
+    assert np.array_equal(found.numpy(), codes * full)
+    assert np.array_equal(found[200], (codes * full)[200])
+    assert found.nbytes == codes.size + 15
 
 
 def test_numbers_that_nobody_knows_and_opaque(hybrid: Path, tmp_path: Path) -> None:
