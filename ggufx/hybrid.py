@@ -67,10 +67,11 @@ class ScaledTensor(Tensor):
 
     @property
     def scales(self) -> npt.NDArray[np.float32]:
-        """The scales: float32 [ceil(rows / 128), ceil(row_len / 128)]."""
+        """The scales, a copy: float32 [ceil(rows / 128), ceil(row_len / 128)]."""
         container, entry, dtype = self._scales
         raw = container.bytes_of(entry)
-        return (raw.view("<f4") if dtype == "F32" else E8M0[raw]).reshape(entry.shape)
+        # A copy is aligned and writeable, as the kernel's one overload wants it.
+        return np.array(raw.view("<f4") if dtype == "F32" else E8M0[raw]).reshape(entry.shape)
 
     def numpy(
         self,
@@ -98,7 +99,7 @@ class ScaledTensor(Tensor):
         step = max(1, _CHUNK_LEN // max(1, self.shape[-1]) // BLOCK_LEN) * BLOCK_LEN
 
         def decode(start: int) -> None:
-            rows = codes[start : start + step]
+            rows = np.array(codes[start : start + step])  # as for the scales
             first = start // BLOCK_LEN
             part = scales[first : first + -(-rows.shape[0] // BLOCK_LEN)]
             with np.errstate(over="ignore"):  # float16 has no room for all of them
