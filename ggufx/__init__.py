@@ -1,7 +1,8 @@
 """ggufx: convert native FP8/FP4 checkpoints to GGUF without losing a bit, and read every fork's GGUF into numpy.
 
-``ggufx.open`` reads; the modules ``convert``, ``verify``, ``diff``, ``inspect``, ``rewrite``, ``measure`` hold the commands as
-functions of the same name and load on first use (``ggufx.convert.convert(...)``), and so does ``torch``, the way to a GPU.
+``ggufx.open`` reads; the modules ``convert``, ``verify``, ``diff``, ``inspect``, ``merge``, ``rewrite``, ``measure`` hold the
+commands as functions of the same name and load on first use (``ggufx.convert.convert(...)``), and so does ``torch``, the way
+to a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from types import ModuleType
 from ggufx import types
 from ggufx.distortion import Quality, quality
 from ggufx.errors import GGUFError
-from ggufx.file import File, Tensor, open
+from ggufx.file import File, Tensor
+from ggufx.hybrid import open
 from ggufx.version import __version__
 
 __all__ = ["File", "GGUFError", "Quality", "Tensor", "__version__", "open", "quality", "types"]
@@ -26,6 +28,7 @@ _MODULES = frozenset(
         "imatrix",
         "inspect",
         "measure",
+        "merge",
         "quantize",
         "recipe",
         "retarget",

@@ -41,6 +41,7 @@ from ggufx import export as export_module
 from ggufx import imatrix as imatrix_module
 from ggufx import inspect as inspect_module
 from ggufx import measure as measure_module
+from ggufx import merge as merge_module
 from ggufx import quantize as quantize_module
 from ggufx import recipe as recipe_module
 from ggufx import retarget as retarget_module
@@ -48,6 +49,7 @@ from ggufx import rewrite as rewrite_module
 from ggufx import verify as verify_module
 from ggufx import warmup as warmup_module
 from ggufx.errors import DiskError, FallbackError, GGUFError, PlanError
+from ggufx.file import open as open_gguf
 from ggufx.plan import Plan
 
 __all__ = ["app", "main"]
@@ -64,6 +66,7 @@ app = typer.Typer(
 Target = StrEnum("Target", {name: name for name in dialects.DIALECTS})  # type: ignore[misc]
 Reading = StrEnum("Reading", {name: name for name in (*dialects.DIALECTS, dialects.OPAQUE)})  # type: ignore[misc]
 Dense = StrEnum("Dense", {name: name for name in convert_module.DENSE_TYPES})  # type: ignore[misc]
+MergeForm = StrEnum("MergeForm", {name: name for name in merge_module.FORMATS})  # type: ignore[misc]
 MoveTarget = StrEnum("MoveTarget", {name: name for name in retarget_module.TARGETS})  # type: ignore[misc]
 MoveDense = StrEnum("MoveDense", {name: name for name in retarget_module.DENSE_TYPES})  # type: ignore[misc]
 Plain = StrEnum("Plain", {name: name for name in retarget_module.PLAIN_TYPES})  # type: ignore[misc]
@@ -75,6 +78,7 @@ _NORMAL = EffortChoice("normal")
 _REFERENCE = ObjectiveChoice("reference")
 _NISPARKS = Target("nisparks")
 _PLAIN = Plain("f32")
+_FOLDER = MergeForm("safetensors")
 
 # A table is as wide as it needs to be: a narrow terminal wraps its lines, and nothing is cut off.
 _out = Console(soft_wrap=True, highlight=False, width=400)
@@ -385,7 +389,9 @@ def _how(tensor: Any) -> str:
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A GGUF; any member of a split.")],
+    file: Annotated[
+        Path, typer.Argument(help="A GGUF; any member of a split; or the directory of a hybrid (ggufx merge).")
+    ],
     tensors: Annotated[str | None, typer.Option(help="Shell pattern of the tensors to list.")] = None,
     limit: Annotated[int | None, typer.Option(min=0, help="List at most N tensors and array elements.")] = None,
     dialect: DialectOption = None,
@@ -400,8 +406,10 @@ def inspect(
         _print_json(found)
         return
     about = found["file"]
-    for key in ("path", "version", "dialect", "file_type", "alignment", "data_offset", "nbytes"):
-        _out.print(f"{key}: {about[key]}", markup=False)
+    for key in ("path", "format", "version", "dialect", "file_type", "alignment", "data_offset", "nbytes"):
+        # A hybrid has no header, so no version and no alignment.
+        if about["format"] == "gguf" or about[key] is not None:
+            _out.print(f"{key}: {about[key]}", markup=False)
     if len(about["equivalent_dialects"]) > 1:
         _out.print(f"(its ids mean the same in {', '.join(about['equivalent_dialects'])})", markup=False)
     table = _table("key", "type", "value")
@@ -521,7 +529,7 @@ def rewrite(
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a partial output.")] = True,
 ) -> None:
     """Copy a GGUF with the same metadata and tensor bytes: merges a split file, or splits one."""
-    with ggufx.open(file, dialect=None if dialect is None else dialect.value) as source:
+    with open_gguf(file, dialect=None if dialect is None else dialect.value) as source:
         plan = rewrite_module.plan_rewrite(source, outfile, split_max_nbytes=_parse_nbytes(split_max_size))
         _execute(plan, "rewrite", overwrite=overwrite, resume=resume, threads=threads)
 
@@ -550,7 +558,7 @@ def retarget(
     verbose: Verbose = False,
 ) -> None:
     """Move a GGUF to another dialect: names, order, keys, and types only where the target cannot hold them."""
-    with ggufx.open(file, dialect=None if dialect is None else dialect.value) as source:
+    with open_gguf(file, dialect=None if dialect is None else dialect.value) as source:
         plan = retarget_module.plan_retarget(
             source,
             outfile,
@@ -578,12 +586,67 @@ def export(
     verbose: Verbose = False,
 ) -> None:
     """Take a native GGUF back to a Hugging Face checkpoint: official names, FP8 and FP4 codes and scales, config, tokenizer."""
-    with ggufx.open(file, dialect=None if dialect is None else dialect.value) as source:
+    with open_gguf(file, dialect=None if dialect is None else dialect.value) as source:
         plan = export_module.plan_export(source, outfile)
         _show_or_execute(
             plan, "export", dry_run=dry_run, as_json=as_json, verbose=verbose, overwrite=overwrite, resume=resume,
             threads=threads,
         )  # fmt: skip
+
+
+@app.command()
+def merge(
+    safetensor_path: Annotated[
+        Path, typer.Option("--safetensor-path", "--safetensor_path", help="Directory of the FP8 checkpoint.")
+    ],
+    gguf_path: Annotated[
+        Path,
+        typer.Option(
+            "--gguf-path", "--gguf_path", help="GGUF with the routed experts; any member of a split, or a directory."
+        ),
+    ],
+    # Not a Path, as convert's outfile.
+    output_path: Annotated[
+        str, typer.Option("--output-path", "--output_path", help="Directory to write; with --format gguf also a file.")
+    ],
+    form: Annotated[
+        MergeForm, typer.Option("--format", help="safetensors: what KTransformers loads. gguf: one GGUF.")
+    ] = _FOLDER,
+    target: Annotated[
+        Target | None,
+        typer.Option(help="gguf: dialect. Default: nisparks, which has FP8, where it holds the experts' types."),
+    ] = None,
+    dense: Annotated[
+        Dense | None, typer.Option(help="gguf: what FP8 becomes that cannot stay. Default: as ggufx convert.")
+    ] = None,
+    model_name: Annotated[
+        str | None, typer.Option(help="gguf: general.name. Default: the card's or the directory's.")
+    ] = None,
+    split_max_size: SplitMaxSize = None,
+    dialect: DialectOption = None,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Merge an FP8 checkpoint with a GGUF's routed experts: KTransformers' hybrid, or one GGUF. (Splits: merge-splits.)"""
+    plan = merge_module.plan_merge(
+        safetensor_path,
+        gguf_path,
+        output_path,
+        form=form.value,
+        target=None if target is None else target.value,
+        dense=None if dense is None else dense.value,
+        model_name=model_name,
+        split_max_nbytes=_parse_nbytes(split_max_size),
+        dialect=None if dialect is None else dialect.value,
+    )
+    _show_or_execute(
+        plan, "merge", dry_run=dry_run, as_json=as_json, verbose=verbose, overwrite=overwrite, resume=resume,
+        threads=threads,
+    )  # fmt: skip
 
 
 @app.command()
@@ -605,7 +668,7 @@ def split(
     as_json: AsJson = False,
 ) -> None:
     """Split a GGUF as llama-gguf-split does."""
-    with ggufx.open(file, dialect=None if dialect is None else dialect.value) as source:
+    with open_gguf(file, dialect=None if dialect is None else dialect.value) as source:
         plan = rewrite_module.plan_split(
             source,
             outfile,
@@ -630,7 +693,7 @@ def merge_splits(
     as_json: AsJson = False,
 ) -> None:
     """Merge the members of a split GGUF into one file."""
-    with ggufx.open(file, dialect=None if dialect is None else dialect.value) as source:
+    with open_gguf(file, dialect=None if dialect is None else dialect.value) as source:
         plan = rewrite_module.plan_merge(source, outfile)
         _show_or_execute(
             plan, "merge", dry_run=dry_run, as_json=as_json, overwrite=overwrite, resume=resume, threads=threads
@@ -931,7 +994,7 @@ def recipe_from_gguf(
     dialect: DialectOption = None,
 ) -> None:
     """Print the recipe of an existing file: rules that give each of its tensors the type it has."""
-    with ggufx.open(file, dialect=None if dialect is None else dialect.value) as opened:
+    with open_gguf(file, dialect=None if dialect is None else dialect.value) as opened:
         rules = recipe_module.from_tensors((t.name, t.shape, t.type) for t in opened.tensors)
         bits = opened.data_nbytes * 8 / max(1, sum(t.size for t in opened.tensors))
         header = f"# {file.name}: {len(opened)} tensors, {opened.data_nbytes} bytes, {bits:.4f} bits per weight\n"

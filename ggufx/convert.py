@@ -30,6 +30,7 @@ __all__ = [
     "convert",
     "fill_file_type",
     "operation",
+    "output_path",
     "plan_convert",
     "plan_output",
 ]
@@ -178,7 +179,7 @@ def plan_convert(
         metadata["ggufx.dialect"] = Value.string(target)
     ftype_name = dialect.file_type_name(file_type) or ""
     built = plan.build(
-        _output_path(outfile, source, metadata, ftype_name, mtp=mtp),
+        output_path(outfile, source, metadata, ftype_name, mtp=mtp),
         metadata,
         tensors,
         source_files=source.shards,
@@ -523,9 +524,19 @@ def fill_file_type(outfile: str, file_type: str) -> str:
         raise PlanError(f"--outfile {outfile}: {error!r} is no placeholder; {{ftype}} is") from None
 
 
-def _output_path(
+def output_path(
     outfile: str | Path | None, checkpoint: Checkpoint, metadata: dict[str, Value], file_type: str, *, mtp: bool
 ) -> Path:
+    """Return where a file goes: ``outfile``, or, of a directory, a name in it by the GGUF convention.
+
+    Parameters
+    ----------
+    outfile
+        A file, with ``{ftype}`` filled in; or a directory, which exists or is spelled with a slash at its end. ``None`` is
+        the checkpoint's.
+    metadata
+        The name's words come from its ``general.*``.
+    """
     import gguf
 
     text = str(checkpoint.path if outfile is None else outfile)

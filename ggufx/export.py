@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -26,8 +25,6 @@ from ggufx.retarget import is_bfloat16
 
 __all__ = ["export", "plan_export"]
 
-# The order inside the official shards, and of the safetensors library.
-_DTYPE_ORDER: Final = ("I64", "F32", "BF16", "F16", "F8_E8M0", "F8_E4M3", "I8")
 _FP8, _FP4 = "F8_E4M3_B128", "MXFP4"
 FP8_TILE: Final = 128
 """Rows and columns that share a scale in the official checkpoints."""
@@ -69,7 +66,7 @@ def plan_export(file: File, outfile: str | Path) -> Plan:
     files: list[PlannedFile] = []
     described: list[SourceTensor] = []
     for number, (name, tensors) in enumerate(zip(names, shards, strict=True)):
-        placed = _placed(tensors)
+        placed = plan.placed_in_shard(tensors)
         files.append(PlannedShard(directory / name, tensors=placed))
         described += [SourceTensor(t.name, t.type, t.shape, number, t.offset, t.nbytes) for t in placed]
     # The architecture's own check of what it will be given when this is converted again.
@@ -182,16 +179,6 @@ def _plain(file: File, member: Member, name: str, shape: tuple[int, ...], span: 
     transform = Transform(op, kind, wanted, (row_len,), exact=op == "encode")
     matrix = Matrix(tensor.name, kind, prod(shape[:-1]), row_len, span)
     return plan.plan_tensor(name, shape, wanted, -1, transform, [[matrix]])
-
-
-def _placed(tensors: Iterable[PlannedTensor]) -> tuple[PlannedTensor, ...]:
-    """Order a shard's tensors as the official ones are, and give them their offsets: without holes."""
-    placed = []
-    offset = 0
-    for tensor in sorted(tensors, key=lambda t: (_DTYPE_ORDER.index(t.type), t.name)):
-        placed.append(replace(tensor, offset=offset))
-        offset += tensor.nbytes
-    return tuple(placed)
 
 
 def _config(model: DeepSeekV4File, tensors: Iterable[SourceTensor]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is in a GGUF: dialect, metadata, tensors, and bytes by type and by role, as plain data."""
+"""What is in a GGUF, or a hybrid: dialect, metadata, tensors, and bytes by type and by role, as plain data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy as np
 
 from ggufx import dialects
 from ggufx.container import Value, ValueType
-from ggufx.file import File, Tensor, open
+from ggufx.file import File, Tensor
+from ggufx.hybrid import HybridFile, open
 
 __all__ = ["inspect", "role", "summarise"]
 
@@ -45,12 +46,12 @@ def inspect(
     limit: int | None = None,
     elements: int | None = None,
 ) -> dict[str, Any]:
-    """Describe a GGUF.
+    """Describe a GGUF, or a KTransformers hybrid.
 
     Parameters
     ----------
     path
-        The file; any member of a split.
+        The file; any member of a split; or a hybrid's directory.
     dialect
         As in :func:`ggufx.open`.
     pattern
@@ -64,17 +65,19 @@ def inspect(
         ``file``, ``metadata`` (arrays cut to ``elements``), ``tensors``, ``by_type``, ``by_role``: JSON data.
     """
     with open(path, dialect=dialect) as file:
+        hybrid = isinstance(file, HybridFile)  # which has no header of its own
         chosen = [t for t in file.tensors if pattern is None or fnmatch.fnmatchcase(t.name, pattern)]
         n_weights = sum(t.size for t in file.tensors)
         return {
             "file": {
                 "path": str(file.path),
                 "paths": [str(p) for p in file.paths],
-                "version": file.version,
+                "format": "hybrid" if hybrid else "gguf",
+                "version": None if hybrid else file.version,
                 "dialect": file.dialect,
                 "equivalent_dialects": list(file.equivalent),
-                "alignment": file.alignment,
-                "data_offset": file.containers[0].data_offset,
+                "alignment": None if hybrid else file.alignment,
+                "data_offset": None if hybrid else file.containers[0].data_offset,
                 "nbytes": sum(c.file_nbytes for c in file.containers),
                 "n_tensors": len(file),
                 "n_weights": n_weights,

@@ -34,6 +34,7 @@ __all__ = [
     "Weights",
     "build",
     "copy_tensor",
+    "placed_in_shard",
     "plan_tensor",
     "plan_unpacked",
 ]
@@ -225,6 +226,9 @@ class PlannedTensor:
         Names of the sources of each stacked matrix (codes and scales).
     offset
         Within the data section of its file; set by :func:`build`.
+    stored
+        dtype and shape in a safetensors file where they are not :attr:`type` and :attr:`shape`: a quant type's blocks are
+        bytes there.
     """
 
     name: str
@@ -236,6 +240,7 @@ class PlannedTensor:
     tiles: tuple[Tile, ...]
     items: tuple[tuple[str, ...], ...]
     offset: int = 0
+    stored: tuple[str, tuple[int, ...]] | None = None
 
     @property
     def sources(self) -> list[str]:
@@ -405,31 +410,63 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class PlannedShard(PlannedFile):
-    """A safetensors file: tensors follow each other without padding, :attr:`PlannedTensor.type` is safetensors' dtype."""
+    """A safetensors file: tensors follow each other without padding, :attr:`PlannedTensor.type` is safetensors' dtype.
+
+    Attributes
+    ----------
+    constants
+        Single numbers (I64 without axes) by their names, which no source has: they lie before the tensors.
+    """
 
     metadata: Mapping[str, Value] = field(default_factory=dict)
     tensors: tuple[PlannedTensor, ...] = ()
     alignment: int = 1
+    constants: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def entries(self) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+        """Name -> dtype, shape, first byte and the one after the last, counted from the end of the JSON."""
+        start = 8 * len(self.constants)
+        return {
+            **{name: ("I64", (), 8 * number, 8 * number + 8) for number, name in enumerate(self.constants)},
+            **{
+                t.name: (*(t.stored or (t.type, t.shape)), start + t.offset, start + t.offset + t.nbytes)
+                for t in self.tensors
+            },
+        }
 
     @cached_property
     def header(self) -> bytes:
-        """Length, JSON and the spaces that bring it to a multiple of 8 bytes."""
+        """Length, JSON and the spaces that bring it to a multiple of 8 bytes; then the constants."""
         entries = {
-            t.name: {"dtype": t.type, "shape": list(t.shape), "data_offsets": [t.offset, t.offset + t.nbytes]}
-            for t in self.tensors
+            name: {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+            for name, (dtype, shape, begin, end) in self.entries.items()
         }
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        numbers = (number.to_bytes(8, "little", signed=True) for number in self.constants.values())
+        return len(text).to_bytes(8, "little") + text + b"".join(numbers)
 
     def reads_back(self, path: Path) -> bool:
         """Return whether the finished file has this header and no byte too many."""
         (nbytes, _), tensors = read_shard(path, 0)
-        found = {t.name: (t.dtype, t.shape, t.offset, t.nbytes) for t in tensors}
-        start = len(self.header)
-        return nbytes == self.nbytes and found == {
-            t.name: (t.type, t.shape, start + t.offset, t.nbytes) for t in self.tensors
-        }
+        start = len(self.header) - 8 * len(self.constants)
+        found = {t.name: (t.dtype, t.shape, t.offset - start, t.offset + t.nbytes - start) for t in tensors}
+        return nbytes == self.nbytes and found == self.entries
+
+
+# The official shards' order, and the safetensors library's: what is aligned to more bytes comes first.
+_SHARD_ORDER = ("I64", "F32", "BF16", "F16", "F8_E8M0", "F8_E4M3", "I8", "U8")
+
+
+def placed_in_shard(tensors: Iterable[PlannedTensor]) -> tuple[PlannedTensor, ...]:
+    """Order a shard's tensors as the official ones are, and give them their offsets: without holes."""
+    placed = []
+    offset = 0
+    for tensor in sorted(tensors, key=lambda t: (_SHARD_ORDER.index((t.stored or (t.type,))[0]), t.name)):
+        placed.append(replace(tensor, offset=offset))
+        offset += tensor.nbytes
+    return tuple(placed)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,18 @@ from ggufx.imatrix import ImportanceMatrix, Place
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform, Weights
 from ggufx.recipe import NATIVE, Finding, Recipe, Rule
 
-__all__ = ["ENERGY", "ONES", "Choice", "Quantization", "Source", "Tally", "plan_quantize", "prepare", "quantize"]
+__all__ = [
+    "ENERGY",
+    "ONES",
+    "Choice",
+    "Quantization",
+    "Source",
+    "Tally",
+    "common_file_type",
+    "plan_quantize",
+    "prepare",
+    "quantize",
+]
 
 ENERGY: Final = "energy"
 """In place of an importance matrix: the mean squares of a matrix's own columns, for types that demand importance."""
@@ -182,7 +193,7 @@ class Quantization:
         overrides: Mapping[str, Value] | None = None,
     ) -> Plan:
         """Return the plan; raises RecipeError for findings that are errors, PlanError for an output that is a source."""
-        number = _file_type(self.tensors, self.dialect, self.asked)
+        number = common_file_type(self.tensors, self.dialect, self.asked)
         named = (self.dialect.file_type_name(number) if number is not None else None) or ""
         path = Path(convert.fill_file_type(str(outfile), self.label or named or "mixed"))
         if any(path.exists() and path.samefile(source) for source in self.source_files):
@@ -790,7 +801,7 @@ def _add_matrix(quantization: Quantization, matrix: ImportanceMatrix, decide: _D
         quantization.metadata = metadata
 
 
-def _file_type(tensors: Sequence[PlannedTensor], target: Dialect, asked: str) -> int | None:
+def common_file_type(tensors: Sequence[PlannedTensor], target: Dialect, asked: str = "") -> int | None:
     """Return the ``general.file_type`` of the TYPE asked for, or else of the type that most weights have.
 
     ``None`` where the target has no number for it.

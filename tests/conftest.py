@@ -22,7 +22,6 @@ SLOW = (
     # Plans of models with a hundred thousand tensors, beyond the first.
     "test_fullshape.py::test_the_native_file_moved_and_exported",
     "test_fullshape_v3.py",
-    "test_recipe_v3",
     # Triton's interpreter, where a search or a wide product runs in it; each family has a type in the quick group.
     "test_offload.py::test_searches_on_the_device",
     "test_cuda_encode.py::test_bytes_are_the_cpus[IQ2_XXS]",
@@ -37,7 +36,7 @@ SLOW = (
     "test_cuda_kernels.py::test_linear_of_long_rows_and_eight_tokens",
     "test_cuda_kernels.py::test_experts[F8_E4M3_B128]",
 )
-"""Tests of several seconds that look again at what quicker ones look at: ``make test-slow``, which CI runs after ``make test``."""
+"""Tests of several seconds that look again at what quicker ones look at: ``make test-slow``, in CI after ``make test``."""
 
 
 @pytest.hookimpl(tryfirst=True)

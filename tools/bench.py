@@ -537,42 +537,64 @@ def retarget(options: argparse.Namespace) -> list[Section]:
     return [section]
 
 
-def _checkpoint(gigabytes: float, options: argparse.Namespace) -> Path:
+def merge(options: argparse.Namespace) -> list[Section]:
+    """Merge an FP8 checkpoint with its own Q8_0 experts as whole processes, beside copying what comes of it."""
+    section = Section("Merge FP8 and GGML", _columns("merge"), _cp_note("merge"))
+    for gigabytes in options.gigabytes:
+        checkpoint = _checkpoint(gigabytes, options, "make_tiny_v3.py")
+        model = options.directory / "gguf" / "model.gguf"
+        quantize_it = ["quantize", checkpoint, "q8_0", "--target", "llama.cpp", "--outfile", model]
+        run_child([sys.executable, "-m", "ggufx", *quantize_it])
+        for form in ("safetensors", "gguf"):
+            command = ["merge", "--safetensor-path", checkpoint, "--gguf-path", model, "--format", form]
+            section.rows.append({"target": form} | _beside_cp(command, model.parent, options, flag="--output-path"))
+        shutil.rmtree(checkpoint)
+        shutil.rmtree(model.parent)
+    return [section]
+
+
+def _checkpoint(gigabytes: float, options: argparse.Namespace, maker: str = "make_tiny_v4.py") -> Path:
     checkpoint: Path = options.directory / "checkpoint"
-    maker = [sys.executable, ROOT / "tools" / "make_tiny_v4.py", checkpoint, "--gigabytes", str(gigabytes)]
-    run_child([*maker, *_REALISTIC])
+    run_child([sys.executable, ROOT / "tools" / maker, checkpoint, "--gigabytes", str(gigabytes), *_REALISTIC])
     return checkpoint
 
 
-def _beside_cp(command: Sequence[str | Path], sources: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Race a command of ggufx that reads a directory's files against copies of what it writes."""
-    finished, copy, synced = (options.directory / name for name in ("finished.gguf", "copy.gguf", "synced.gguf"))
-    output = options.directory / "output.gguf"
+def _beside_cp(
+    command: Sequence[str | Path], sources: Path, options: argparse.Namespace, *, flag: str = "--outfile"
+) -> dict[str, Any]:
+    """Race a command of ggufx that reads a directory's files against copies of what it writes, a file or a directory."""
+    suffix = "" if "safetensors" in command else ".gguf"
+    finished, copy, synced, output = (
+        options.directory / f"{name}{suffix}" for name in ("finished", "copy", "synced", "output")
+    )
 
     def prepared(target_file: Path, arguments: Sequence[str | Path]) -> Callable[[], Run]:
         # All dirty pages are written and the pages of the last output are freed: every contender starts alike.
         def run() -> Run:
             _read_through(sources)
             os.sync()
-            target_file.unlink(missing_ok=True)
+            _remove(target_file)
             return run_child(arguments)
 
         return run
 
-    whole = [sys.executable, "-m", "ggufx", *command, "--outfile", output, "--overwrite"]
+    whole = [sys.executable, "-m", "ggufx", *command, flag, output, "--overwrite"]
     prepared(output, whole)()
     output.rename(finished)
+    written = [path for path in (finished, *finished.rglob("*")) if path.is_file()]
     runs = take_turns(
         {
             "run": prepared(output, whole),
-            "cp": prepared(copy, ["cp", finished, copy]),
-            "cp_sync": prepared(synced, ["sh", "-c", 'cp "$0" "$1" && sync "$1"', finished, synced]),
+            "cp": prepared(copy, ["cp", "-r", finished, copy]),
+            "cp_sync": prepared(
+                synced, ["sh", "-c", 'cp -r "$0" "$1" && find "$1" -type f -exec sync {} +', finished, synced]
+            ),
         },
         options.convert_rounds,
     )
-    nbytes = finished.stat().st_size
+    nbytes = sum(path.stat().st_size for path in written)
     for path in (finished, copy, synced, output):
-        path.unlink()
+        _remove(path)
     seconds = {name: [run.seconds for run in found] for name, found in runs.items()}
     peak = {name: max(run.peak_rss_nbytes for run in found) / MEGABYTE for name, found in runs.items()}
     return {
@@ -693,6 +715,12 @@ print(repr(found))
     return found
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
 def _read_through(directory: Path) -> None:
     buffer = bytearray(1 << 20)
     for path in directory.iterdir():
@@ -711,6 +739,7 @@ SUBJECTS: Mapping[str, Callable[[argparse.Namespace], list[Section]]] = {
     "open": open_file,
     "convert": convert,
     "retarget": retarget,
+    "merge": merge,
     "quantize": quantize,
     "decode": decode,
 }
@@ -734,7 +763,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=float,
         nargs="+",
         default=[3, 6],
-        help="convert, retarget: lengths of the checkpoints (default: 3 6)",
+        help="convert, retarget, merge: lengths of the checkpoints (default: 3 6)",
     )
     options = parser.parse_args(arguments)
     report: dict[str, Any] = {"machine": machine()}

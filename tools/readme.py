@@ -5,7 +5,7 @@
 A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``:
 
 - ``types``: the table of ``ggufx types --markdown``.
-- ``recipes``: sizes of the shipped recipes, planned on DeepSeek-V4-Flash's full tensor list (with ``--recipes``: a minute).
+- ``recipes``: sizes of the shipped recipes, planned on their models' full tensor lists (with ``--recipes``: a minute).
 - ``encode``: the table of ``tools/frontier.py --json FILE`` (``--frontier FILE``; stays as it is without one).
 - ``bench``: the tables of ``tools/bench.py all --json FILE`` (``--bench FILE ...``; the part stays as it is without one).
 
@@ -34,7 +34,8 @@ def bench(data: Mapping[str, Any]) -> str:
 
 
 def recipes() -> str:
-    """Return what the shipped recipes of DeepSeek-V4-Flash come to, as Markdown: one line a recipe, one column a target."""
+    """Return what the shipped recipes come to, as Markdown: one line a recipe, one column a target."""
+    from make_fullshape_v3 import make_fullshape_v3
     from make_fullshape_v4 import make_fullshape_v4
 
     from ggufx import quantize, recipe
@@ -42,11 +43,14 @@ def recipes() -> str:
     targets = ("ik_llama.cpp", "nisparks", "llama.cpp")
     lines = [f"| recipe | {' | '.join(targets)} |", "|---|" + "--:|" * len(targets)]
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Path(folder) / "DeepSeek-V4-Flash"
-        make_fullshape_v4(checkpoint)
+        models = {
+            "deepseek-v3": Path(folder) / "DeepSeek-V3-0324",
+            "deepseek-v4-flash": Path(folder) / "DeepSeek-V4-Flash",
+        }
+        make_fullshape_v3(models["deepseek-v3"])
+        make_fullshape_v4(models["deepseek-v4-flash"])
         for name in recipe.shipped():
-            if not name.startswith("deepseek-v4-flash"):
-                continue
+            checkpoint = next(path for prefix, path in models.items() if name.startswith(f"{prefix}-"))
             cells = []
             for target in targets:
                 plan = quantize.plan_quantize(

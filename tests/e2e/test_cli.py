@@ -34,6 +34,10 @@ COMMANDS = {
         "--dry-run", "--json",
     ],
     "export": ["--outfile", "--overwrite", "--resume", "--dry-run", "--json"],
+    "merge": [
+        "--safetensor-path", "--safetensor_path", "--gguf-path", "--gguf_path", "--output-path", "--output_path", "--format",
+        "--target", "--dense", "--overwrite", "--resume", "--dry-run", "--json",
+    ],
     "split": ["--outfile", "--split-max-size", "--split-max-tensors", "--no-tensor-first-split", "--dry-run"],
     "merge-splits": ["--outfile", "--overwrite", "--dry-run"],
     "set": ["--remove", "--dry-run"],

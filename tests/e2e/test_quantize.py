@@ -682,7 +682,8 @@ def test_wrong_options_are_told(arguments: list[str], message: str, model: Path,
     assert "Traceback" not in run.err
 
 
-@pytest.mark.parametrize("name", recipe.shipped())
+# Those of DeepSeek-V3 are held to its full tensor list, in test_fullshape_v3.py.
+@pytest.mark.parametrize("name", [name for name in recipe.shipped() if name.startswith("deepseek-v4-")])
 @pytest.mark.parametrize("target", ["nisparks", "llama.cpp", "ik_llama.cpp"])
 def test_shipped_recipes_on_a_checkpoint(name: str, target: str, checkpoint_path: PathOf) -> None:
     prepared = quantize.prepare(checkpoint_path("flash"), recipe=name, target=target, imatrix="energy")
