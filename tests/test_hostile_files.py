@@ -293,10 +293,10 @@ def test_split_keys_of_another_kind_are_refused(tmp_path: Path, key: str) -> Non
     assert caught.value.rule == "split-key"
 
 
-def test_a_missing_file_and_a_folder_raise_as_open_does(tmp_path: Path) -> None:
+def test_a_missing_file_raises_as_open_does_and_an_empty_folder_says_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         ggufx.open(tmp_path / "no.gguf")
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(GGUFError, match="is no model"):
         ggufx.open(tmp_path)
 
 
