@@ -625,7 +625,7 @@ def quantize(options: argparse.Namespace) -> list[Section]:
         Column("peak_rss_mb", "peak RSS MB", ".0f"),
     ]
     note = (
-        "A checkpoint to IQ2_XXS (gate), IQ4_KS (up) and IQ2_KS (down) by `ggufx quantize --threads 2 --imatrix energy`, the "
+        "A checkpoint to IQ2_XXS (gate), IQ4_KS (up) and IQ2_KS (down) by `ggufx quantize --threads 2 --imatrix ones`, the "
         "whole process; the middle columns are million weights a second of `codec.encode` on one thread, on decoded tensors of "
         "that checkpoint, before and after. The last ratio is half of what encoding takes by these over what the run took."
     )
@@ -649,7 +649,7 @@ def quantize(options: argparse.Namespace) -> list[Section]:
             "--custom-q",
             rules,
             "--imatrix",
-            "energy",
+            "ones",
             "--threads",
             "2",
             "--effort",
@@ -700,8 +700,8 @@ for kind, part in (("IQ2_XXS", "w1"), ("IQ4_KS", "w3"), ("IQ2_KS", "w2")):
     rows, half = source[name + "weight"].shape
     inputs = [source.read(name + part) for part in ("weight", "scale")]
     values, _, _ = decode_source("FP4", rows, 2 * half, inputs, 1)
-    codec, energy = types.get(kind), np.square(values).mean(axis=0)
-    weights = energy if codec.needs_importance else None
+    codec = types.get(kind)
+    weights = np.ones(2 * half, np.float32) if codec.needs_importance else None
     out = codec.encode(values, weights, effort=sys.argv[2], threads=1)
     best = 1e9
     for _ in range(5):
