@@ -432,7 +432,8 @@ def test_without_torch_the_error_names_the_extra(statement: str) -> None:
 
 def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (code,) = [part.partition("```")[0] for part in readme.split("```python\n") if "ggufx.torch.load" in part]
+    examples = [part.partition("```")[0] for part in readme.split("```python\n")[1:]]
+    (code,) = [example for example in examples if "ggufx.torch.load" in example]
     write_gguf(tmp_path / "model.gguf", {"blk.0.attn_q.weight": ("Q4_0", (64, 96))})
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
