@@ -198,19 +198,17 @@ def convert(
         str | None, typer.Option(help="general.name. Default: the card's or the directory's.")
     ] = None,
     chat_template_file: Annotated[Path | None, typer.Option(help="Jinja chat template to write.")] = None,
-    split_max_size: Annotated[
-        str | None, typer.Option(help="Split into files of at most N(M|G) bytes of data.")
-    ] = None,
+    split_max_size: SplitMaxSize = None,
     skip: Annotated[list[str] | None, typer.Option(help="Leave tensors of this shell pattern out. Repeatable.")] = None,
     allow_nan: Annotated[
         bool, typer.Option("--allow-nan", help="Copy E4M3 NaN codes and E8M0 255 instead of refusing them.")
     ] = False,
     stamp: Annotated[bool, typer.Option("--stamp", help="Add the keys ggufx.version and ggufx.dialect.")] = False,
     threads: Threads = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output, at the end.")] = False,
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a partial output.")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print it as JSON.")] = False,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")] = False,
 ) -> None:
     """Convert a Hugging Face checkpoint to GGUF, keeping its native FP8 and FP4 bits."""
@@ -520,13 +518,11 @@ def diff(
 def rewrite(
     file: Annotated[Path, typer.Argument(help="A GGUF; any member of a split.")],
     outfile: Annotated[Path, typer.Option(help="Output.")],
-    split_max_size: Annotated[
-        str | None, typer.Option(help="Split into files of at most N(M|G) bytes of data.")
-    ] = None,
+    split_max_size: SplitMaxSize = None,
     dialect: DialectOption = None,
     threads: Threads = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output, at the end.")] = False,
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a partial output.")] = True,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
 ) -> None:
     """Copy a GGUF with the same metadata and tensor bytes: merges a split file, or splits one."""
     with open_gguf(file, dialect=None if dialect is None else dialect.value) as source:
@@ -773,9 +769,7 @@ def quantize(
     no_fallback: Annotated[
         bool, typer.Option("--no-fallback", help="A type that does not fit the rows is an error (exit code 3).")
     ] = False,
-    split_max_size: Annotated[
-        str | None, typer.Option(help="Split into files of at most N(M|G) bytes of data.")
-    ] = None,
+    split_max_size: SplitMaxSize = None,
     keep_split: Annotated[bool, typer.Option("--keep-split", help="Split as the source is.")] = False,
     mtp: Annotated[
         bool, typer.Option("--mtp", help="Of a checkpoint: the multi-token-prediction block's file.")
@@ -794,10 +788,10 @@ def quantize(
     measure_errors: Annotated[bool, typer.Option("--measure", help="Report the relative error by type.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write everything that was done to a JSON file.")] = None,
     threads: Threads = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output, at the end.")] = False,
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a partial output.")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print it as JSON.")] = False,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line per tensor.")] = False,
 ) -> None:
     """Quantize a GGUF or a checkpoint by a recipe, in one pass."""
@@ -1105,7 +1099,7 @@ def imatrix_convert(
     format: Annotated[
         MatrixFormat | None, typer.Option("--format", help="Default: dat if OUTFILE ends in .dat, else gguf.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output, at the end.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Convert an importance matrix between GGUF and the legacy format; says what the format cannot hold."""
     chosen = format.value if format is not None else "dat" if outfile.suffix == ".dat" else "gguf"
