@@ -199,6 +199,16 @@ def test_experts(name: str) -> None:
                 assert error(name, rows[int(ids[token, k])], x[token : token + 1], out[token, k][None]) < LIMITS[name]
 
 
+def test_no_expert_of_that_number() -> None:
+    rows = finite_rows("MXFP4", 4 * 3, 2).view(4, 3, -1)
+    ids = torch.tensor([[3, 4], [-1, 1]], dtype=torch.int32, device=DEVICE)
+    out = torch.zeros(2, 2, 3, device=DEVICE)
+    experts.linear(normal(2, 64), rows, ids, out, "MXFP4")
+    assert torch.isnan(out).all(-1).tolist() == [[False, True], [True, False]]
+    assert torch.isfinite(out[0, 0]).all()
+    assert torch.isfinite(out[1, 1]).all()
+
+
 def test_activations_in_fp8() -> None:
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(3, 256, generator=generator) * torch.logspace(-8, 8, 256)).to(DEVICE)

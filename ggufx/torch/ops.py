@@ -321,7 +321,7 @@ def experts(x: Tensor, packed: Tensor, expert_ids: Tensor, type: str) -> Tensor:
     Raises
     ------
     IndexError
-        An expert id is not below E. The fused kernel does not look: that would wait for the device.
+        An expert id is not below E. On a GPU few tokens' results are NaN instead: an error would wait for the device.
     CodecError
         Lengths or dtypes do not fit.
     """

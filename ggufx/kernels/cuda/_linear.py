@@ -288,6 +288,7 @@ def _row(
 @triton.jit
 def _linear(
     records, data, side, points, ids, out, row_nbytes, side_nbytes, n_rows, n_units, n_groups, n_batch, per_token,
+    n_experts,
     PLANES: tl.constexpr, LOAD: tl.constexpr, DOT: tl.constexpr, HEADER: tl.constexpr,
     COUNT: tl.constexpr, TOUCH: tl.constexpr, HEADER_NBYTES: tl.constexpr,
     LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, STEP: tl.constexpr, SIDE_STEP: tl.constexpr,
@@ -302,8 +303,13 @@ def _linear(
     lane = tl.arange(0, T)
     base = tl.zeros((), tl.int64)
     token = tl.zeros((), tl.int64)
+    unknown = 0.0
     if EXPERTS:
-        base = tl.load(ids + tl.program_id(1)).to(tl.int64) * n_rows
+        # There is no one to raise an error here: what a number names that is no expert's is NaN, and nobody's memory.
+        expert = tl.load(ids + tl.program_id(1))
+        named = (expert >= 0) & (expert < n_experts)
+        unknown = tl.where(named, 0.0, float("nan"))
+        base = tl.where(named, expert, 0).to(tl.int64) * n_rows
         token += tl.program_id(1) // per_token
     # Rows past the end are read as the last one, and not stored.
     w0, r0, h0 = _row(data, side, base + first, row_nbytes, side_nbytes, LEAD, HEADER_NBYTES, PLANES)
@@ -340,7 +346,7 @@ def _linear(
         d3 = HEADER(w3, h3)
     if DEPENDENT and EARLY:
         gdc_wait()
-    zero = tl.zeros((T,), tl.float32)
+    zero = tl.zeros((T,), tl.float32) + unknown
     acc = (zero,) * (ROWS * BATCH)
     record = records + token * (n_groups * 160)
     if SINGLE:
@@ -517,7 +523,7 @@ def linear(
     planes
         What the type's ``split`` gives: read instead of ``rows``.
     ids
-        int32 [B, K]: which experts each row of x is multiplied with.
+        int32 [B, K]: which experts each row of x is multiplied with; NaN comes of a number that is no expert's.
     settled
         Promises that the kernel launched just before does not write ``ids``: they may then be read while it still runs.
     tuned
@@ -578,6 +584,7 @@ def linear(
             n_groups,
             batch if ids is None else 1,
             per_token,
+            1 if ids is None else data.shape[0],
             PLANES=side is not data,
             LOAD=fused.load if side is data else fused.load_planes,
             DOT=fused.dot,
