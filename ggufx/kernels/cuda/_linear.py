@@ -60,7 +60,7 @@ PAIR32 = tl.constexpr(2)
 PAIR64 = tl.constexpr(3)
 """Sixteen elements of 128, and those 64 further on."""
 QUARTERS = tl.constexpr(4)
-"""Eight elements of 128, and those 32, 64 and 96 further on."""
+"""Eight elements of 128 (j, j + 4, j + 1, j + 5 and so on), and those 32, 64 and 96 further on."""
 FLOAT = tl.constexpr(5)
 """As ``NATURAL``, but binary16."""
 
@@ -165,7 +165,7 @@ def _prepare(
     elif ORDER == 3:
         element = 128 * (local // 4) + 16 * (local % 4) + 64 * (word // 4) + 4 * (word % 4) + byte
     elif ORDER == 4:
-        element = 128 * (local // 4) + 8 * (local % 4) + 32 * (word // 2) + 4 * (word % 2) + byte
+        element = 128 * (local // 4) + 8 * (local % 4) + 32 * (word // 2) + 2 * (word % 2) + byte // 2 + 4 * (byte % 2)
     else:
         element = 32 * local + 4 * word + byte
     element += 256 * group

@@ -18,10 +18,12 @@ import triton.language as tl
 __all__ = [
     "INTERPRETED",
     "MAGIC",
+    "bits_at",
     "byte_at",
     "codes16",
     "dot2_high",
     "dot2_low",
+    "dot4",
     "e4m3_pairs",
     "first_half",
     "fma_pairs",
@@ -31,13 +33,16 @@ __all__ = [
     "headed4",
     "headed8",
     "locate",
+    "merge",
     "narrow",
+    "nibbles_at",
     "permute",
     "put8",
     "put_bytes",
     "second_half",
     "short_at",
     "table_words",
+    "times",
     "to_float",
     "widen_half",
     "word_at",
@@ -81,7 +86,7 @@ def permute(low, high, selector):
 
 @triton.jit
 def funnel(low, high, shift):
-    """Low word of ``high:low >> shift``, shift 0, 8, 16 or 24 (int32)."""
+    """Low word of ``high:low >> shift``, shift below 32 (int32)."""
     if INTERPRETED:
         both = low.to(tl.uint64) | (high.to(tl.uint64) << 32)
         return (both >> shift.to(tl.uint64)).to(tl.uint32)
@@ -197,15 +202,54 @@ def dot2_high(pairs, codes, total, SIGNED: tl.constexpr):
 
 
 @triton.jit
+def dot4(a, b, total):
+    """``total`` plus the products of the four bytes of ``a`` and ``b``, unsigned, int32: picks a byte where ``b`` is a one.
+
+    A product with constants instead of shifts and masks: those are what the integer unit is busy with.
+    """
+    if INTERPRETED:
+        for j in tl.static_range(4):
+            total = total + (((a >> (8 * j)) & 255) * ((b >> (8 * j)) & 255)).to(tl.int32)
+        return total
+    else:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.u32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def merge(a, b, MASK: tl.constexpr):
+    """The bits of ``a`` where ``MASK`` has ones, of ``b`` elsewhere (uint32): one instruction, which the compiler misses."""
+    if INTERPRETED:
+        return (a & MASK) | (b & (MASK ^ 0xFFFFFFFF))
+    else:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xE4;", "=r,r,r,r", [a, b, a * 0 + MASK], dtype=tl.uint32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def times(bit, number):
+    """``bit * number`` (uint32) as a product: of a single bit the compiler would make a test and a selection."""
+    if INTERPRETED:
+        return bit * number
+    else:
+        return tl.inline_asm_elementwise(
+            "mul.lo.u32 $0, $1, $2;", "=r,r,r", [bit, number], dtype=tl.uint32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def word_at(words, at, mask, ALIGNED: tl.constexpr):
     """The uint32 at byte ``at`` (int32) after ``words``, a pointer to aligned uint32; any alignment unless ``ALIGNED``."""
+    # The word past an aligned one is not loaded, and anything: a funnel by nothing ignores it.
     place = words + (at >> 2)
     first = tl.load(place, mask, other=0)
     if ALIGNED:
         return first
     else:
         odd = (at & 3).to(tl.int32)
-        return funnel(first, tl.load(place + 1, mask & (odd != 0), other=0), odd * 8)
+        return funnel(first, tl.load(place + 1, mask & (odd != 0)), odd * 8)
 
 
 @triton.jit
@@ -218,7 +262,7 @@ def words2(words, at, mask, ALIGNED: tl.constexpr):
         return a, b
     else:
         odd = (at & 3).to(tl.int32)
-        c = tl.load(place + 2, mask & (odd != 0), other=0)
+        c = tl.load(place + 2, mask & (odd != 0))
         return funnel(a, b, odd * 8), funnel(b, c, odd * 8)
 
 
@@ -234,7 +278,7 @@ def words4(words, at, mask, ALIGNED: tl.constexpr):
         return a, b, c, d
     else:
         odd = (at & 3).to(tl.int32)
-        e = tl.load(place + 4, mask & (odd != 0), other=0)
+        e = tl.load(place + 4, mask & (odd != 0))
         shift = odd * 8
         return funnel(a, b, shift), funnel(b, c, shift), funnel(c, d, shift), funnel(d, e, shift)
 
@@ -323,7 +367,7 @@ def words8(words, at, mask, ALIGNED: tl.constexpr):
         return a, b, c, d, e, f, g, h
     else:
         odd = (at & 3).to(tl.int32)
-        i = tl.load(place + 8, mask & (odd != 0), other=0)
+        i = tl.load(place + 8, mask & (odd != 0))
         s = odd * 8
         return (
             funnel(a, b, s),
@@ -354,6 +398,27 @@ def short_at(words, at, mask, EVEN: tl.constexpr):
     else:
         second = tl.load(place + 1, mask & (odd == 3), other=0)
         return tl.where(odd == 3, first | (second << 8), first) & 0xFFFF
+
+
+@triton.jit
+def bits_at(words, at, shift, mask, EVEN: tl.constexpr):
+    """The uint16 at byte ``at`` moved right by ``shift`` (int32), uint32, with other bits above what is left of it."""
+    if EVEN:
+        return tl.load(words + (at >> 2), mask, other=0) >> ((at & 3) * 8 + shift).to(tl.uint32)
+    else:
+        return short_at(words, at, mask, False) >> shift.to(tl.uint32)
+
+
+@triton.jit
+def nibbles_at(words, at, shift, mask, ALIGNED: tl.constexpr):
+    """The uint32 at byte ``at`` moved right by ``shift`` (int32, 0 or 4): with ``0x0F0F0F0F``, low or high nibbles."""
+    if ALIGNED:
+        return word_at(words, at, mask, True) >> shift.to(tl.uint32)
+    else:
+        place = words + (at >> 2)
+        odd = (at & 3).to(tl.int32)
+        second = tl.load(place + 1, mask & (odd != 0))
+        return funnel(tl.load(place, mask, other=0), second, odd * 8 + shift)
 
 
 @triton.jit

@@ -9,7 +9,21 @@ import triton.language as tl
 from ggufx import tables
 from ggufx.kernels.cuda import _launch, _linear
 from ggufx.kernels.cuda._linear import dots2
-from ggufx.kernels.cuda._words import MAGIC, half_at, locate, permute, put_bytes, short_at, table_words, word_at, words2
+from ggufx.kernels.cuda._words import (
+    MAGIC,
+    bits_at,
+    dot4,
+    half_at,
+    locate,
+    merge,
+    permute,
+    put_bytes,
+    short_at,
+    table_words,
+    times,
+    word_at,
+    words2,
+)
 
 __all__ = ["ORDER", "decode", "linear"]
 
@@ -65,30 +79,35 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
     block = row + unit // 8 * 70
     part = unit % 8
     half = part // 4
+    # Of the flags (one from bit 0 on, and, of the scales, one from bit 8 on) and of the scales those of the lane's half.
     return words2(words, block + 6 + 8 * part, mask, ALIGNED) + (
-        short_at(words, block, mask, EVEN) >> (4 * half).to(tl.uint32),
-        word_at(words, block + 2, mask, ALIGNED) >> (16 * half).to(tl.uint32),
+        bits_at(words, block, 4 * half, mask, EVEN),
+        bits_at(words, block + 2 + 2 * half, 0 * half, mask, EVEN),
     )
 
 
 @triton.jit
 def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
-    a, b, extra, scales = raw
+    a, b, flags, scales = raw
     _, low, high = known
+    # Nibbles of ``a`` beside those of ``b``: what is looked up together then belongs to one sub-block.
+    first = merge(a, b * 16, 0x0F0F0F0F)
+    second = merge(a >> 4, b, 0x0F0F0F0F)
+    # Scales 0, 2, 1 and 3, a byte each: four bits, and above them the bit that a product moves to bits 4, 12, 20 and 28.
+    s = (scales & 0x0F0F) + ((scales >> 4) & 0x0F0F) * 0x10000
+    s = s | (times((flags >> 8) & 15, 0x02080410 + a * 0) & 0x10101010)
     total = (a * 0).to(tl.int32)
-    for pair in tl.static_range(2):
-        # A bit times a number that moves it costs no shift.
-        flags = (extra & (1 << pair)) * (0x04040404 >> pair) + (extra & (4 << pair)) * (0x10101010 >> pair)
-        p = ((a >> (2 * pair)) & 0x33333333) | flags
-        q = ((b >> (2 * pair)) & 0x33333333) | flags
-        p0, p1 = permute(low, high, p), permute(low, high, p >> 16)
-        q0, q1 = permute(low, high, q), permute(low, high, q >> 16)
-        for odd in tl.static_range(2):
-            order = 0x6420 + 0x1111 * odd + a * 0
-            product = dots2(x, 2 * pair + 4 * odd, permute(p0, p1, order), permute(q0, q1, order), True)
-            s = ((scales >> (4 * pair + 8 * odd)) & 15) | ((extra >> (4 + pair + 2 * odd)) & 16)
-            # At most 2^26 times 16, four times: within 32 bits.
-            total += product * (s.to(tl.int32) - 16)
+    for sub in tl.static_range(4):
+        codes = first if sub < 2 else second
+        # Bit 2 of every nibble chooses the table's twin. A bit times a number that moves it costs no shift.
+        if sub == 3:
+            choice = times((flags >> 1) & 4, 0x11111111 + a * 0)
+        else:
+            choice = times(flags & (1 << sub), (0x44444444 >> sub) + a * 0)
+        p = ((codes >> (2 * (sub % 2))) & 0x33333333) | choice
+        product = dots2(x, 2 * sub, permute(low, high, p), permute(low, high, p >> 16), True)
+        # At most 2^26 times 16, four times: within 32 bits.
+        total += product * dot4(s, (1 << (8 * (sub // 2 + 2 * (sub % 2)))) + a * 0, total * 0 - 16)
     return total.to(tl.float32)
 
 

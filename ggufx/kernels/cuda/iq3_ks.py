@@ -9,7 +9,22 @@ import triton.language as tl
 from ggufx import tables
 from ggufx.kernels.cuda import _launch, _linear
 from ggufx.kernels.cuda._linear import dots2
-from ggufx.kernels.cuda._words import MAGIC, half_at, locate, permute, put_bytes, short_at, table_words, word_at, words2
+from ggufx.kernels.cuda._words import (
+    MAGIC,
+    bits_at,
+    dot4,
+    half_at,
+    locate,
+    merge,
+    nibbles_at,
+    permute,
+    put_bytes,
+    short_at,
+    table_words,
+    times,
+    word_at,
+    words2,
+)
 
 __all__ = ["ORDER", "decode", "linear"]
 
@@ -60,37 +75,36 @@ def _decode(
 def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
     block = row + unit // 8 * 102
     part = unit % 8
-    half = part // 4
-    return (
-        words2(words, block + 6 + 8 * part, mask, ALIGNED)
-        + words2(words, block + 70 + 8 * (part % 4), mask, ALIGNED)
-        + (
-            short_at(words, block, mask, EVEN) >> (4 * half).to(tl.uint32),
-            word_at(words, block + 2, mask, ALIGNED) >> (4 * half).to(tl.uint32),
-            (4 * half).to(tl.uint32),
-        )
+    shift = 4 * (part // 4)
+    p, q = words2(words, block + 70 + 8 * (part % 4), mask, ALIGNED)
+    # Of the flags (from bit 0 on the scales' fifth bits, from bit 8 on the table's), scales and third bits those of the lane's
+    # half; the third bits of the second word one nibble up.
+    return words2(words, block + 6 + 8 * part, mask, ALIGNED) + (
+        bits_at(words, block, shift, mask, EVEN),
+        nibbles_at(words, block + 2, shift, mask, ALIGNED),
+        merge(p >> shift.to(tl.uint32), q << (4 - shift).to(tl.uint32), 0x0F0F0F0F),
     )
 
 
 @triton.jit
 def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
-    a, b, p, q, extra, scales, shift = raw
+    a, b, flags, scales, third = raw
     _, low, high = known
-    p, q = p >> shift, q >> shift
+    # Nibbles of ``a`` beside those of ``b``: what is looked up together then belongs to one sub-block.
+    first = merge(a, b * 16, 0x0F0F0F0F)
+    second = merge(a >> 4, b, 0x0F0F0F0F)
+    # The four scales, a byte each: four bits, and above them the bit that a product moves to bits 4, 12, 20 and 28.
+    s = (scales & 0x0F0F0F0F) | (times(flags & 15, 0x02040810 + a * 0) & 0x10101010)
     total = (a * 0).to(tl.int32)
-    for pair in tl.static_range(2):
-        y = ((a >> (2 * pair)) & 0x33333333) | ((p << (2 - pair)) & 0x04040404) | ((p << (4 - pair)) & 0x40404040)
-        z = ((b >> (2 * pair)) & 0x33333333) | ((q << (2 - pair)) & 0x04040404) | ((q << (4 - pair)) & 0x40404040)
-        y0, y1 = permute(low, high, y), permute(low, high, y >> 16)
-        z0, z1 = permute(low, high, z), permute(low, high, z >> 16)
-        for odd in tl.static_range(2):
-            order = 0x6420 + 0x1111 * odd + a * 0
-            # The shift is added to four bytes at once: no entry lies so little below zero that it would carry.
-            more = ((extra >> (8 + pair + 2 * odd)) & 1) * (_SHIFT * 0x01010101)
-            product = dots2(x, 2 * pair + 4 * odd, permute(y0, y1, order) + more, permute(z0, z1, order) + more, True)
-            s = ((scales >> (8 * pair + 16 * odd)) & 15) | ((extra << (4 - pair - 2 * odd)) & 16)
-            # At most 2^24 times 16, four times: within 32 bits.
-            total += product * (s.to(tl.int32) - 16)
+    for sub in tl.static_range(4):
+        codes = first if sub < 2 else second
+        bits = third >> 1 if sub == 3 else third * (4 >> sub)
+        p = ((codes >> (2 * (sub % 2))) & 0x33333333) | (bits & 0x44444444)
+        # The shift is added to four bytes at once: no entry lies so little below zero that it would carry.
+        more = times((flags >> (8 + sub)) & 1, _SHIFT * 0x01010101 + a * 0)
+        product = dots2(x, 2 * sub, permute(low, high, p) + more, permute(low, high, p >> 16) + more, True)
+        # At most 2^24 times 16, four times: within 32 bits.
+        total += product * dot4(s, (1 << (8 * sub)) + a * 0, total * 0 - 16)
     return total.to(tl.float32)
 
 
