@@ -35,6 +35,8 @@ SLOW = (
     "test_cuda_kernels.py::test_linear[IQ4_NL]",
     "test_cuda_kernels.py::test_linear_of_long_rows_and_eight_tokens",
     "test_cuda_kernels.py::test_experts[F8_E4M3_B128]",
+    # Thirteen decoders and products through a compiler.
+    "test_cuda_compiles.py",
 )
 """Tests of several seconds that look again at what quicker ones look at: ``make test-slow``, in CI after ``make test``."""
 
