@@ -65,6 +65,9 @@ GLOBAL: Final = (
 )
 HEAD: Final = Family("lm_head.weight", "matrix", "vocab hidden")
 
+MTP_ONLY: Final = "eh_proj.weight"
+"""What an MTP block has and no other layer: it joins the hidden state with the next token's embedding."""
+
 EXPERT_ORDER: Final = ("down_proj", "gate_proj", "up_proj")
 """Of upstream's files."""
 
@@ -229,9 +232,17 @@ class DeepSeekV3(Architecture):
             return "the embedding is used for the output, too (tie_word_embeddings)"
         match = _LAYER_NAME.match(name)
         if match and int(match["number"]) >= self.n_layers:
+            layer = int(match["number"])
+            # An MTP block is known by what no other layer has: a config that counts too few would lose layers in silence.
+            if f"model.layers.{layer}.{MTP_ONLY}" not in self.checkpoint:
+                raise CheckpointError(
+                    f"{self.checkpoint.path / 'config.json'}: num_hidden_layers is {self.n_layers}, but the checkpoint has "
+                    f"{name!r} and layer {layer} is no MTP block (it has no {MTP_ONLY}): the config and the weights are of "
+                    "different models; leave it out with --skip GLOB if that is meant"
+                )
             return (
-                f"layer {match['number']} is past the model's {self.n_layers} (num_hidden_layers), of the "
-                f"{self.n_mtp} MTP blocks (num_nextn_predict_layers): deepseek2 files have no form for them"
+                f"layer {layer} is past the model's {self.n_layers} (num_hidden_layers), of the {self.n_mtp} MTP blocks "
+                "(num_nextn_predict_layers): deepseek2 files have no form for them"
             )
         return None
 
@@ -334,7 +345,7 @@ class DeepSeekV3(Architecture):
         functions = {"sigmoid": gguf.ExpertGatingFuncType.SIGMOID, "softmax": gguf.ExpertGatingFuncType.SOFTMAX}
         # transformers' own configuration of V3 does not name it: there is one.
         name = self.config.get("scoring_func", "sigmoid")
-        if name not in functions:
+        if not isinstance(name, str) or name not in functions:
             raise CheckpointError(
                 f"{self.checkpoint.path / 'config.json'}: scoring_func is {name!r}, expected {' or '.join(functions)}"
             )

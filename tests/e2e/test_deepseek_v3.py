@@ -242,6 +242,35 @@ def test_the_mtp_layers_number_comes_from_the_config(path_of: Callable[[str], Pa
     assert_one_line(cli("convert", path_of("odd"), "--mtp", "--target", "llama.cpp"), "no form for the MTP block")
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}),
+        ({"beta_fast": None, "beta_slow": None}, {}),
+        (
+            {"attention_factor": 1.25, "extrapolation_factor": 0.5, "beta_slow": None},
+            {"yarn_ext_factor": 0.5, "yarn_attn_factor": 1.25, "yarn_beta_fast": 32.0},
+        ),
+        (
+            {"attn_factor": 1.5, "attention_factor": None},
+            {"yarn_attn_factor": 1.5, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0},
+        ),
+    ],
+)
+def test_yarn_as_the_config_has_it(
+    changes: dict[str, float | None], expected: dict[str, float], editable: Source, tmp_path: Path
+) -> None:
+    """Keys and their order are those of llama.cpp's converter: what the config leaves to the program stays out."""
+    editable.config["rope_scaling"] |= changes
+    editable.save()
+    keys = Gguf(convert(editable.path, tmp_path / "out.gguf", target="llama.cpp")[0]).kv
+    prefix = "deepseek2.rope.scaling."
+    found = {k.removeprefix(prefix): v for k, (_, v) in keys.items() if k.startswith(prefix)}
+    del found["yarn_log_multiplier"]
+    expected = {"type": "yarn", "factor": 40.0, "original_context_length": 4096} | expected
+    assert list(found.items()) == list(expected.items())
+
+
 def test_scales_are_read_for_a_plan_only_where_they_matter(
     path_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,7 +370,12 @@ def _config(**changes: object) -> Callable[[Source], None]:
         (_config(n_routed_experts=2**32 - 1), ["n_routed_experts is 4294967295", "tensors in all"]),
         (_config(num_hidden_layers=2**32 - 1), ["num_hidden_layers is 4294967295", "tensors in all"]),
         (_config(first_k_dense_replace=2), ["Can not map tensor 'model.layers.1.mlp."]),
+        (_config(scoring_func=["sigmoid"]), ["scoring_func is ['sigmoid']", "softmax"]),
         (_config(rope_scaling={"type": "linear", "factor": 2}), ["rope_scaling", "'linear'", "yarn"]),
+        (
+            _config(num_hidden_layers=2),
+            ["num_hidden_layers is 2", "'model.layers.2.", "layer 2 is no MTP block", "eh_proj", "--skip"],
+        ),
     ],
     ids=lambda value: "" if callable(value) else value[0][:30],
 )
