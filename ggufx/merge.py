@@ -293,7 +293,7 @@ def _as_gguf(
         dialect=dialect.name,
         split_max_nbytes=split_max_nbytes,
         skipped=skipped,
-        notes=list(dict.fromkeys([*conversion.notes, *conversion.choice.inexact_notes()])),
+        notes=conversion.all_notes(),
         file_type=label,
     )
 

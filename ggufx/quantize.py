@@ -10,8 +10,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -19,6 +19,7 @@ from typing import Any, Final, Literal
 from ggufx import convert, dialects, execute, offload, plan, types
 from ggufx import imatrix as imatrix_module
 from ggufx import recipe as recipe_module
+from ggufx.architectures.base import FP8_TILE
 from ggufx.architectures.deepseek_v4 import LAYER
 from ggufx.architectures.deepseek_v4_file import DeepSeekV4File
 from ggufx.checkpoint import Checkpoint
@@ -101,6 +102,8 @@ class Source:
         Plans it as it is, or raises PlanError when the target cannot hold it.
     member
         Number of the split file it is in.
+    packs
+        Whether F8_E4M3_B128 holds its own codes and scales; it may read the scales.
     """
 
     name: str
@@ -111,6 +114,7 @@ class Source:
     stack: tuple[tuple[Matrix, ...], ...]
     keep: Callable[[], PlannedTensor]
     member: int = 0
+    packs: Callable[[], bool] = bool
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class Choice:
     type
         Type name in the output; for a kept tensor the one it has there.
     kept
-        Its own bits, exactly.
+        Its own bits; where the target has no type for them BF16, exactly but for products with float32 scales.
     rule
         The rule that decided, if one did.
     wanted
@@ -158,7 +162,7 @@ class Quantization:
     label: str = ""
     asked: str = ""
     keep_split: bool = False
-    notes: list[str] = field(default_factory=list)
+    notes: Callable[[], Sequence[str]] = list
 
     @property
     def errors(self) -> list[Finding]:
@@ -214,7 +218,7 @@ class Quantization:
             split_max_nbytes=split_max_nbytes,
             members=members,
             skipped=self.skipped,
-            notes=list(dict.fromkeys([*self.notes, *(f.message for f in self.findings if f.severity != "error")])),
+            notes=list(dict.fromkeys([*self.notes(), *(f.message for f in self.findings if f.severity != "error")])),
             file_type=named,
         )
 
@@ -226,9 +230,10 @@ class Quantization:
         type_id = self.dialect.type_id(codec)
         assert type_id is not None, choice
         first = source.stack[0][0]
-        # Whether float32 scales are powers of two is not looked up here: their products are encoded.
-        scaled = source.kind == "FP8_F32"
-        op = "encode" if scaled else convert.operation(source.kind, choice.type, transposed=first.transposed)
+        op = convert.operation(source.kind, choice.type, transposed=first.transposed)
+        # FP8 that F8_E4M3_B128 holds as it is was kept; this is the rest.
+        if source.kind in ("FP8", "FP8_F32") and op == "pack":
+            op = "encode"
         effort = self.effort if self.effort != "reference" or codec.reproduces else "normal"
         transform = Transform(
             op, source.kind, choice.type, tuple(part.rows if part.transposed else part.row_len for part in source.stack[0]),
@@ -564,15 +569,18 @@ def _checkpoint_sources(
         )
         stays = output.role in ("vector", "router", "table") or recipe_module.stays(output.name, output.shape)
         sources.append(
-            Source(output.name, output.shape, kind, nbytes, stays, stack, lambda o=output: conversion.tensor(o))  # type: ignore[misc]
-        )
+            Source(
+                output.name, output.shape, kind, nbytes, stays, stack, partial(conversion.tensor, output),
+                packs=partial(conversion.packs, output),
+            )
+        )  # fmt: skip
 
     def metadata(tensors: Sequence[PlannedTensor], file_type: int | None) -> dict[str, Value]:
         return conversion.metadata(tensors, file_type)
 
     found = Quantization(
         checkpoint.path, target, [], [], "normal", "reference", False, "", [str(path) for path in checkpoint.shards],
-        list(checkpoint.shard_states), metadata, skipped=conversion.skipped, notes=conversion.notes,
+        list(checkpoint.shard_states), metadata, skipped=conversion.skipped, notes=conversion.all_notes,
     )  # fmt: skip
     return sources, found
 
@@ -623,7 +631,8 @@ class _Decider:
     def __call__(self, source: Source) -> Choice:
         rule = self.rules.find(source.name, stays=source.stays)
         wanted = self._wanted(source, rule)
-        if wanted in (None, NATIVE, source.kind) or 0 in source.shape:
+        native = wanted == "F8_E4M3_B128" and source.kind in ("FP8", "FP8_F32") and self._packs(source)
+        if wanted in (None, NATIVE, source.kind) or 0 in source.shape or native:
             kept = self._kept(source, rule)
             # Some of what a checkpoint has in BF16 is kept as F32 (norms, routers): a rule that says BF16 means it.
             if wanted != "BF16" or kept.type == wanted or 0 in source.shape:
@@ -692,6 +701,17 @@ class _Decider:
         least = "Q6_K" if head else "Q4_K"
         bits = types.get(self.default).layout.bits_per_weight()
         return self.default if bits >= types.get(least).layout.bits_per_weight() else least
+
+    def _packs(self, source: Source) -> bool:
+        if self.target.type_id(types.get("F8_E4M3_B128")) is None or source.shape[-1] % FP8_TILE:
+            return False  # told as of any other type
+        if source.packs():
+            return True
+        self.say(
+            "note", "rounded",
+            "{}: its FP8 scales are not one power of two for each block of 128, so its codes are rounded anew", source.name,
+        )  # fmt: skip
+        return False
 
     def _kept(self, source: Source, rule: Rule | None) -> Choice:
         try:

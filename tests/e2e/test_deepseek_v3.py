@@ -34,6 +34,8 @@ CASES = {
     "bf16": SMALL | {"weights": "bf16"},
     # Heads that end in the midst of a tile of scales; rows that no F8_E4M3_B128 divides; two MTP layers.
     "odd": SMALL | {"nope": 96, "value": 80, "heads": 4, "q_lora": 0, "mtp_layers": 2, "shards": 1},
+    # Heads of whole blocks that still do not begin where a tile of scales does.
+    "odd-heads-ue8m0": SMALL | {"value": 192, "scales": "ue8m0", "shards": 1},
     "odd-ue8m0": SMALL | {"nope": 96, "value": 128, "kv_lora": 192, "scales": "ue8m0", "mtp_layers": 0},
 }  # fmt: skip
 TARGETS = ("llama.cpp", "ik_llama.cpp", "nisparks")
@@ -311,15 +313,20 @@ def test_a_stopped_run_goes_on(path_of: Callable[[str], Path], tmp_path: Path, m
     assert 0 < len(again) < plan.n_tiles
 
 
-def test_e8m0_scales_as_such(path_of: Callable[[str], Path], tmp_path: Path) -> None:
-    """The same powers of two in one byte each give the same tensors, and none has to be looked at for the plan."""
-    shutil.copytree(path_of("ue8m0"), tmp_path / "Copy")
-    source = Source(tmp_path / "Copy")
+def as_e8m0(source: Source) -> None:
+    """Store the scales that are powers of two in one byte each."""
     for name, tensor in source.tensors.items():
         if name.endswith("_scale_inv") and ".o_proj." not in name:
             exponent = np.frexp(tensor.data.view("<f4"))[1] + 126
             source.put(name, "F8_E8M0", tensor.shape, exponent.astype(np.uint8))
     source.save()
+
+
+def test_e8m0_scales_as_such(path_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """The same powers of two in one byte each give the same tensors, and none has to be looked at for the plan."""
+    shutil.copytree(path_of("ue8m0"), tmp_path / "Copy")
+    source = Source(tmp_path / "Copy")
+    as_e8m0(source)
     one, other = (
         Gguf(convert(path, tmp_path / f"{path.name}.gguf", target="nisparks")[0]).tensors
         for path in (source.path, path_of("ue8m0"))
@@ -474,3 +481,77 @@ def test_quantize_from_the_checkpoint(target: str, path_of: Callable[[str], Path
             values = np.ascontiguousarray(expected[name])
             assert (tensor.type, tensor.shape) == (kind, values.shape)
             assert np.array_equal(tensor.numpy(), codec.decode(codec.encode(values), values.shape))
+
+
+@pytest.mark.parametrize("scales", ["float32", "e8m0"])
+@pytest.mark.parametrize("case", ["ue8m0", "odd-heads-ue8m0", "odd-ue8m0"])
+def test_quantize_packs_fp8_natively(
+    case: str, scales: str, path_of: Callable[[str], Path], cli: Cli, tmp_path: Path
+) -> None:
+    """F8_E4M3_B128 asked for: the checkpoint's codes under power-of-two scales; the rest is rounded, which is told."""
+    shutil.copytree(path_of(case), tmp_path / "Copy")
+    source, out = Source(tmp_path / "Copy"), tmp_path / "out.gguf"
+    if scales == "e8m0":
+        as_e8m0(source)
+    run = cli("quantize", source.path, "f8_e4m3_b128", "--target", "nisparks", "--outfile", out)
+    assert run.code == 0, run.err
+    found, expected = Gguf(out).tensors, wanted(Source(path_of(case)), "nisparks")
+    assert set(found) == set(expected)
+    checkpoint = Source(path_of(case)).tensors
+    rounded = set()
+    for name, values in expected.items():
+        if found[name].type != "F8_E4M3_B128":
+            assert found[name].type == "F32" or values.shape[-1] % 128, name
+            continue
+        # The code of a value under a scale that is a power of two is that of the checkpoint, zeros and all.
+        if not np.array_equal(found[name].decode(), values):
+            rounded.add(name.split(".")[-2])
+            assert np.square(found[name].decode() - values).mean() < 0.04**2 * np.square(values).mean(), name
+    turned = {"attn_k_b"} if case == "odd-heads-ue8m0" else set()
+    assert rounded - turned == {"attn_output", "token_embd", "output"}
+    codes = checkpoint[QB].data.reshape(checkpoint[QB].shape)
+    blocks = found["blk.1.attn_q_b.weight"].data.reshape(codes.shape[0], -1, 129)
+    assert np.array_equal(blocks[:, :, 1:].reshape(codes.shape), codes)
+    assert f"(and {5 if turned else 2} more): its FP8 scales are not one power of two for each block of 128" in run.err
+    proof = cli("verify", out, "--against", source.path)
+    assert proof.code == 0, proof.out
+
+
+@pytest.mark.parametrize("target", ["llama.cpp", "nisparks"])
+def test_native_in_a_recipe_tells_what_is_rounded(
+    target: str, path_of: Callable[[str], Path], cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products with float32 scales are no BF16 numbers; scales that were read are read once."""
+    read: list[str] = []
+    own = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: read.append(name) or own(self, name))
+    arguments = ["native", "--target", target, "--dry-run"]
+    run = cli("quantize", path_of("float"), *arguments)
+    assert run.code == 0, run.err
+    if target == "llama.cpp":
+        assert (
+            "33 FP8 tensors (first blk.0.ffn_down.weight) have float32 scales; their products are rounded to BF16"
+            in (run.out + run.err)
+        )
+        assert not read
+    else:
+        assert "none of the 33 FP8 tensors has scales that are all powers of two; stored as BF16" in run.out + run.err
+    assert len(read) == len(set(read))
+    run = cli("quantize", path_of("ue8m0"), *arguments)
+    assert "attn_output.weight of 3 layers (first blk.0.attn_output.weight)" in run.out + run.err
+    run = cli("quantize", path_of("bf16"), *arguments)
+    assert "rounded" not in run.out + run.err
+    assert "none of" not in run.out + run.err
+
+
+def test_notes_of_many_layers_are_one(path_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """Scales in one byte count as powers of two, too."""
+    shutil.copytree(path_of("odd-heads-ue8m0"), tmp_path / "Copy")
+    source = Source(tmp_path / "Copy")
+    as_e8m0(source)
+    notes = [
+        note for note in plan_convert(source.path, tmp_path / "o.gguf", target="nisparks").notes if "scales" in note
+    ]
+    assert len(notes) == 2
+    assert notes[0].startswith("attn_output.weight of 3 layers (first blk.0.attn_output.weight): not all FP8 scales")
+    assert notes[1].startswith("attn_k_b.weight of 3 layers (first blk.0.attn_k_b.weight): tiles of 128x128")
