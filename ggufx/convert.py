@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from ggufx import architectures, dialects, execute, plan, types, vocabulary
+from ggufx import architectures, companions, dialects, execute, plan, types, vocabulary
 from ggufx.architectures import Architecture, Output, Part
 from ggufx.architectures.base import FP8_TILE
 from ggufx.checkpoint import Checkpoint
@@ -512,6 +512,13 @@ def _metadata(
     keys.update(vocabulary.tokenizer_keys(checkpoint, architecture.tokenizer_pre, architecture.integer("vocab_size")))
     if template is not None:
         keys.setdefault("tokenizer.chat_template", Value.string(template))
+    pre = architecture.tokenizer_pre
+    if companions.PRE_TOKENIZERS.get(pre, ()) not in ((), vocabulary.split_expressions(checkpoint)):
+        # A model of this architecture may have a tokenizer of its own, which nothing else here would tell.
+        notes.append(
+            f"tokenizer.json does not split text as {pre} does, which is written as tokenizer.ggml.pre: programs may find "
+            "other tokens; if they have a name for its way, set that with: ggufx set FILE tokenizer.ggml.pre=str:NAME"
+        )
     return keys
 
 

@@ -118,9 +118,11 @@ class ScaledTensor(Tensor):
     def __getitem__(self, index: Index | tuple[Index, ...]) -> npt.NDArray[Any]:
         """Decode a slice: only the rows that are asked for."""
         parts = index if isinstance(index, tuple) else (index,)
+        if any(part is None or isinstance(part, bool | np.bool_) for part in parts):
+            raise IndexError("only integers, slices, ... and integer arrays index a tensor")
         if parts and parts[0] is not Ellipsis and (len(parts) == 1 or isinstance(parts[1], slice)):
             rows = np.arange(self.shape[0])[parts[0]]
-            flat = np.atleast_1d(rows)
+            flat = rows.reshape(-1)
             values = decode_scaled(np.ascontiguousarray(self.packed[flat]), self.scales[flat // BLOCK_LEN], 1)[0]
             return values.reshape(*rows.shape, self.shape[-1])[(..., *parts[1:])]
         return self.numpy()[index]

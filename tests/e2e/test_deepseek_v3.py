@@ -483,6 +483,30 @@ def test_quantize_from_the_checkpoint(target: str, path_of: Callable[[str], Path
             assert np.array_equal(tensor.numpy(), codec.decode(codec.encode(values), values.shape))
 
 
+def test_a_tokenizer_of_another_kind_is_noted(editable: Source, tmp_path: Path) -> None:
+    """Line ends may be spelled out or not; other expressions are another way to split text."""
+
+    def noted() -> bool:
+        notes = plan_convert(editable.path, tmp_path / "o.gguf", target="llama.cpp").notes
+        return any("does not split text as deepseek-v3" in note for note in notes)
+
+    path = editable.path / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    stages = tokenizer["pre_tokenizer"]["pretokenizers"]
+    assert not noted()
+    expression = stages[2]["pattern"]["Regex"]
+    assert r"[\r\n]" in expression
+    stages[2]["pattern"]["Regex"] = expression.replace(r"\r", "\r").replace(r"\n", "\n")
+    path.write_text(json.dumps(tokenizer))
+    assert not noted()
+    stages[0]["pattern"]["Regex"] = r"\p{N}"
+    path.write_text(json.dumps(tokenizer))
+    assert noted()
+    tokenizer["pre_tokenizer"] = {"type": "ByteLevel"}
+    path.write_text(json.dumps(tokenizer))
+    assert noted()
+
+
 @pytest.mark.parametrize("scales", ["float32", "e8m0"])
 @pytest.mark.parametrize("case", ["ue8m0", "odd-heads-ue8m0", "odd-ue8m0"])
 def test_quantize_packs_fp8_natively(

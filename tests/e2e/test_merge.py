@@ -175,6 +175,11 @@ def test_every_expert_block_and_fp8_code_equals_its_source(
             assert np.array_equal(found[-1], values[-1])
             assert np.array_equal(found[[3, 130, 3]], values[[3, 130, 3]])
             assert np.array_equal(found[..., 7], values[..., 7])
+            assert np.array_equal(found[[[1, 2], [200, 4]]], values[[[1, 2], [200, 4]]])
+            assert found[5:5].shape == values[5:5].shape
+            for wrong in (None, True, (1, None), values.shape[0]):
+                with pytest.raises(IndexError):
+                    found[wrong]
 
 
 def gguf_bytes(path: Path, tensor: Tensor) -> np.ndarray:
