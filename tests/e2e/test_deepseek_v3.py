@@ -483,6 +483,14 @@ def test_quantize_from_the_checkpoint(target: str, path_of: Callable[[str], Path
             assert np.array_equal(tensor.numpy(), codec.decode(codec.encode(values), values.shape))
 
 
+def test_a_pointer_in_a_shards_place(path_of: Callable[[str], Path], cli: Cli, tmp_path: Path) -> None:
+    """A clone without git-lfs has these: the words that help, not a header of 2336927755350992246 bytes."""
+    shutil.copytree(path_of("float"), tmp_path / "Copy")
+    shard = sorted((tmp_path / "Copy").glob("*.safetensors"))[1]
+    shard.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4302317817\n")
+    assert_one_line(cli("convert", tmp_path / "Copy"), shard.name, "git lfs pull")
+
+
 def test_a_tokenizer_of_another_kind_is_noted(editable: Source, tmp_path: Path) -> None:
     """Line ends may be spelled out or not; other expressions are another way to split text."""
 
