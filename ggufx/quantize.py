@@ -27,7 +27,7 @@ from ggufx.container import Value
 from ggufx.dialects import Dialect
 from ggufx.errors import FallbackError, PlanError, RecipeError
 from ggufx.execute import Progress, TileDone
-from ggufx.file import File, open
+from ggufx.file import File, Tensor, open
 from ggufx.imatrix import ImportanceMatrix, Place
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform, Weights
 from ggufx.recipe import NATIVE, Finding, Recipe, Rule
@@ -77,6 +77,8 @@ _IK_FALLBACK: Final[Mapping[str, str]] = {
 }  # fmt: skip
 
 QUANTIZATION_VERSION: Final = 2  # ggml.h's GGML_QNT_VERSION
+
+_LATENT: Final = re.compile(r"blk\.\d+\.attn_[kv]_b\.weight")
 
 # An imatrix is recorded under upstream's names.
 _UPSTREAM_NAMES: Final = {family.nisparks: family.upstream for family in LAYER if family.nisparks != family.upstream}
@@ -459,7 +461,8 @@ def _gguf_sources(file: File, target: Dialect) -> tuple[list[Source], Quantizati
         span = Span(member, tensor.file_offset, tensor.nbytes)
         stack: tuple[tuple[Matrix, ...], ...] = ()
         if tensor.codec is not None and tensor.size:
-            stack = tuple((matrix,) for matrix in _matrices(tensor.name, tensor.shape, tensor.codec, span))
+            count = tensor.shape[0] if tensor.ndim == 3 else _heads(file, tensor)
+            stack = tuple((matrix,) for matrix in _matrices(tensor.name, tensor.shape, tensor.codec, span, count))
         keep = _keeper(tensor.name, tensor.shape, tensor.type, tensor.type_id, tensor.codec, span, stack, target, file)
         stays = recipe_module.stays(tensor.name, tensor.shape)
         sources.append(Source(tensor.name, tensor.shape, tensor.type, tensor.nbytes, stays, stack, keep, member))
@@ -498,11 +501,17 @@ def _foreign_names(file: File, target: Dialect) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _matrices(name: str, shape: tuple[int, ...], codec: types.Codec, span: Span) -> list[Matrix]:
-    """Cut a tensor into the matrices that are stacked in it, so that each expert is weighed by its own importance."""
+def _heads(file: File, tensor: Tensor) -> int:
+    """Return how many heads lie below each other in a matrix: 1 but for ik_llama.cpp's latent projections."""
+    heads = file.metadata.get(f"{file.metadata.get('general.architecture')}.attention.head_count")
+    latent = tensor.ndim == 2 and _LATENT.fullmatch(tensor.name) is not None
+    return heads if latent and isinstance(heads, int) and heads > 0 and tensor.shape[0] % heads == 0 else 1
+
+
+def _matrices(name: str, shape: tuple[int, ...], codec: types.Codec, span: Span, count: int) -> list[Matrix]:
+    """Cut a tensor into the ``count`` matrices stacked in it, so that each expert is weighed by its own importance."""
     row_len = shape[-1] if shape else 1
     rows = prod(shape[:-1])
-    count = shape[0] if len(shape) == 3 else 1
     nbytes = span.nbytes // count
     return [
         Matrix(name, codec.name, rows // count, row_len, Span(span.file, span.offset + number * nbytes, nbytes))
@@ -756,7 +765,11 @@ class _Decider:
             return (), "matrix" if codec.needs_importance else ""
         name = source.name
         if self.matrix is not None:
-            found = self.matrix.places(_upstream_name(name), source.shape) or self.matrix.places(name, source.shape)
+            shape = source.shape
+            if len(shape) == 2 and len(source.stack) > 1:
+                # ik_llama.cpp has the heads of a latent projection below each other; recorded they are one by one.
+                shape = (len(source.stack), shape[0] // len(source.stack), shape[1])
+            found = self.matrix.places(_upstream_name(name), shape) or self.matrix.places(name, shape)
             if found is not None:
                 self.used.add(name)
                 if None in found:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -481,6 +482,41 @@ def test_quantize_from_the_checkpoint(target: str, path_of: Callable[[str], Path
             values = np.ascontiguousarray(expected[name])
             assert (tensor.type, tensor.shape) == (kind, values.shape)
             assert np.array_equal(tensor.numpy(), codec.decode(codec.encode(values), values.shape))
+
+
+@pytest.mark.parametrize("heads", ["each", "all"])
+@pytest.mark.parametrize("target", ["llama.cpp", "ik_llama.cpp"])
+@pytest.mark.parametrize("given", ["checkpoint", "gguf"])
+def test_importance_of_latent_projections(
+    given: str, target: str, heads: str, path_of: Callable[[str], Path], cli: Cli, tmp_path: Path
+) -> None:
+    """llama-imatrix records a row of weights for every head of k_b and v_b; ik_llama.cpp's files have heads in one matrix."""
+    path, out = path_of("float"), tmp_path / "out.gguf"
+    rng = np.random.default_rng(5)
+    weights = {
+        f"blk.{layer}.attn_{letter}_b.weight": rng.uniform(0.1, 9, (2 if heads == "each" else 1, length)).astype("<f4")
+        for layer in range(3)
+        for letter, length in (("k", 128), ("v", 384))
+    }
+    raw = struct.pack("<i", len(weights))
+    for name, values in weights.items():
+        raw += struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", 1, values.size) + values.tobytes()
+    (tmp_path / "imatrix.dat").write_bytes(raw)
+    source = path
+    if given == "gguf":
+        (source,) = convert(path, tmp_path / "f32.gguf", target=target, dense="f32")
+    rules = "attn_[kv]_b\\.weight=q4_0"
+    run = cli("quantize", source, "--custom-q", rules, "--imatrix", tmp_path / "imatrix.dat", "--target", target,
+              "--outfile", out)  # fmt: skip
+    assert run.code == 0, run.err
+    expected, codec = wanted(Source(path), target), ggufx.types.get("Q4_0")
+    with ggufx.open(out) as file:
+        for name, rows in weights.items():
+            values = np.ascontiguousarray(expected[name]).reshape(2, -1, rows.shape[-1])
+            packed = np.stack([codec.encode(values[head], rows[head % len(rows)]) for head in range(2)])
+            assert file[name].type == "Q4_0"
+            assert np.array_equal(file[name].packed.reshape(packed.shape), packed), name
+            assert not np.array_equal(packed, np.stack([codec.encode(values[head]) for head in range(2)]))
 
 
 def test_a_pointer_in_a_shards_place(path_of: Callable[[str], Path], cli: Cli, tmp_path: Path) -> None:
