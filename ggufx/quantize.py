@@ -78,8 +78,6 @@ _IK_FALLBACK: Final[Mapping[str, str]] = {
 
 QUANTIZATION_VERSION: Final = 2  # ggml.h's GGML_QNT_VERSION
 
-_LATENT: Final = re.compile(r"blk\.\d+\.attn_[kv]_b\.weight")
-
 # An imatrix is recorded under upstream's names.
 _UPSTREAM_NAMES: Final = {family.nisparks: family.upstream for family in LAYER if family.nisparks != family.upstream}
 
@@ -504,7 +502,7 @@ def _foreign_names(file: File, target: Dialect) -> list[Finding]:
 def _heads(file: File, tensor: Tensor) -> int:
     """Return how many heads lie below each other in a matrix: 1 but for ik_llama.cpp's latent projections."""
     heads = file.metadata.get(f"{file.metadata.get('general.architecture')}.attention.head_count")
-    latent = tensor.ndim == 2 and _LATENT.fullmatch(tensor.name) is not None
+    latent = tensor.ndim == 2 and imatrix_module.LATENT.fullmatch(tensor.name) is not None
     return heads if latent and isinstance(heads, int) and heads > 0 and tensor.shape[0] % heads == 0 else 1
 
 
@@ -765,11 +763,14 @@ class _Decider:
             return (), "matrix" if codec.needs_importance else ""
         name = source.name
         if self.matrix is not None:
-            shape = source.shape
-            if len(shape) == 2 and len(source.stack) > 1:
-                # ik_llama.cpp has the heads of a latent projection below each other; recorded they are one by one.
-                shape = (len(source.stack), shape[0] // len(source.stack), shape[1])
-            found = self.matrix.places(_upstream_name(name), shape) or self.matrix.places(name, shape)
+            found = self.matrix.places(_upstream_name(name), source.shape) or self.matrix.places(name, source.shape)
+            if found is not None and len(found) not in (1, len(source.stack)):
+                self.say(
+                    "error", "importance",
+                    f"{self.matrix.path} has weights of {len(found)} heads for {{}}, whose file does not say how many it has "
+                    "(attention.head_count)", name,
+                )  # fmt: skip
+                return (), ""
             if found is not None:
                 self.used.add(name)
                 if None in found:

@@ -519,6 +519,21 @@ def test_importance_of_latent_projections(
             assert not np.array_equal(packed, np.stack([codec.encode(values[head]) for head in range(2)]))
 
 
+def test_importance_by_head_of_a_file_without_their_number(
+    path_of: Callable[[str], Path], cli: Cli, tmp_path: Path
+) -> None:
+    (file,) = convert(path_of("float"), tmp_path / "f32.gguf", target="ik_llama.cpp", dense="f32")
+    assert cli("set", file, "--remove", "deepseek2.attention.head_count").code == 0
+    name, values = b"blk.1.attn_k_b.weight", np.ones(256, "<f4")
+    raw = struct.pack("<ii", 1, len(name)) + name + struct.pack("<ii", 1, values.size) + values.tobytes()
+    (tmp_path / "imatrix.dat").write_bytes(raw)
+    arguments = ("--custom-q", "attn_k_b=q4_0", "--imatrix", tmp_path / "imatrix.dat", "--outfile", tmp_path / "o.gguf")
+    run = cli("quantize", file, *arguments)
+    assert run.code == 1
+    assert "has weights of 2 heads for blk.1.attn_k_b.weight, whose file does not say" in run.err
+    assert not (tmp_path / "o.gguf").exists()
+
+
 def test_a_pointer_in_a_shards_place(path_of: Callable[[str], Path], cli: Cli, tmp_path: Path) -> None:
     """A clone without git-lfs has these: the words that help, not a header of 2336927755350992246 bytes."""
     shutil.copytree(path_of("float"), tmp_path / "Copy")
