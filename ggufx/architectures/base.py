@@ -6,13 +6,13 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 from ggufx.checkpoint import Checkpoint, SourceTensor
 from ggufx.container import Value
 from ggufx.errors import CheckpointError
 
-__all__ = ["Architecture", "Output", "Part", "Role", "evaluate"]
+__all__ = ["Architecture", "Family", "Output", "Part", "Role", "evaluate"]
 
 Role = Literal["dense", "expert", "matrix", "router", "vector", "table"]
 """What decides a tensor's type: projections; routed experts; matrices that no release quantizes (embeddings); the router's
@@ -43,6 +43,15 @@ PLAIN: Final[Mapping[Role, tuple[str, ...]]] = {
     "vector": FLOATS,
     "table": ("I64", "I32"),
 }
+
+
+class Family(NamedTuple):
+    """One family of a checkpoint's tensors, by its name within a layer or, of the global ones, as it is."""
+
+    source: str
+    role: Role
+    shape: str
+    """Expressions in the architecture's dimensions, one per axis (see :meth:`Architecture.part`)."""
 
 
 @dataclass(frozen=True)

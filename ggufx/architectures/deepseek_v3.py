@@ -10,23 +10,14 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final
 
-from ggufx.architectures.base import FP8_TILE, Architecture, Output, Part, Role
+from ggufx.architectures.base import FP8_TILE, Architecture, Family, Output, Part
 from ggufx.checkpoint import Checkpoint
 from ggufx.container import Value
 from ggufx.errors import CheckpointError, PlanError
 
 __all__ = ["DeepSeekV3"]
-
-
-class Family(NamedTuple):
-    """One family of tensors, by its name within a layer or, of the global ones, as it is."""
-
-    source: str
-    role: Role
-    shape: str
-    """Expressions in the dimensions of :meth:`DeepSeekV3.dimensions`, one per axis."""
 
 
 LAYER: Final = (
