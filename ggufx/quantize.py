@@ -20,6 +20,7 @@ from ggufx import convert, dialects, execute, offload, plan, types
 from ggufx import imatrix as imatrix_module
 from ggufx import recipe as recipe_module
 from ggufx.architectures.base import FP8_TILE
+from ggufx.architectures.deepseek_v3 import foreign_latent
 from ggufx.architectures.deepseek_v4 import LAYER
 from ggufx.architectures.deepseek_v4_file import DeepSeekV4File
 from ggufx.checkpoint import Checkpoint
@@ -485,6 +486,9 @@ def _gguf_sources(file: File, target: Dialect) -> tuple[list[Source], Quantizati
 
 def _foreign_names(file: File, target: Dialect) -> list[Finding]:
     """Warn of names that the target's programs do not look for: quantizing changes types, retarget names and keys."""
+    latent = foreign_latent({tensor.name: tensor.shape for tensor in file.tensors}, target.name)
+    if latent:
+        return [Finding("warning", "names", f"{file.path}: {latent}")]
     if not DeepSeekV4File.recognises(file):
         return []
     form = DeepSeekV4File.form_of(file)

@@ -7,7 +7,7 @@ attention's ``kv_b`` taken apart, and where ik_llama.cpp's files differ from ups
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Final
@@ -17,7 +17,28 @@ from ggufx.checkpoint import Checkpoint
 from ggufx.container import Value
 from ggufx.errors import CheckpointError, PlanError
 
-__all__ = ["DeepSeekV3"]
+__all__ = ["DeepSeekV3", "foreign_latent"]
+
+_HEADS = re.compile(r"blk\.\d+\.attn_[kv]_b\.weight")
+
+
+def foreign_latent(shapes: Mapping[str, tuple[int, ...]], target: str) -> str:
+    """Return what keeps a ``deepseek2`` GGUF from being a target's, for a warning; empty if nothing does.
+
+    Parameters
+    ----------
+    shapes
+        Of its tensors, numpy order.
+    target
+        A dialect. ik_llama.cpp loads upstream's files, too; the others have the heads as an axis of their own.
+    """
+    odd = next((name for name, shape in shapes.items() if _HEADS.fullmatch(name) and len(shape) == 2), None)
+    if odd is None or target == "ik_llama.cpp":
+        return ""
+    return (
+        f"{odd} has its heads in one matrix, as ik_llama.cpp's files have; programs for {target} do not load that, nor its "
+        f"keys: start from the checkpoint, with --target {target}"
+    )
 
 
 LAYER: Final = (

@@ -534,6 +534,20 @@ def test_importance_by_head_of_a_file_without_their_number(
     assert not (tmp_path / "o.gguf").exists()
 
 
+def test_ik_llama_cpps_form_is_no_others(path_of: Callable[[str], Path], cli: Cli, tmp_path: Path) -> None:
+    """Moving or quantizing a GGUF does not turn one form of latent attention into the other: it says so."""
+    files = {t: convert(path_of("float"), tmp_path / f"{t}.gguf", target=t)[0] for t in ("llama.cpp", "ik_llama.cpp")}
+    for own, target, told in (
+        ("ik_llama.cpp", "llama.cpp", True), ("ik_llama.cpp", "nisparks", True), ("ik_llama.cpp", "ik_llama.cpp", False),
+        ("llama.cpp", "ik_llama.cpp", False), ("llama.cpp", "llama.cpp", False),
+    ):  # fmt: skip
+        for command in (["retarget", files[own]], ["quantize", files[own], "q8_0"]):
+            run = cli(*command, "--target", target, "--dry-run", "--outfile", tmp_path / "o.gguf")
+            assert run.code == 0, run.err
+            found = f"programs for {target} do not load that" in run.out + run.err
+            assert found == told, (command, target)
+
+
 def test_a_pointer_in_a_shards_place(path_of: Callable[[str], Path], cli: Cli, tmp_path: Path) -> None:
     """A clone without git-lfs has these: the words that help, not a header of 2336927755350992246 bytes."""
     shutil.copytree(path_of("float"), tmp_path / "Copy")
