@@ -87,8 +87,8 @@ _SIDE: Final = (
     (re.compile(r"\.rotary_emb\.inv_freq$"), "computed from config.json"),
     (re.compile(r"\.(input_scale|activation_scale)$"), "a scale of activations, which no target uses"),
 )
-_LAYER_NAME = re.compile(r"^model\.layers\.(?P<number>\d+)\.(?P<rest>.+)$")
-_EXPERT_NAME = re.compile(r"^mlp\.experts\.(?P<expert>\d+)\.(?P<proj>gate_proj|up_proj|down_proj)\.weight$")
+_LAYER_NAME = re.compile(r"^model\.layers\.(?P<number>0|[1-9]\d*)\.(?P<rest>.+)$")
+_EXPERT_NAME = re.compile(r"^mlp\.experts\.(?P<expert>0|[1-9]\d*)\.(?P<proj>gate_proj|up_proj|down_proj)\.weight$")
 _SCALES: Final = "_scale_inv"
 
 

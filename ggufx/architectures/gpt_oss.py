@@ -47,7 +47,7 @@ GLOBAL: Final = (
     Family("lm_head.weight", "matrix", "vocab hidden"),
 )
 
-_LAYER_NAME = re.compile(r"^model\.layers\.(?P<number>\d+)\.(?P<rest>.+)$")
+_LAYER_NAME = re.compile(r"^model\.layers\.(?P<number>0|[1-9]\d*)\.(?P<rest>.+)$")
 
 
 class GptOss(Architecture):

@@ -339,6 +339,10 @@ def test_e8m0_scales_as_such(path_of: Callable[[str], Path], tmp_path: Path) -> 
 # What can be wrong ----------------------------------------------------------------------------------------------
 
 
+def again(source: Source, name: str) -> None:
+    source.put(name, "BF16", (4, 4), np.zeros(16, "<u2"), shard=next(iter(source.shards)))
+
+
 def _scale(value: float) -> Callable[[Source], None]:
     def damage(source: Source) -> None:
         source.bytes_of(QB + "_scale_inv").view("<f4")[1] = value
@@ -364,6 +368,9 @@ def _config(**changes: object) -> Callable[[Source], None]:
             lambda s: s.put("model.layers.1.odd.weight", "F32", (4,), np.zeros(4, "<f4"), shard=next(iter(s.shards))),
             ["Can not map tensor 'model.layers.1.odd.weight'"],
         ),
+        # 03 would be a second expert 3, which one of them would be lost for.
+        (lambda s: again(s, EXPERT.replace(".3.", ".03.")), ["Can not map tensor", "experts.03."]),
+        (lambda s: again(s, QB.replace(".1.", ".01.")), ["Can not map tensor", "layers.01."]),
         (lambda s: s.bytes_of(KVB).__setitem__(7, 0x7F), ["E4M3 NaN codes", KVB, "1 "]),
         (_scale(float("inf")), ["1 float32 scales that are not finite", QB + "_scale_inv"]),
         (_scale(float("nan")), ["1 float32 scales that are not finite", QB + "_scale_inv"]),
