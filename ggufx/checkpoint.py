@@ -27,6 +27,8 @@ __all__ = ["Checkpoint", "SourceTensor", "read_shard"]
 INDEX_NAME: Final = "model.safetensors.index.json"
 MAX_HEADER_NBYTES: Final = 100_000_000
 """The safetensors library's own limit."""
+_POINTER: Final = b"version "
+"""What git-lfs leaves in a file's place begins so; as a length it would be absurd."""
 MAX_AXES: Final = 64
 """No tensor has more; the product of a hostile header's million axes would be a number of a million digits."""
 
@@ -218,6 +220,10 @@ def read_shard(path: Path, shard: int) -> tuple[tuple[int, int], list[SourceTens
         prefix = file.read(8)
         if len(prefix) < 8:
             raise CheckpointError(f"{path}: {file_nbytes} bytes are too few for a safetensors file; download it again")
+        if prefix == _POINTER:
+            raise CheckpointError(
+                f"{path}: is git-lfs' pointer to the file, not the file itself; fetch it with: git lfs pull"
+            )
         (length,) = struct.unpack("<Q", prefix)
         if length > min(MAX_HEADER_NBYTES, file_nbytes - 8):
             raise CheckpointError(

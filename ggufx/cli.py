@@ -434,8 +434,12 @@ def inspect(
 
 @app.command()
 def verify(
-    file: Annotated[Path, typer.Argument(help="The GGUF.")],
+    file: Annotated[Path, typer.Argument(help="The GGUF, or the directory of a hybrid (ggufx merge).")],
     against: Annotated[Path, typer.Option(help="The checkpoint directory, or the GGUF, it was made from.")],
+    experts: Annotated[
+        Path | None,
+        typer.Option(help="Of a merge: the GGUF, or directory, of its routed experts. Default: compared by value."),
+    ] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="Tensors of this shell pattern were left out. Repeatable.")
     ] = None,
@@ -449,6 +453,7 @@ def verify(
         report = verify_module.verify(
             file,
             against,
+            experts=experts,
             dialect=None if dialect is None else dialect.value,
             skip=skip or (),
             threads=threads,
@@ -457,7 +462,7 @@ def verify(
     if as_json:
         _print_json(report.to_json())
         raise typer.Exit(0 if report.ok else 1)
-    shown = [t for t in report.tensors if verbose or t.status not in ("exact", "rounded")]
+    shown = [t for t in report.tensors if verbose or not t.ok]
     if shown:
         table = _table("tensor", "type", "status", "differing", "max error", "relative rms", "detail")
         for t in shown:
@@ -482,7 +487,7 @@ def verify(
 
 @app.command()
 def diff(
-    first: Annotated[Path, typer.Argument(help="A GGUF.")],
+    first: Annotated[Path, typer.Argument(help="A GGUF, or the directory of a hybrid (ggufx merge).")],
     second: Annotated[Path, typer.Argument(help="Another.")],
     dialect: DialectOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -997,7 +1002,7 @@ def recipe_from_gguf(
 
 @app.command()
 def measure(
-    file: Annotated[Path, typer.Argument(help="A GGUF to take tensors from.")],
+    file: Annotated[Path, typer.Argument(help="A GGUF, or a hybrid's directory, to take tensors from.")],
     type_names: Annotated[str, typer.Option("--types", help="Types to compare, comma-separated: iq2_ks,q4_k,...")],
     tensors: Annotated[str | None, typer.Option(help="Shell pattern of the tensors. Default: every matrix.")] = None,
     imatrix: Annotated[Path | None, typer.Option(help="Importance matrix, .gguf or legacy .dat.")] = None,

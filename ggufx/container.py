@@ -470,10 +470,12 @@ def read_container(path: str | Path) -> Container:
     ------
     ContainerError
         The file breaks a rule of the format; ``error.rule`` names it.
-    FileNotFoundError, IsADirectoryError, PermissionError
+    FileNotFoundError, PermissionError
         As from ``open``.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ContainerError(path, "magic", "is a directory, not a GGUF file")
     with path.open("rb") as file:
         try:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

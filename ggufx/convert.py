@@ -5,15 +5,16 @@ from __future__ import annotations
 import fnmatch
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from ggufx import architectures, dialects, execute, plan, types, vocabulary
+from ggufx import architectures, companions, dialects, execute, plan, types, vocabulary
 from ggufx.architectures import Architecture, Output, Part
+from ggufx.architectures.base import FP8_TILE
 from ggufx.checkpoint import Checkpoint
 from ggufx.container import Value, ValueType
 from ggufx.errors import CheckpointError, CodecError, PlanError
@@ -104,6 +105,14 @@ class Conversion:
         """Plan an output with its native bits, or in the ``dense`` type where the target has none for them."""
         return _tensor(output, self.choice, strict=self._strict, notes=self.notes)
 
+    def packs(self, output: Output) -> bool:
+        """Return whether F8_E4M3_B128 holds the very codes and scales of an FP8 tensor; reads float32 scales for it."""
+        return self.choice.packs(output)
+
+    def all_notes(self) -> list[str]:
+        """Return the notes and what there is to say of the FP8 tensors planned so far, each once."""
+        return list(dict.fromkeys([*self.notes, *self.choice.notes()]))
+
     def metadata(self, tensors: Sequence[PlannedTensor], file_type: int | None) -> dict[str, Value]:
         """Return the keys of a file of these tensors, without ``general.file_type`` if that is ``None``."""
         keys = _metadata(
@@ -187,7 +196,7 @@ def plan_convert(
         dialect=target,
         split_max_nbytes=split_max_nbytes,
         skipped=conversion.skipped,
-        notes=list(dict.fromkeys([*conversion.notes, *conversion.choice.inexact_notes()])),
+        notes=conversion.all_notes(),
         file_type=ftype_name,
     )
     try:
@@ -244,9 +253,13 @@ class _Choice:
     architecture: Architecture
     dialect: dialects.Dialect
     requested: str | None
-    exact: set[str] = field(default_factory=set)
-    inexact: dict[str, list[str]] = field(default_factory=dict)
-    """Of the tensors whose scales were read: the names of those with powers of two, and of the others by their family."""
+    scales: dict[str, bool] = field(default_factory=dict)
+    """By name, of those that were looked at: whether all are powers of two."""
+    rounded: dict[str, dict[str, None]] = field(default_factory=dict)
+    turned: dict[str, dict[str, None]] = field(default_factory=dict)
+    """By family, tensors that are no F8_E4M3_B128: as their scales are no powers of two, and as no tile ends with a head."""
+    unread: dict[str, str] = field(default_factory=dict)
+    """By output, the types that products with float32 scales are rounded to which nobody had to look at."""
 
     @property
     def dense(self) -> str:
@@ -259,34 +272,63 @@ class _Choice:
         return self.dialect.type_id(types.get("F8_E4M3_B128")) is not None
 
     def powers_of_two(self, output: Output) -> bool:
-        """Return whether all FP8 scales of a tensor are powers of two; reads them where it makes a difference."""
+        """Return whether all FP8 scales of a tensor are powers of two; reads them, once, where it makes a difference."""
+        names = dict.fromkeys(part.scale.name for part in output.parts if part.scale is not None)
         if all(part.kind == "FP8" for part in output.parts):
+            self.scales |= dict.fromkeys(names, True)
             return True
         quantization = self.architecture.config.get("quantization_config")
         announced = isinstance(quantization, dict) and quantization.get("scale_fmt") == "ue8m0"
-        if not (self.holds_fp8 or announced):
-            return False
-        checkpoint = self.architecture.checkpoint
-        names = dict.fromkeys(part.scale.name for part in output.parts if part.scale is not None)
         # The first that is none decides: a checkpoint of other scales costs one small read a tensor.
-        if all(exponents(checkpoint.read(name).view("<f4"))[1] == 0 for name in names):
-            self.exact.add(output.name)
-            return True
-        family = re.sub(r"^blk\.\d+\.", "", output.name)
-        self.inexact.setdefault(family, []).append(output.name)
-        return False
+        return (self.holds_fp8 or announced) and all(map(self._power_of_two, names))
 
-    def inexact_notes(self) -> list[str]:
-        """Say which tensors' scales are no powers of two, a line for each family."""
+    def _power_of_two(self, name: str) -> bool:
+        if name not in self.scales:
+            self.scales[name] = exponents(self.architecture.checkpoint.read(name).view("<f4"))[1] == 0
+        return self.scales[name]
+
+    def packs(self, output: Output) -> bool:
+        """Return whether F8_E4M3_B128 holds the very codes and scales of an FP8 tensor; reads scales as above."""
+        first = output.stack[0][0]
+        return (
+            first.kind in ("FP8", "FP8_F32")
+            and output.shape[-1] % FP8_TILE == 0
+            and not (first.transposed and not _squarely(output))
+            and self.powers_of_two(output)
+        )
+
+    def notes(self) -> list[str]:
+        """Say which FP8 tensors lost something, or are not FP8 in the file, a line for each family."""
         then = f"stored as {self.dense}, not as F8_E4M3_B128" if self.holds_fp8 else f"rounded to {self.dense}"
-        if self.inexact and not self.exact:
-            count = sum(map(len, self.inexact.values()))
-            return [f"none of the {count} FP8 tensors has scales that are all powers of two; {then}"]
-        return [
-            f"{family}{f' of {len(names)} layers' if names[0] != family else ''} (first {names[0]}): not all FP8 scales are "
-            f"powers of two; {then}"
-            for family, names in self.inexact.items()
+        found = []
+        if self.rounded and not any(self.scales.values()):
+            count = sum(map(len, self.rounded.values()))
+            found.append(f"none of the {count} FP8 tensors has scales that are all powers of two; {then}")
+        else:
+            found += [
+                f"{_these(family, names)}: not all FP8 scales are powers of two; {then}"
+                for family, names in self.rounded.items()
+            ]
+        found += [
+            f"{_these(family, names)}: tiles of 128x128 scales do not end with heads - using BF16, which is exact"
+            for family, names in self.turned.items()
         ]
+        if self.unread:
+            kinds = " or ".join(dict.fromkeys(self.unread.values()))
+            found.append(
+                f"{len(self.unread)} FP8 tensors (first {next(iter(self.unread))}) have float32 scales; their products are "
+                f"rounded to {kinds}"
+            )
+        return found
+
+
+def _family(name: str) -> str:
+    return re.sub(r"^blk\.\d+\.", "", name)
+
+
+def _these(family: str, names: Collection[str]) -> str:
+    first = next(iter(names))
+    return f"{family}{f' of {len(names)} layers' if first != family else ''} (first {first})"
 
 
 def _tensor(output: Output, choice: _Choice, *, strict: bool, notes: list[str]) -> PlannedTensor:
@@ -294,7 +336,14 @@ def _tensor(output: Output, choice: _Choice, *, strict: bool, notes: list[str]) 
     exact_scales = first.kind in ("FP8", "FP8_F32") and choice.powers_of_two(output)
     target = _target_type(output, first, choice, notes, exact_scales=exact_scales)
     limit = choice.architecture.n_experts if output.role == "table" else None
-    return plan_output(output, target, choice.dialect, exact_scales=exact_scales, strict=strict, limit=limit)
+    planned = plan_output(output, target, choice.dialect, exact_scales=exact_scales, strict=strict, limit=limit)
+    if first.kind == "FP8_F32" and not planned.lossless and not exact_scales:
+        scales = (part.scale.name for part in output.parts if part.scale is not None)
+        if any(name in choice.scales for name in scales):
+            choice.rounded.setdefault(_family(output.name), {})[output.name] = None
+        else:
+            choice.unread[output.name] = target
+    return planned
 
 
 def plan_output(
@@ -369,9 +418,7 @@ def _target_type(output: Output, first: Part, choice: _Choice, notes: list[str],
     if kind in ("FP8", "FP8_F32"):
         wanted = "F8_E4M3_B128" if choice.holds_fp8 and exact_scales else choice.dense
         if wanted == "F8_E4M3_B128" and first.transposed and not _squarely(output):
-            notes.append(
-                f"{output.name}: its scales' tiles of 128x128 do not end with its heads - using BF16, which is exact"
-            )
+            choice.turned.setdefault(_family(output.name), {})[output.name] = None
             return "BF16"
     elif output.role == "table":
         return "I32"
@@ -465,6 +512,13 @@ def _metadata(
     keys.update(vocabulary.tokenizer_keys(checkpoint, architecture.tokenizer_pre, architecture.integer("vocab_size")))
     if template is not None:
         keys.setdefault("tokenizer.chat_template", Value.string(template))
+    pre = architecture.tokenizer_pre
+    if companions.PRE_TOKENIZERS.get(pre, ()) not in ((), vocabulary.split_expressions(checkpoint)):
+        # A model of this architecture may have a tokenizer of its own, which nothing else here would tell.
+        notes.append(
+            f"tokenizer.json does not split text as {pre} does, which is written as tokenizer.ggml.pre: programs may find "
+            "other tokens; if they have a name for its way, set that with: ggufx set FILE tokenizer.ggml.pre=str:NAME"
+        )
     return keys
 
 

@@ -1,4 +1,4 @@
-"""Compare two GGUFs: keys, names, order, shapes, types and decoded values."""
+"""Compare two GGUFs or hybrids: keys, names, order, shapes, types and decoded values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy.typing as npt
 from ggufx import execute
 from ggufx.container import Value, ValueType
 from ggufx.execute import Progress
-from ggufx.file import Tensor, open
+from ggufx.file import Tensor
+from ggufx.hybrid import HybridFile, ScaledTensor, open
 
 __all__ = ["Difference", "TensorDifference", "diff"]
 
@@ -58,12 +59,12 @@ class Difference:
 def diff(
     first: str | Path, second: str | Path, *, dialect: str | None = None, progress: Progress | None = None
 ) -> Difference:
-    """Compare two GGUF files.
+    """Compare two GGUF files, or directories of hybrids.
 
     Parameters
     ----------
     first, second
-        The files; any members of splits.
+        The files; any members of splits; or hybrids, which have no keys: those of the other one are not compared.
     dialect
         As in :func:`ggufx.open`, for both.
     progress
@@ -76,7 +77,8 @@ def diff(
     """
     with open(first, dialect=dialect) as a, open(second, dialect=dialect) as b, execute.open_files():
         result = Difference((str(first), str(second)))
-        result.keys = _keys(a.metadata.typed(), b.metadata.typed())
+        if isinstance(a, HybridFile) == isinstance(b, HybridFile):
+            result.keys = _keys(a.metadata.typed(), b.metadata.typed())
         result.only_first = [name for name in a if name not in b]
         result.only_second = [name for name in b if name not in a]
         common = [name for name in a if name in b]
@@ -117,8 +119,7 @@ def _tensor(a: Tensor, b: Tensor) -> TensorDifference | None:
         return result
     if a.type == b.type and _same_bytes(a, b):
         return None
-    decodable = all(t.codec is not None and t.codec.can_decode for t in (a, b))
-    if not decodable:
+    if not (_decodable(a) and _decodable(b)):
         result.note = "the bytes differ and the type cannot be decoded here"
         return result
     _values(a, b, result)
@@ -135,27 +136,42 @@ def _read(tensor: Tensor, slot: str, start: int, nbytes: int) -> npt.NDArray[np.
     return buffer
 
 
+def _decodable(tensor: Tensor) -> bool:
+    return isinstance(tensor, ScaledTensor) or (tensor.codec is not None and tensor.codec.can_decode)
+
+
 def _same_bytes(a: Tensor, b: Tensor) -> bool:
     if a.nbytes != b.nbytes:
         return False
-    parts = ((start, min(_CHUNK_NBYTES, a.nbytes - start)) for start in range(0, a.nbytes, _CHUNK_NBYTES))
+    nbytes = a.nbytes
+    if isinstance(a, ScaledTensor) and isinstance(b, ScaledTensor):
+        if a.scales.tobytes() != b.scales.tobytes():
+            return False
+        nbytes = a.size  # the scales lie elsewhere
+    parts = ((start, min(_CHUNK_NBYTES, nbytes - start)) for start in range(0, nbytes, _CHUNK_NBYTES))
     return all(np.array_equal(_read(a, "a", *part), _read(b, "b", *part)) for part in parts)
 
 
+def _rows(tensor: Tensor, slot: str, start: int, count: int, row_len: int) -> npt.NDArray[np.float64]:
+    if isinstance(tensor, ScaledTensor):
+        codes = _read(tensor, slot, start * row_len, count * row_len).reshape(count, row_len)
+        return tensor.decode_rows(codes, start).astype(np.float64)
+    assert tensor.codec is not None
+    width = tensor.codec.layout.row_nbytes(row_len)
+    packed = _read(tensor, slot, start * width, count * width).reshape(count, width)
+    decoded: npt.NDArray[np.float64] = tensor.codec.decode(packed, dtype=np.float64)
+    return decoded
+
+
 def _values(a: Tensor, b: Tensor, result: TensorDifference) -> None:
-    assert a.codec is not None
-    assert b.codec is not None
     row_len = a.shape[-1] if a.shape else 1
-    width_a, width_b = a.codec.layout.row_nbytes(row_len), b.codec.layout.row_nbytes(row_len)
     n_rows = a.size // max(1, row_len)
     step = max(1, _CHUNK_LEN // max(1, row_len))
     squares = energy = 0.0
     for start in range(0, n_rows, step):
         count = min(step, n_rows - start)
-        packed_a = _read(a, "a", start * width_a, count * width_a).reshape(count, width_a)
-        packed_b = _read(b, "b", start * width_b, count * width_b).reshape(count, width_b)
-        x = a.codec.decode(packed_a, dtype=np.float64)
-        y = b.codec.decode(packed_b, dtype=np.float64)
+        x = _rows(a, "a", start, count, row_len)
+        y = _rows(b, "b", start, count, row_len)
         unequal = (x != y) & ~(np.isnan(x) & np.isnan(y))
         energy += float(np.square(x).sum())
         differing = int(np.count_nonzero(unequal))

@@ -109,12 +109,20 @@ class ScaledTensor(Tensor):
             list(pool.map(decode, range(0, self.shape[0], step)))
         return out
 
+    def decode_rows(self, codes: npt.NDArray[np.uint8], start: int) -> npt.NDArray[np.float32]:
+        """Decode rows that begin with row ``start``, from codes that the caller has read: float32 [n, row_len]."""
+        first, phase = divmod(start, BLOCK_LEN)
+        scales = self.scales[first : first + -(-(phase + codes.shape[0]) // BLOCK_LEN)]
+        return decode_scaled(np.ascontiguousarray(codes), scales, BLOCK_LEN, phase)[0]
+
     def __getitem__(self, index: Index | tuple[Index, ...]) -> npt.NDArray[Any]:
         """Decode a slice: only the rows that are asked for."""
         parts = index if isinstance(index, tuple) else (index,)
+        if any(part is None or isinstance(part, bool | np.bool_) for part in parts):
+            raise IndexError("only integers, slices, ... and integer arrays index a tensor")
         if parts and parts[0] is not Ellipsis and (len(parts) == 1 or isinstance(parts[1], slice)):
             rows = np.arange(self.shape[0])[parts[0]]
-            flat = np.atleast_1d(rows)
+            flat = rows.reshape(-1)
             values = decode_scaled(np.ascontiguousarray(self.packed[flat]), self.scales[flat // BLOCK_LEN], 1)[0]
             return values.reshape(*rows.shape, self.shape[-1])[(..., *parts[1:])]
         return self.numpy()[index]
@@ -173,6 +181,11 @@ class HybridFile(File):
     def path(self) -> Path:
         """The directory."""
         return self._path
+
+    @property
+    def stored(self) -> dict[str, tuple[Path, SourceTensor]]:
+        """Every tensor of the files, scales and type numbers too, as it lies there: name -> file, place."""
+        return {name: (container.path, tensor) for name, (tensor, container) in self._sources.items()}
 
     def _tensor(self, name: str, tensor: SourceTensor, container: Container) -> Tensor | None:
         """Return a tensor as a reader sees it; ``None`` for what belongs to another one."""

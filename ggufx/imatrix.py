@@ -71,6 +71,8 @@ _SAME_INPUT: Final[Mapping[str, tuple[str, ...]]] = {
 As ik_llama.cpp has it: its pull requests 250 (MLA; ``attn_k_b`` is transposed and sees others), 1419 (merged experts) and
 1805 (the fused product records ``ffn_up`` only).
 """
+LATENT: Final = re.compile(r"blk\.\d+\.attn_[kv]_b\.weight")
+"""Products by head that ik_llama.cpp's files have as one matrix."""
 _PART = re.compile(r"(blk\.\d+\.)([a-z_]+)(\.weight)")
 _SPLIT_EXPERT = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))\.(\d{1,6})\.weight")
 """One expert of files from before the experts of a layer were stacked in one tensor."""
@@ -222,7 +224,8 @@ class ImportanceMatrix(Mapping[str, F32]):
             stack; a tensor without an entry takes that of one that sees the same activations (``ffn_gate_exps`` of
             ``ffn_up_exps``, ``attn_v_b`` of ``attn_kv_b``) if its length fits.
         shape
-            Its shape, numpy order; three axes are stacked experts.
+            Its shape, numpy order; three axes are stacked experts. So are the heads of ``attn_k_b`` and ``attn_v_b``, which lie
+            below each other in ik_llama.cpp's files: recorded are weights for each, or for all.
 
         Raises
         ------
@@ -248,7 +251,7 @@ class ImportanceMatrix(Mapping[str, F32]):
 
         For who reads the weights later, or on another machine. Parameters and errors as in :meth:`rows`.
         """
-        experts = shape[0] if len(shape) == 3 else 1
+        experts = shape[0] if len(shape) == 3 else self._heads(name, shape)
         row_len = shape[-1]
         found = self._joined(name, experts, row_len)
         if found is None:
@@ -259,6 +262,14 @@ class ImportanceMatrix(Mapping[str, F32]):
         if found is None:
             return None
         return tuple(self._with_data(place, row_len, stacked=len(found) > 1) for place in found)
+
+    def _heads(self, name: str, shape: tuple[int, ...]) -> int:
+        """Return how many heads of a matrix have weights of their own: 1 but for latent projections."""
+        entry = self._entries.get(name)
+        if entry is None or len(shape) != 2 or not LATENT.fullmatch(name):
+            return 1
+        heads, rest = divmod(entry.length, shape[1])
+        return heads if heads and not rest and shape[0] % heads == 0 else 1
 
     def _with_data(self, place: Place | None, row_len: int, *, stacked: bool) -> Place | None:
         if place is None:

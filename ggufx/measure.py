@@ -14,7 +14,8 @@ import numpy.typing as npt
 from ggufx import types
 from ggufx.distortion import Quality, quality
 from ggufx.errors import GGUFError, UnsupportedType
-from ggufx.file import File, Tensor, open
+from ggufx.file import File, Tensor
+from ggufx.hybrid import ScaledTensor, open
 from ggufx.imatrix import ImportanceMatrix, RowImportance
 from ggufx.types import Codec, Effort, Objective
 
@@ -59,12 +60,12 @@ def measure(
     threads: int | None = None,
     progress: Any = None,
 ) -> list[Measurement]:
-    """Encode a GGUF's matrices with each type and measure the error against the decoded original.
+    """Encode the matrices of a GGUF, or of a hybrid, with each type and measure the error against the decoded original.
 
     Parameters
     ----------
     path
-        The GGUF.
+        The GGUF, or a hybrid's directory.
     type_names
         Types to compare.
     pattern
@@ -110,12 +111,18 @@ def _chosen(file: File, pattern: str | None) -> list[Tensor]:
     chosen = [
         t
         for t in file.tensors
-        if t.ndim >= 2 and t.size and t.codec is not None and t.codec.can_decode and t.dtype == np.float32
+        if t.ndim >= 2 and t.size and _decodable(t)
         if pattern is None or fnmatch.fnmatchcase(t.name, pattern)
     ]
     if not chosen:
         raise GGUFError(f"{file.path}: no float matrix matches {pattern or '*'!r}")
     return chosen
+
+
+def _decodable(tensor: Tensor) -> bool:
+    if isinstance(tensor, ScaledTensor):
+        return True
+    return tensor.codec is not None and tensor.codec.can_decode and tensor.dtype == np.float32
 
 
 def _n_rows(tensor: Tensor, max_rows: int | None) -> int:
@@ -124,11 +131,14 @@ def _n_rows(tensor: Tensor, max_rows: int | None) -> int:
 
 
 def _rows(tensor: Tensor, max_rows: int | None) -> npt.NDArray[np.float32]:
+    n_rows = tensor.size // tensor.shape[-1]
+    chosen: slice | npt.NDArray[np.int64] = slice(None)
+    if max_rows is not None and n_rows > max_rows:
+        chosen = np.linspace(0, n_rows - 1, max_rows).astype(np.int64)
+    if isinstance(tensor, ScaledTensor):
+        return tensor[chosen]
     assert tensor.codec is not None
-    packed = tensor.packed.reshape(-1, tensor.packed.shape[-1])
-    if max_rows is not None and packed.shape[0] > max_rows:
-        packed = packed[np.linspace(0, packed.shape[0] - 1, max_rows).astype(np.int64)]
-    return tensor.codec.decode(packed)
+    return tensor.codec.decode(tensor.packed.reshape(n_rows, -1)[chosen])
 
 
 def _measure(

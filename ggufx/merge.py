@@ -26,7 +26,7 @@ from ggufx.file import File, Tensor, open
 from ggufx.plan import Plan, PlannedFile, PlannedShard, PlannedTensor, PlannedText, Span
 from ggufx.quantize import common_file_type
 
-__all__ = ["FORMATS", "merge", "plan_merge"]
+__all__ = ["FORMATS", "RoutedExperts", "merge", "open_all", "plan_merge", "routed_experts", "unchanged"]
 
 FORMATS: Final = ("safetensors", "gguf")
 
@@ -43,7 +43,7 @@ _COMPANIONS: Final = ("*.json", "*.jinja", "*.model", "*.py", "*.txt", "LICENSE*
 _COMPANION_NBYTES: Final = 64 << 20
 
 
-class _Expert(NamedTuple):
+class RoutedExperts(NamedTuple):
     """Routed experts in a GGUF, and the number of the file that holds them among the plan's sources."""
 
     tensor: Tensor
@@ -95,13 +95,15 @@ def plan_merge(
     """
     if form not in FORMATS:
         raise PlanError(f"--format {form} is not supported; supported: {', '.join(FORMATS)}")
-    if form == "safetensors" and (target or dense or split_max_nbytes):
-        raise PlanError("--target, --dense and --split-max-size go with --format gguf; safetensors keep what they are")
+    if form == "safetensors" and (target or dense or split_max_nbytes or model_name or chat_template):
+        raise PlanError(
+            "--target, --dense, --model-name and --split-max-size go with --format gguf; safetensors keep what they are"
+        )
     checkpoint = safetensor_path if isinstance(safetensor_path, Checkpoint) else Checkpoint(safetensor_path)
     with ExitStack() as opened:
-        files = [opened.enter_context(file) for file in _open_all(Path(gguf_path), dialect)]
+        files = [opened.enter_context(file) for file in open_all(Path(gguf_path), dialect)]
         paths = [path for file in files for path in file.paths]
-        experts = _experts(Path(gguf_path), files, len(checkpoint.shards))
+        experts = routed_experts(Path(gguf_path), files, len(checkpoint.shards))
         sources = [*checkpoint.shards, *paths]
         states = [*checkpoint.shard_states, *((path.stat().st_size, path.stat().st_mtime_ns) for path in paths)]
         if form == "gguf":
@@ -148,7 +150,7 @@ def merge(
 # The GGUF's side ------------------------------------------------------------------------------------------------
 
 
-def _open_all(path: Path, dialect: str | None) -> Iterator[File]:
+def open_all(path: Path, dialect: str | None) -> Iterator[File]:
     """Open a GGUF, or all of a directory, members of a split together."""
     if not path.is_dir():
         yield open(path, dialect=dialect)
@@ -166,9 +168,9 @@ def _open_all(path: Path, dialect: str | None) -> Iterator[File]:
             yield opened
 
 
-def _experts(path: Path, files: Sequence[File], first: int) -> dict[str, _Expert]:
+def routed_experts(path: Path, files: Sequence[File], first: int = 0) -> dict[str, RoutedExperts]:
     """Return the routed experts of all files by name; the files' numbers among the sources begin with ``first``."""
-    found: dict[str, _Expert] = {}
+    found: dict[str, RoutedExperts] = {}
     for file in files:
         numbers = {member: number for number, member in enumerate(file.paths, first)}
         first += len(numbers)
@@ -187,12 +189,12 @@ def _experts(path: Path, files: Sequence[File], first: int) -> dict[str, _Expert
                     "its length cannot be checked; register a codec for it, or quantize to another type (interleaved _R4 types "
                     "to the plain ones)"
                 )
-            found[tensor.name] = _Expert(tensor, numbers[tensor.path])
+            found[tensor.name] = RoutedExperts(tensor, numbers[tensor.path])
     return found
 
 
 def _checked(
-    conversion: convert.Conversion, path: Path, files: Sequence[File], experts: Mapping[str, _Expert]
+    conversion: convert.Conversion, path: Path, files: Sequence[File], experts: Mapping[str, RoutedExperts]
 ) -> list[tuple[str, str]]:
     """Hold the GGUF's experts against the checkpoint's, and return what is left out of both, with the reasons."""
     architecture = conversion.architecture
@@ -233,7 +235,7 @@ def _checked(
     return skipped
 
 
-def _expert_tensor(name: str, expert: _Expert, type_id: int) -> PlannedTensor:
+def _expert_tensor(name: str, expert: RoutedExperts, type_id: int) -> PlannedTensor:
     tensor = expert.tensor
     span = Span(expert.file, tensor.file_offset, tensor.nbytes)
     return plan.copy_tensor(name, tensor.shape, tensor.type, type_id, span)
@@ -242,7 +244,7 @@ def _expert_tensor(name: str, expert: _Expert, type_id: int) -> PlannedTensor:
 # One GGUF -------------------------------------------------------------------------------------------------------
 
 
-def _dialect(path: Path, experts: Mapping[str, _Expert], target: str | None) -> Dialect:
+def _dialect(path: Path, experts: Mapping[str, RoutedExperts], target: str | None) -> Dialect:
     """Return the dialect to write: the one asked for, or the first that holds all of the experts' types."""
     codecs = {codec.name: codec for expert in experts.values() if (codec := expert.tensor.codec) is not None}
     candidates = [dialects.get(name) for name in ((target,) if target else _TARGETS)]
@@ -259,7 +261,7 @@ def _dialect(path: Path, experts: Mapping[str, _Expert], target: str | None) -> 
 
 def _as_gguf(
     conversion: convert.Conversion,
-    experts: Mapping[str, _Expert],
+    experts: Mapping[str, RoutedExperts],
     output_path: str | Path,
     sources: Sequence[Path],
     states: Sequence[tuple[int, int]],
@@ -293,7 +295,7 @@ def _as_gguf(
         dialect=dialect.name,
         split_max_nbytes=split_max_nbytes,
         skipped=skipped,
-        notes=list(dict.fromkeys([*conversion.notes, *conversion.choice.inexact_notes()])),
+        notes=conversion.all_notes(),
         file_type=label,
     )
 
@@ -303,7 +305,7 @@ def _as_gguf(
 
 def _as_safetensors(
     conversion: convert.Conversion,
-    experts: Mapping[str, _Expert],
+    experts: Mapping[str, RoutedExperts],
     directory: Path,
     sources: Sequence[Path],
     states: Sequence[tuple[int, int]],
@@ -328,7 +330,7 @@ def _as_safetensors(
             here.append(replace(planned, stored=("U8", (tensor.nbytes,))))
             constants.setdefault(number, {})[output.name.removesuffix(".weight") + ".ggml_type"] = tensor.type_id
         else:
-            here += _unchanged(output)
+            here += unchanged(output)
     files: list[PlannedFile] = []
     weight_map: dict[str, str] = {}
     for position, number in enumerate(sorted(layers)):
@@ -357,8 +359,8 @@ def _as_safetensors(
     )
 
 
-def _unchanged(output: Output) -> list[PlannedTensor]:
-    """Return a tensor of the checkpoint under its new name, and its scales; nothing for parts of one (k_b, v_b)."""
+def unchanged(output: Output) -> list[PlannedTensor]:
+    """Return a tensor of the checkpoint under a hybrid's name, and its scales; nothing for parts of one (k_b, v_b)."""
     first = output.stack[0][0]
     if len(output.stack) > 1 or first.transposed or first.shape != first.tensor.shape:
         return []
@@ -395,7 +397,7 @@ def _companions(checkpoint: Checkpoint) -> Iterator[tuple[str, bytes]]:
             yield path.name, path.read_bytes()
 
 
-def _notes(experts: Mapping[str, _Expert], layers: Mapping[int, Sequence[PlannedTensor]]) -> Iterator[str]:
+def _notes(experts: Mapping[str, RoutedExperts], layers: Mapping[int, Sequence[PlannedTensor]]) -> Iterator[str]:
     strange = sorted({expert.tensor.type for expert in experts.values()} - KNOWN_TO_KTRANSFORMERS)
     if strange:
         yield (

@@ -10,8 +10,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -19,6 +19,8 @@ from typing import Any, Final, Literal
 from ggufx import convert, dialects, execute, offload, plan, types
 from ggufx import imatrix as imatrix_module
 from ggufx import recipe as recipe_module
+from ggufx.architectures.base import FP8_TILE
+from ggufx.architectures.deepseek_v3 import foreign_latent
 from ggufx.architectures.deepseek_v4 import LAYER
 from ggufx.architectures.deepseek_v4_file import DeepSeekV4File
 from ggufx.checkpoint import Checkpoint
@@ -26,7 +28,7 @@ from ggufx.container import Value
 from ggufx.dialects import Dialect
 from ggufx.errors import FallbackError, PlanError, RecipeError
 from ggufx.execute import Progress, TileDone
-from ggufx.file import File, open
+from ggufx.file import File, Tensor, open
 from ggufx.imatrix import ImportanceMatrix, Place
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform, Weights
 from ggufx.recipe import NATIVE, Finding, Recipe, Rule
@@ -101,6 +103,8 @@ class Source:
         Plans it as it is, or raises PlanError when the target cannot hold it.
     member
         Number of the split file it is in.
+    packs
+        Whether F8_E4M3_B128 holds its own codes and scales; it may read the scales.
     """
 
     name: str
@@ -111,6 +115,7 @@ class Source:
     stack: tuple[tuple[Matrix, ...], ...]
     keep: Callable[[], PlannedTensor]
     member: int = 0
+    packs: Callable[[], bool] = bool
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ class Choice:
     type
         Type name in the output; for a kept tensor the one it has there.
     kept
-        Its own bits, exactly.
+        Its own bits; where the target has no type for them BF16, exactly but for products with float32 scales.
     rule
         The rule that decided, if one did.
     wanted
@@ -158,7 +163,7 @@ class Quantization:
     label: str = ""
     asked: str = ""
     keep_split: bool = False
-    notes: list[str] = field(default_factory=list)
+    notes: Callable[[], Sequence[str]] = list
 
     @property
     def errors(self) -> list[Finding]:
@@ -214,7 +219,7 @@ class Quantization:
             split_max_nbytes=split_max_nbytes,
             members=members,
             skipped=self.skipped,
-            notes=list(dict.fromkeys([*self.notes, *(f.message for f in self.findings if f.severity != "error")])),
+            notes=list(dict.fromkeys([*self.notes(), *(f.message for f in self.findings if f.severity != "error")])),
             file_type=named,
         )
 
@@ -226,9 +231,10 @@ class Quantization:
         type_id = self.dialect.type_id(codec)
         assert type_id is not None, choice
         first = source.stack[0][0]
-        # Whether float32 scales are powers of two is not looked up here: their products are encoded.
-        scaled = source.kind == "FP8_F32"
-        op = "encode" if scaled else convert.operation(source.kind, choice.type, transposed=first.transposed)
+        op = convert.operation(source.kind, choice.type, transposed=first.transposed)
+        # FP8 that F8_E4M3_B128 holds as it is was kept; this is the rest.
+        if source.kind in ("FP8", "FP8_F32") and op == "pack":
+            op = "encode"
         effort = self.effort if self.effort != "reference" or codec.reproduces else "normal"
         transform = Transform(
             op, source.kind, choice.type, tuple(part.rows if part.transposed else part.row_len for part in source.stack[0]),
@@ -454,7 +460,8 @@ def _gguf_sources(file: File, target: Dialect) -> tuple[list[Source], Quantizati
         span = Span(member, tensor.file_offset, tensor.nbytes)
         stack: tuple[tuple[Matrix, ...], ...] = ()
         if tensor.codec is not None and tensor.size:
-            stack = tuple((matrix,) for matrix in _matrices(tensor.name, tensor.shape, tensor.codec, span))
+            count = tensor.shape[0] if tensor.ndim == 3 else _heads(file, tensor)
+            stack = tuple((matrix,) for matrix in _matrices(tensor.name, tensor.shape, tensor.codec, span, count))
         keep = _keeper(tensor.name, tensor.shape, tensor.type, tensor.type_id, tensor.codec, span, stack, target, file)
         stays = recipe_module.stays(tensor.name, tensor.shape)
         sources.append(Source(tensor.name, tensor.shape, tensor.type, tensor.nbytes, stays, stack, keep, member))
@@ -479,6 +486,9 @@ def _gguf_sources(file: File, target: Dialect) -> tuple[list[Source], Quantizati
 
 def _foreign_names(file: File, target: Dialect) -> list[Finding]:
     """Warn of names that the target's programs do not look for: quantizing changes types, retarget names and keys."""
+    latent = foreign_latent({tensor.name: tensor.shape for tensor in file.tensors}, target.name)
+    if latent:
+        return [Finding("warning", "names", f"{file.path}: {latent}")]
     if not DeepSeekV4File.recognises(file):
         return []
     form = DeepSeekV4File.form_of(file)
@@ -493,11 +503,17 @@ def _foreign_names(file: File, target: Dialect) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _matrices(name: str, shape: tuple[int, ...], codec: types.Codec, span: Span) -> list[Matrix]:
-    """Cut a tensor into the matrices that are stacked in it, so that each expert is weighed by its own importance."""
+def _heads(file: File, tensor: Tensor) -> int:
+    """Return how many heads lie below each other in a matrix: 1 but for ik_llama.cpp's latent projections."""
+    heads = file.metadata.get(f"{file.metadata.get('general.architecture')}.attention.head_count")
+    latent = tensor.ndim == 2 and imatrix_module.LATENT.fullmatch(tensor.name) is not None
+    return heads if latent and isinstance(heads, int) and heads > 0 and tensor.shape[0] % heads == 0 else 1
+
+
+def _matrices(name: str, shape: tuple[int, ...], codec: types.Codec, span: Span, count: int) -> list[Matrix]:
+    """Cut a tensor into the ``count`` matrices stacked in it, so that each expert is weighed by its own importance."""
     row_len = shape[-1] if shape else 1
     rows = prod(shape[:-1])
-    count = shape[0] if len(shape) == 3 else 1
     nbytes = span.nbytes // count
     return [
         Matrix(name, codec.name, rows // count, row_len, Span(span.file, span.offset + number * nbytes, nbytes))
@@ -564,15 +580,18 @@ def _checkpoint_sources(
         )
         stays = output.role in ("vector", "router", "table") or recipe_module.stays(output.name, output.shape)
         sources.append(
-            Source(output.name, output.shape, kind, nbytes, stays, stack, lambda o=output: conversion.tensor(o))  # type: ignore[misc]
-        )
+            Source(
+                output.name, output.shape, kind, nbytes, stays, stack, partial(conversion.tensor, output),
+                packs=partial(conversion.packs, output),
+            )
+        )  # fmt: skip
 
     def metadata(tensors: Sequence[PlannedTensor], file_type: int | None) -> dict[str, Value]:
         return conversion.metadata(tensors, file_type)
 
     found = Quantization(
         checkpoint.path, target, [], [], "normal", "reference", False, "", [str(path) for path in checkpoint.shards],
-        list(checkpoint.shard_states), metadata, skipped=conversion.skipped, notes=conversion.notes,
+        list(checkpoint.shard_states), metadata, skipped=conversion.skipped, notes=conversion.all_notes,
     )  # fmt: skip
     return sources, found
 
@@ -623,7 +642,8 @@ class _Decider:
     def __call__(self, source: Source) -> Choice:
         rule = self.rules.find(source.name, stays=source.stays)
         wanted = self._wanted(source, rule)
-        if wanted in (None, NATIVE, source.kind) or 0 in source.shape:
+        native = wanted == "F8_E4M3_B128" and source.kind in ("FP8", "FP8_F32") and self._packs(source)
+        if wanted in (None, NATIVE, source.kind) or 0 in source.shape or native:
             kept = self._kept(source, rule)
             # Some of what a checkpoint has in BF16 is kept as F32 (norms, routers): a rule that says BF16 means it.
             if wanted != "BF16" or kept.type == wanted or 0 in source.shape:
@@ -693,6 +713,17 @@ class _Decider:
         bits = types.get(self.default).layout.bits_per_weight()
         return self.default if bits >= types.get(least).layout.bits_per_weight() else least
 
+    def _packs(self, source: Source) -> bool:
+        if self.target.type_id(types.get("F8_E4M3_B128")) is None or source.shape[-1] % FP8_TILE:
+            return False  # told as of any other type
+        if source.packs():
+            return True
+        self.say(
+            "note", "rounded",
+            "{}: its FP8 scales are not one power of two for each block of 128, so its codes are rounded anew", source.name,
+        )  # fmt: skip
+        return False
+
     def _kept(self, source: Source, rule: Rule | None) -> Choice:
         try:
             planned = source.keep()
@@ -737,6 +768,13 @@ class _Decider:
         name = source.name
         if self.matrix is not None:
             found = self.matrix.places(_upstream_name(name), source.shape) or self.matrix.places(name, source.shape)
+            if found is not None and len(found) not in (1, len(source.stack)):
+                self.say(
+                    "error", "importance",
+                    f"{self.matrix.path} has weights of {len(found)} heads for {{}}, whose file does not say how many it has "
+                    "(attention.head_count)", name,
+                )  # fmt: skip
+                return (), ""
             if found is not None:
                 self.used.add(name)
                 if None in found:

@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from ggufx import dialects, execute, plan, types
+from ggufx.architectures.deepseek_v3 import foreign_latent
 from ggufx.architectures.deepseek_v4_file import DeepSeekV4File
 from ggufx.container import DEFAULT_ALIGNMENT, Value
 from ggufx.dialects import Dialect
@@ -164,6 +165,9 @@ def plan_retarget(
     if file_type is None and model is not None:
         file_type = _of_types({tensor.type for tensor in tensors}, fallback)
     notes = [*_renamed(moves), *_retyped(tensors)]
+    latent = foreign_latent({tensor.name: tensor.shape for tensor in file.tensors}, target)
+    if latent:
+        notes.append(f"{file.path}: {latent}")
     metadata = keys_for(file, model, target, file_type, notes)
     return plan.build(
         path,

@@ -1,4 +1,4 @@
-"""Prove a conversion: every tensor of a GGUF against the checkpoint, or the GGUF, it was made from.
+"""Prove a conversion: every tensor of a GGUF or a hybrid against the checkpoint, or the GGUF, or both, it was made from.
 
 Native tensors are unpacked into codes and scales and compared with the checkpoint's own bytes, which goes backwards from
 the file and shares no step with the packing that made it. Others are compared by value, decoded from both sides. Where
@@ -7,8 +7,9 @@ two GGUFs have a tensor in the same type, its bytes are compared.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -17,14 +18,15 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ggufx import execute, retarget, types
+from ggufx import execute, merge, retarget, types
 from ggufx import plan as plan_module
-from ggufx.checkpoint import Checkpoint
+from ggufx.checkpoint import Checkpoint, SourceTensor
 from ggufx.container import Value, ValueType
-from ggufx.convert import plan_convert
+from ggufx.convert import Conversion, plan_convert
 from ggufx.errors import GGUFError, PlanError
 from ggufx.execute import Progress
-from ggufx.file import File, Tensor, open
+from ggufx.file import File, Tensor
+from ggufx.hybrid import HybridFile, open
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Tile, Transform
 from ggufx.transforms import decode_parts, native_codes
 
@@ -65,6 +67,11 @@ class TensorReport:
     relative_rms: float = 0.0
     detail: str = ""
 
+    @property
+    def ok(self) -> bool:
+        """Whether it is exact, or rounded where rounding is what a conversion does."""
+        return self.status == "exact" or (self.status == "rounded" and not self.native)
+
 
 @dataclass
 class Report:
@@ -89,7 +96,7 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether every native tensor is exact and nothing is different, missing or extra."""
-        return all(t.status == "exact" or (t.status == "rounded" and not t.native) for t in self.tensors)
+        return all(tensor.ok for tensor in self.tensors)
 
     def counts(self) -> dict[str, int]:
         """Return the number of tensors by status."""
@@ -119,19 +126,23 @@ def verify(
     path: str | Path,
     against: str | Path,
     *,
+    experts: str | Path | None = None,
     dialect: str | None = None,
     skip: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Compare every tensor of a GGUF with the checkpoint, or the GGUF, it was made from.
+    """Compare every tensor of a GGUF, or a hybrid, with the checkpoint, or the GGUF, it was made from.
 
     Parameters
     ----------
     path
-        The GGUF (any member, if split).
+        The GGUF (any member, if split), or a hybrid's directory.
     against
         The checkpoint's directory, or a GGUF: of the same dialect or another.
+    experts
+        Of what :mod:`ggufx.merge` made: the GGUF, or the directory of GGUFs, that the routed experts were taken from, whose
+        bytes they must have. Without, they are compared with the checkpoint's by value.
     dialect
         As in :func:`ggufx.open`.
     skip
@@ -147,9 +158,19 @@ def verify(
         A file cannot be read, or the GGUF's names are not those of this checkpoint at all.
     """
     if Path(against).is_file():
+        if experts is not None or Path(path).is_dir():
+            raise PlanError(
+                f"{against}: is a file; what ggufx merge made is compared with a checkpoint's directory, and its experts with "
+                "the GGUF of --experts"
+            )
         return _verify_moved(path, against, dialect=dialect, threads=threads, progress=progress)
     checkpoint = Checkpoint(against)
-    with open(path, dialect=dialect) as file:
+    with open(path, dialect=dialect) as file, _opened_experts(experts) as packed:
+        lacking = [name for name in file if packed and name.endswith("_exps.weight") and name not in packed]
+        if lacking:
+            raise PlanError(f"{experts}: has no {lacking[0]} ({len(lacking)} such tensors); it is not what was merged")
+        if isinstance(file, HybridFile):
+            return _verify_hybrid(file, checkpoint, packed, skip=skip, threads=threads, progress=progress)
         plan, target = _matching_plan(file, checkpoint, skip)
         report = Report(str(path), str(against), target, skipped=len(plan.skipped))
         report.metadata = _differing_keys(plan.metadata, file.metadata.typed())
@@ -164,12 +185,114 @@ def verify(
                 if tensor.name not in file:
                     report.tensors.append(TensorReport(tensor.name, tensor.type, "missing", native=_native(tensor)))
                     continue
-                report.tensors.append(_compare(pool, plan.source_files, tensor, file[tensor.name]))
+                if tensor.name in packed:
+                    report.tensors.append(_compare_moved(pool, packed[tensor.name], file[tensor.name]))
+                else:
+                    report.tensors.append(_compare(pool, plan.source_files, tensor, file[tensor.name]))
                 done += file[tensor.name].nbytes
                 if progress is not None:
                     progress(done, total)
         report.tensors += [TensorReport(t.name, t.type, "extra") for t in file.tensors if t.name not in planned]
     return report
+
+
+@contextmanager
+def _opened_experts(path: str | Path | None) -> Iterator[dict[str, Tensor]]:
+    """Open the GGUF that routed experts were taken from: its experts by their names."""
+    with ExitStack() as opened:
+        if path is None:
+            yield {}
+            return
+        files = [opened.enter_context(file) for file in merge.open_all(Path(path), None)]
+        found = {name: expert.tensor for name, expert in merge.routed_experts(Path(path), files).items()}
+        if not found:
+            raise PlanError(f"{path}: holds no routed experts (blk.N.ffn_*_exps.weight)")
+        yield found
+
+
+def _verify_hybrid(
+    file: HybridFile,
+    checkpoint: Checkpoint,
+    packed: Mapping[str, Tensor],
+    *,
+    skip: Sequence[str],
+    threads: int | None,
+    progress: Progress | None,
+) -> Report:
+    """Compare a hybrid's tensors with the checkpoint's bytes, and its experts with those of a GGUF, or by value."""
+    # Its names are those of ik_llama.cpp's files, which have kv_b whole.
+    conversion = Conversion(checkpoint, "ik_llama.cpp", skip=skip)
+    copies = {o.name: merge.unchanged(o) for o in conversion.outputs if o.role != "expert"}
+    expected = [o for o in conversion.outputs if o.role == "expert" or copies[o.name]]
+    if not {o.name for o in expected} & set(file):
+        raise PlanError(f"{file.path}: none of its {len(file)} tensors belongs to the checkpoint {checkpoint.path}")
+    report = Report(str(file.path), str(checkpoint.path), "hybrid", skipped=len(conversion.skipped))
+    sources, stored = [str(shard) for shard in checkpoint.shards], file.stored
+    total, done = file.data_nbytes, 0
+    workers = threads or execute.default_workers()
+    with execute.open_files(), ThreadPoolExecutor(workers, thread_name_prefix="ggufx") as pool:
+        for output in expected:
+            found = file.get(output.name)
+            if found is None:
+                kind = output.stack[0][0].tensor.dtype
+                report.tensors.append(TensorReport(output.name, kind, "missing"))
+            elif output.role != "expert":
+                report.tensors.append(_compare_copies(pool, sources, found, copies[output.name], stored))
+            elif output.name in packed:
+                report.tensors.append(_compare_moved(pool, packed[output.name], found))
+            else:
+                # Whoever quantized them may have started from BF16, or with another encoder.
+                planned = conversion.tensor(output)
+                report.tensors.append(_compare(pool, sources, planned, found, own_encoder=False))
+            done += 0 if found is None else found.nbytes
+            if progress is not None:
+                progress(done, total)
+    names = {output.name for output in expected}
+    report.tensors += [TensorReport(t.name, t.type, "extra") for t in file.tensors if t.name not in names]
+    return report
+
+
+def _compare_copies(
+    pool: ThreadPoolExecutor,
+    sources: Sequence[str],
+    tensor: Tensor,
+    copies: Sequence[PlannedTensor],
+    stored: Mapping[str, tuple[Path, SourceTensor]],
+) -> TensorReport:
+    """Compare a tensor, and its scales, with the bytes that the checkpoint has."""
+    result = TensorReport(tensor.name, tensor.type, "exact", native=True)
+    for copy in copies:
+        path, own = stored.get(copy.name, (None, None))
+        if path is None or own is None:
+            result.status, result.detail = "different", f"{copy.name} is missing"
+            return result
+        if (own.dtype, own.shape) != (copy.type, copy.shape):
+            result.status = "different"
+            result.detail = (
+                f"{own.name} is {own.dtype}{list(own.shape)}, the checkpoint's {copy.type}{list(copy.shape)}"
+            )
+            return result
+        work = [pool.submit(_unlike_bytes, sources, path, own.offset, tile) for tile in copy.tiles]
+        for tile, future in zip(copy.tiles, work, strict=True):
+            count, first = future.result()
+            if count and not result.first:
+                result.first = f"byte {tile.offset + first} of {own.name}"
+            result.differing += count
+    if result.differing:
+        result.status = "different"
+        result.detail = f"{result.differing} bytes differ from the checkpoint's, the first at {result.first}"
+    return result
+
+
+def _unlike_bytes(sources: Sequence[str], path: Path, offset: int, tile: Tile) -> tuple[int, int]:
+    """Return how many bytes of a copied tile differ, and the place of the first."""
+    held = execute.scratch("file", tile.nbytes)
+    execute.read_into(str(path), offset + tile.offset, held)
+    (source,) = execute.read_spans(sources, tile)
+    if np.array_equal(held, source):
+        return 0, 0
+    unlike = held != source
+    return int(np.count_nonzero(unlike)), int(np.argmax(unlike))
 
 
 def _verify_moved(
@@ -309,7 +432,14 @@ def _short(value: Value) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _compare(pool: ThreadPoolExecutor, sources: Sequence[str], planned: PlannedTensor, tensor: Tensor) -> TensorReport:
+def _compare(
+    pool: ThreadPoolExecutor,
+    sources: Sequence[str],
+    planned: PlannedTensor,
+    tensor: Tensor,
+    *,
+    own_encoder: bool = True,
+) -> TensorReport:
     transform = planned.transform
     coded = (transform.kind, tensor.type) in _NATIVE and (
         transform.op == "pack" or not (transform.kind == "FP8_F32" or transform.transposed)
@@ -325,7 +455,7 @@ def _compare(pool: ThreadPoolExecutor, sources: Sequence[str], planned: PlannedT
         return result
     first_rows = np.cumsum([0, *(tile.rows for tile in planned.tiles)])
     work = [
-        pool.submit(_compare_tile, sources, planned, tensor, tile, int(row), coded)
+        pool.submit(_compare_tile, sources, planned, tensor, tile, int(row), coded, own_encoder)
         for tile, row in zip(planned.tiles, first_rows, strict=False)
     ]
     sums = [future.result() for future in work]
@@ -356,11 +486,19 @@ def _compare(pool: ThreadPoolExecutor, sources: Sequence[str], planned: PlannedT
                 result.detail = (
                     f"{planned.transform.kind} codes are kept exactly by {planned.type}; here they are rounded"
                 )
+                if "_exps." in tensor.name:
+                    result.detail += " (of a merge, --experts names the GGUF that they are of)"
     return result
 
 
 def _compare_tile(
-    sources: Sequence[str], planned: PlannedTensor, tensor: Tensor, tile: Tile, first_row: int, coded: bool
+    sources: Sequence[str],
+    planned: PlannedTensor,
+    tensor: Tensor,
+    tile: Tile,
+    first_row: int,
+    coded: bool,
+    own_encoder: bool,
 ) -> _Sum:
     codec = tensor.codec
     assert codec is not None
@@ -392,7 +530,7 @@ def _compare_tile(
         result.squares = float(np.square(error).sum())
         result.energy = float(np.square(source.astype(np.float64)).sum())
         # A conversion has one result; who quantized to a type of their own choice also chose an effort and weights.
-        if codec.reproduces and (tensor.type == planned.type or not codec.searches):
+        if own_encoder and codec.reproduces and (tensor.type == planned.type or not codec.searches):
             wanted = codec.encode(source, effort="reference", threads=1)
             result.unlike_encoder = int(np.count_nonzero(wanted != rows))
     else:

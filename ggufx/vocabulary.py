@@ -15,7 +15,7 @@ from ggufx.checkpoint import Checkpoint
 from ggufx.container import Value, ValueType
 from ggufx.errors import CheckpointError
 
-__all__ = ["chat_template", "tokenizer_keys"]
+__all__ = ["chat_template", "split_expressions", "tokenizer_keys"]
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's llama_token_type
 
@@ -54,6 +54,17 @@ def tokenizer_keys(checkpoint: Checkpoint, pre: str, vocab_len: int) -> dict[str
     for kind, flag in special.add_special_token.items():
         keys[f"tokenizer.ggml.add_{kind}_token"] = Value.boolean(flag)
     return keys
+
+
+def split_expressions(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the expressions that tokenizer.json splits text with, one after the other; none where it does so otherwise."""
+    try:
+        stages = json.loads((checkpoint.path / "tokenizer.json").read_text(encoding="utf-8"))["pre_tokenizer"]
+        found = [stage["pattern"]["Regex"] for stage in stages["pretokenizers"] if stage["type"] == "Split"]
+    except (ValueError, KeyError, TypeError, OSError):
+        return ()
+    # An end of a line may stand in an expression as itself.
+    return tuple(str(text).replace("\r", r"\r").replace("\n", r"\n") for text in found)
 
 
 def chat_template(checkpoint: Checkpoint) -> str | None:

@@ -225,6 +225,20 @@ def test_a_tensor_without_data_takes_that_of_one_with_the_same_input(tmp_path: P
     assert found.rows("blk.2.ffn_down.weight", (5, 2)) is None
 
 
+def test_heads_below_each_other_have_weights_of_their_own(tmp_path: Path) -> None:
+    """As llama-imatrix records attn_k_b, which has three axes in its files and two in ik_llama.cpp's."""
+    rows = np.arange(1, 4 * 32 + 1, dtype=np.float32).reshape(4, 32)
+    path = put(tmp_path / "i.dat", legacy([("blk.0.attn_k_b.weight", 1, rows), ("blk.0.attn_q_b.weight", 1, rows)]))
+    matrix = imatrix.load(path)
+    for shape in ((4, 64, 32), (256, 32)):
+        found = matrix.rows("blk.0.attn_k_b.weight", shape)
+        assert found is not None
+        assert np.array_equal(found.values, rows)
+    for name, shape in (("k_b", (255, 32)), ("k_b", (256, 48)), ("q_b", (256, 32))):
+        with pytest.raises(GGUFError, match="imatrix size 128 is different"):
+            matrix.rows(f"blk.0.attn_{name}.weight", shape)
+
+
 def test_values_stay_in_the_file_until_asked_for(tmp_path: Path) -> None:
     big = 6_000_000
     head = struct.pack("<ii", 3, 1)

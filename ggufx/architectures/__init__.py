@@ -20,6 +20,11 @@ _BY_MODEL_TYPE: dict[str, type[Architecture]] = {
 
 def find(checkpoint: Checkpoint) -> Architecture:
     """Return the architecture of a checkpoint by ``model_type`` of its config.json; raises CheckpointError."""
+    if any(name.endswith(".ggml_type") or name.startswith("blk.") for name in checkpoint):
+        raise CheckpointError(
+            f"{checkpoint.path}: is a hybrid, FP8 tensors of a checkpoint with experts of a GGUF, not a checkpoint; start from "
+            "these two: ggufx merge --format gguf makes one file of them"
+        )
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str) or model_type not in _BY_MODEL_TYPE:
         raise CheckpointError(

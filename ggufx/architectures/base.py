@@ -6,13 +6,13 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 from ggufx.checkpoint import Checkpoint, SourceTensor
 from ggufx.container import Value
 from ggufx.errors import CheckpointError
 
-__all__ = ["Architecture", "Output", "Part", "Role", "evaluate"]
+__all__ = ["Architecture", "Family", "Output", "Part", "Role", "evaluate"]
 
 Role = Literal["dense", "expert", "matrix", "router", "vector", "table"]
 """What decides a tensor's type: projections; routed experts; matrices that no release quantizes (embeddings); the router's
@@ -26,6 +26,14 @@ FP4_BLOCK: Final = 32
 _MANY: Final = 1_000_000
 """Missing tensors that are enough to say that they are missing."""
 
+# What YaRN may have, in upstream's order, and the config's spellings.
+_YARN: Final[Mapping[str, tuple[str, ...]]] = {
+    "ext_factor": ("extrapolation_factor",),
+    "attn_factor": ("attention_factor", "attn_factor"),
+    "beta_fast": ("beta_fast",),
+    "beta_slow": ("beta_slow",),
+}
+
 FLOATS: Final = ("BF16", "F16", "F32")
 PLAIN: Final[Mapping[Role, tuple[str, ...]]] = {
     "dense": FLOATS,
@@ -35,6 +43,15 @@ PLAIN: Final[Mapping[Role, tuple[str, ...]]] = {
     "vector": FLOATS,
     "table": ("I64", "I32"),
 }
+
+
+class Family(NamedTuple):
+    """One family of a checkpoint's tensors, by its name within a layer or, of the global ones, as it is."""
+
+    source: str
+    role: Role
+    shape: str
+    """Expressions in the architecture's dimensions, one per axis (see :meth:`Architecture.part`)."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +254,11 @@ class Architecture(ABC):
         return self.number("rope_theta")
 
     def rope_scaling(self) -> dict[str, Value]:
-        """Return the YaRN keys in upstream's order, or none; raises CheckpointError for another kind of scaling."""
+        """Return the YaRN keys in upstream's order, or none; raises CheckpointError for another kind of scaling.
+
+        The factors of extrapolation and attention and the two ends of the ramp are written where the config has them: their
+        defaults are the programs' own.
+        """
         name, scaling = self.rope_parameters()
         kind = scaling.get("rope_type", scaling.get("type"))
         if kind in (None, "default"):
@@ -251,8 +272,11 @@ class Architecture(ABC):
             "rope.scaling.original_context_length": Value.u32(
                 self._integer(scaling.get(context), f"{name}.{context}", 1)
             ),
-            "rope.scaling.yarn_beta_fast": Value.f32(self._number(scaling.get("beta_fast"), f"{name}.beta_fast")),
-            "rope.scaling.yarn_beta_slow": Value.f32(self._number(scaling.get("beta_slow"), f"{name}.beta_slow")),
+            **{
+                f"rope.scaling.yarn_{key}": Value.f32(self._number(scaling[spelling], f"{name}.{spelling}"))
+                for key, spellings in _YARN.items()
+                if (spelling := next((s for s in spellings if scaling.get(s) is not None), None)) is not None
+            },
         }
 
     def prefixed(self, keys: Mapping[str, Value]) -> dict[str, Value]:

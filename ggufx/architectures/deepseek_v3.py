@@ -7,26 +7,38 @@ attention's ``kv_b`` taken apart, and where ik_llama.cpp's files differ from ups
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final
 
-from ggufx.architectures.base import FP8_TILE, Architecture, Output, Part, Role
+from ggufx.architectures.base import FP8_TILE, Architecture, Family, Output, Part
 from ggufx.checkpoint import Checkpoint
 from ggufx.container import Value
 from ggufx.errors import CheckpointError, PlanError
 
-__all__ = ["DeepSeekV3"]
+__all__ = ["DeepSeekV3", "foreign_latent"]
+
+_HEADS = re.compile(r"blk\.\d+\.attn_[kv]_b\.weight")
 
 
-class Family(NamedTuple):
-    """One family of tensors, by its name within a layer or, of the global ones, as it is."""
+def foreign_latent(shapes: Mapping[str, tuple[int, ...]], target: str) -> str:
+    """Return what keeps a ``deepseek2`` GGUF from being a target's, for a warning; empty if nothing does.
 
-    source: str
-    role: Role
-    shape: str
-    """Expressions in the dimensions of :meth:`DeepSeekV3.dimensions`, one per axis."""
+    Parameters
+    ----------
+    shapes
+        Of its tensors, numpy order.
+    target
+        A dialect. ik_llama.cpp loads upstream's files, too; the others have the heads as an axis of their own.
+    """
+    odd = next((name for name, shape in shapes.items() if _HEADS.fullmatch(name) and len(shape) == 2), None)
+    if odd is None or target == "ik_llama.cpp":
+        return ""
+    return (
+        f"{odd} has its heads in one matrix, as ik_llama.cpp's files have; programs for {target} do not load that, nor its "
+        f"keys: start from the checkpoint, with --target {target}"
+    )
 
 
 LAYER: Final = (
@@ -65,6 +77,9 @@ GLOBAL: Final = (
 )
 HEAD: Final = Family("lm_head.weight", "matrix", "vocab hidden")
 
+MTP_ONLY: Final = "eh_proj.weight"
+"""What an MTP block has and no other layer: it joins the hidden state with the next token's embedding."""
+
 EXPERT_ORDER: Final = ("down_proj", "gate_proj", "up_proj")
 """Of upstream's files."""
 
@@ -72,8 +87,8 @@ _SIDE: Final = (
     (re.compile(r"\.rotary_emb\.inv_freq$"), "computed from config.json"),
     (re.compile(r"\.(input_scale|activation_scale)$"), "a scale of activations, which no target uses"),
 )
-_LAYER_NAME = re.compile(r"^model\.layers\.(?P<number>\d+)\.(?P<rest>.+)$")
-_EXPERT_NAME = re.compile(r"^mlp\.experts\.(?P<expert>\d+)\.(?P<proj>gate_proj|up_proj|down_proj)\.weight$")
+_LAYER_NAME = re.compile(r"^model\.layers\.(?P<number>0|[1-9]\d*)\.(?P<rest>.+)$")
+_EXPERT_NAME = re.compile(r"^mlp\.experts\.(?P<expert>0|[1-9]\d*)\.(?P<proj>gate_proj|up_proj|down_proj)\.weight$")
 _SCALES: Final = "_scale_inv"
 
 
@@ -229,9 +244,17 @@ class DeepSeekV3(Architecture):
             return "the embedding is used for the output, too (tie_word_embeddings)"
         match = _LAYER_NAME.match(name)
         if match and int(match["number"]) >= self.n_layers:
+            layer = int(match["number"])
+            # An MTP block is known by what no other layer has: a config that counts too few would lose layers in silence.
+            if f"model.layers.{layer}.{MTP_ONLY}" not in self.checkpoint:
+                raise CheckpointError(
+                    f"{self.checkpoint.path / 'config.json'}: num_hidden_layers is {self.n_layers}, but the checkpoint has "
+                    f"{name!r} and layer {layer} is no MTP block (it has no {MTP_ONLY}): the config and the weights are of "
+                    "different models; leave it out with --skip GLOB if that is meant"
+                )
             return (
-                f"layer {match['number']} is past the model's {self.n_layers} (num_hidden_layers), of the "
-                f"{self.n_mtp} MTP blocks (num_nextn_predict_layers): deepseek2 files have no form for them"
+                f"layer {layer} is past the model's {self.n_layers} (num_hidden_layers), of the {self.n_mtp} MTP blocks "
+                "(num_nextn_predict_layers): deepseek2 files have no form for them"
             )
         return None
 
@@ -334,7 +357,7 @@ class DeepSeekV3(Architecture):
         functions = {"sigmoid": gguf.ExpertGatingFuncType.SIGMOID, "softmax": gguf.ExpertGatingFuncType.SOFTMAX}
         # transformers' own configuration of V3 does not name it: there is one.
         name = self.config.get("scoring_func", "sigmoid")
-        if name not in functions:
+        if not isinstance(name, str) or name not in functions:
             raise CheckpointError(
                 f"{self.checkpoint.path / 'config.json'}: scoring_func is {name!r}, expected {' or '.join(functions)}"
             )

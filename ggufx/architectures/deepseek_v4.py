@@ -132,8 +132,8 @@ CHAT_TEMPLATE: Final = (
 )
 """One line, for checkpoints without a template of their own (the official one ships Python code instead)."""
 
-_LAYER_NAME = re.compile(r"^(?P<block>layers|mtp)\.(?P<number>\d+)\.(?P<rest>.+)$")
-_EXPERT_NAME = re.compile(r"^ffn\.experts\.(?P<expert>\d+)\.(?P<proj>w[123])\.(?P<part>weight|scale)$")
+_LAYER_NAME = re.compile(r"^(?P<block>layers|mtp)\.(?P<number>0|[1-9]\d*)\.(?P<rest>.+)$")
+_EXPERT_NAME = re.compile(r"^ffn\.experts\.(?P<expert>0|[1-9]\d*)\.(?P<proj>w[123])\.(?P<part>weight|scale)$")
 
 
 class DeepSeekV4(Architecture):

@@ -9,23 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final
 
-from ggufx.architectures.base import FP4_BLOCK, Architecture, Output, Part, Role
+from ggufx.architectures.base import FP4_BLOCK, Architecture, Family, Output, Part
 from ggufx.checkpoint import Checkpoint, SourceTensor
 from ggufx.container import Value
 from ggufx.errors import CheckpointError, PlanError
 
 __all__ = ["GptOss"]
-
-
-class Family(NamedTuple):
-    """One family of tensors, by its name within a layer or, of the global ones, as it is."""
-
-    source: str
-    role: Role
-    shape: str
-    """Expressions in the dimensions of :meth:`GptOss.dimensions`, one per axis."""
 
 
 LAYER: Final = (
@@ -56,7 +47,7 @@ GLOBAL: Final = (
     Family("lm_head.weight", "matrix", "vocab hidden"),
 )
 
-_LAYER_NAME = re.compile(r"^model\.layers\.(?P<number>\d+)\.(?P<rest>.+)$")
+_LAYER_NAME = re.compile(r"^model\.layers\.(?P<number>0|[1-9]\d*)\.(?P<rest>.+)$")
 
 
 class GptOss(Architecture):

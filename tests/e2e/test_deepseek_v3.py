@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,8 @@ CASES = {
     "bf16": SMALL | {"weights": "bf16"},
     # Heads that end in the midst of a tile of scales; rows that no F8_E4M3_B128 divides; two MTP layers.
     "odd": SMALL | {"nope": 96, "value": 80, "heads": 4, "q_lora": 0, "mtp_layers": 2, "shards": 1},
+    # Heads of whole blocks that still do not begin where a tile of scales does.
+    "odd-heads-ue8m0": SMALL | {"value": 192, "scales": "ue8m0", "shards": 1},
     "odd-ue8m0": SMALL | {"nope": 96, "value": 128, "kv_lora": 192, "scales": "ue8m0", "mtp_layers": 0},
 }  # fmt: skip
 TARGETS = ("llama.cpp", "ik_llama.cpp", "nisparks")
@@ -242,6 +245,35 @@ def test_the_mtp_layers_number_comes_from_the_config(path_of: Callable[[str], Pa
     assert_one_line(cli("convert", path_of("odd"), "--mtp", "--target", "llama.cpp"), "no form for the MTP block")
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}),
+        ({"beta_fast": None, "beta_slow": None}, {}),
+        (
+            {"attention_factor": 1.25, "extrapolation_factor": 0.5, "beta_slow": None},
+            {"yarn_ext_factor": 0.5, "yarn_attn_factor": 1.25, "yarn_beta_fast": 32.0},
+        ),
+        (
+            {"attn_factor": 1.5, "attention_factor": None},
+            {"yarn_attn_factor": 1.5, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0},
+        ),
+    ],
+)
+def test_yarn_as_the_config_has_it(
+    changes: dict[str, float | None], expected: dict[str, float], editable: Source, tmp_path: Path
+) -> None:
+    """Keys and their order are those of llama.cpp's converter: what the config leaves to the program stays out."""
+    editable.config["rope_scaling"] |= changes
+    editable.save()
+    keys = Gguf(convert(editable.path, tmp_path / "out.gguf", target="llama.cpp")[0]).kv
+    prefix = "deepseek2.rope.scaling."
+    found = {k.removeprefix(prefix): v for k, (_, v) in keys.items() if k.startswith(prefix)}
+    del found["yarn_log_multiplier"]
+    expected = {"type": "yarn", "factor": 40.0, "original_context_length": 4096} | expected
+    assert list(found.items()) == list(expected.items())
+
+
 def test_scales_are_read_for_a_plan_only_where_they_matter(
     path_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,15 +314,20 @@ def test_a_stopped_run_goes_on(path_of: Callable[[str], Path], tmp_path: Path, m
     assert 0 < len(again) < plan.n_tiles
 
 
-def test_e8m0_scales_as_such(path_of: Callable[[str], Path], tmp_path: Path) -> None:
-    """The same powers of two in one byte each give the same tensors, and none has to be looked at for the plan."""
-    shutil.copytree(path_of("ue8m0"), tmp_path / "Copy")
-    source = Source(tmp_path / "Copy")
+def as_e8m0(source: Source) -> None:
+    """Store the scales that are powers of two in one byte each."""
     for name, tensor in source.tensors.items():
         if name.endswith("_scale_inv") and ".o_proj." not in name:
             exponent = np.frexp(tensor.data.view("<f4"))[1] + 126
             source.put(name, "F8_E8M0", tensor.shape, exponent.astype(np.uint8))
     source.save()
+
+
+def test_e8m0_scales_as_such(path_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """The same powers of two in one byte each give the same tensors, and none has to be looked at for the plan."""
+    shutil.copytree(path_of("ue8m0"), tmp_path / "Copy")
+    source = Source(tmp_path / "Copy")
+    as_e8m0(source)
     one, other = (
         Gguf(convert(path, tmp_path / f"{path.name}.gguf", target="nisparks")[0]).tensors
         for path in (source.path, path_of("ue8m0"))
@@ -300,6 +337,10 @@ def test_e8m0_scales_as_such(path_of: Callable[[str], Path], tmp_path: Path) -> 
 
 
 # What can be wrong ----------------------------------------------------------------------------------------------
+
+
+def again(source: Source, name: str) -> None:
+    source.put(name, "BF16", (4, 4), np.zeros(16, "<u2"), shard=next(iter(source.shards)))
 
 
 def _scale(value: float) -> Callable[[Source], None]:
@@ -327,6 +368,9 @@ def _config(**changes: object) -> Callable[[Source], None]:
             lambda s: s.put("model.layers.1.odd.weight", "F32", (4,), np.zeros(4, "<f4"), shard=next(iter(s.shards))),
             ["Can not map tensor 'model.layers.1.odd.weight'"],
         ),
+        # 03 would be a second expert 3, which one of them would be lost for.
+        (lambda s: again(s, EXPERT.replace(".3.", ".03.")), ["Can not map tensor", "experts.03."]),
+        (lambda s: again(s, QB.replace(".1.", ".01.")), ["Can not map tensor", "layers.01."]),
         (lambda s: s.bytes_of(KVB).__setitem__(7, 0x7F), ["E4M3 NaN codes", KVB, "1 "]),
         (_scale(float("inf")), ["1 float32 scales that are not finite", QB + "_scale_inv"]),
         (_scale(float("nan")), ["1 float32 scales that are not finite", QB + "_scale_inv"]),
@@ -341,7 +385,12 @@ def _config(**changes: object) -> Callable[[Source], None]:
         (_config(n_routed_experts=2**32 - 1), ["n_routed_experts is 4294967295", "tensors in all"]),
         (_config(num_hidden_layers=2**32 - 1), ["num_hidden_layers is 4294967295", "tensors in all"]),
         (_config(first_k_dense_replace=2), ["Can not map tensor 'model.layers.1.mlp."]),
+        (_config(scoring_func=["sigmoid"]), ["scoring_func is ['sigmoid']", "softmax"]),
         (_config(rope_scaling={"type": "linear", "factor": 2}), ["rope_scaling", "'linear'", "yarn"]),
+        (
+            _config(num_hidden_layers=2),
+            ["num_hidden_layers is 2", "'model.layers.2.", "layer 2 is no MTP block", "eh_proj", "--skip"],
+        ),
     ],
     ids=lambda value: "" if callable(value) else value[0][:30],
 )
@@ -440,3 +489,173 @@ def test_quantize_from_the_checkpoint(target: str, path_of: Callable[[str], Path
             values = np.ascontiguousarray(expected[name])
             assert (tensor.type, tensor.shape) == (kind, values.shape)
             assert np.array_equal(tensor.numpy(), codec.decode(codec.encode(values), values.shape))
+
+
+@pytest.mark.parametrize("heads", ["each", "all"])
+@pytest.mark.parametrize("target", ["llama.cpp", "ik_llama.cpp"])
+@pytest.mark.parametrize("given", ["checkpoint", "gguf"])
+def test_importance_of_latent_projections(
+    given: str, target: str, heads: str, path_of: Callable[[str], Path], cli: Cli, tmp_path: Path
+) -> None:
+    """llama-imatrix records a row of weights for every head of k_b and v_b; ik_llama.cpp's files have heads in one matrix."""
+    path, out = path_of("float"), tmp_path / "out.gguf"
+    rng = np.random.default_rng(5)
+    weights = {
+        f"blk.{layer}.attn_{letter}_b.weight": rng.uniform(0.1, 9, (2 if heads == "each" else 1, length)).astype("<f4")
+        for layer in range(3)
+        for letter, length in (("k", 128), ("v", 384))
+    }
+    raw = struct.pack("<i", len(weights))
+    for name, values in weights.items():
+        raw += struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", 1, values.size) + values.tobytes()
+    (tmp_path / "imatrix.dat").write_bytes(raw)
+    source = path
+    if given == "gguf":
+        (source,) = convert(path, tmp_path / "f32.gguf", target=target, dense="f32")
+    rules = "attn_[kv]_b\\.weight=q4_0"
+    run = cli("quantize", source, "--custom-q", rules, "--imatrix", tmp_path / "imatrix.dat", "--target", target,
+              "--outfile", out)  # fmt: skip
+    assert run.code == 0, run.err
+    expected, codec = wanted(Source(path), target), ggufx.types.get("Q4_0")
+    with ggufx.open(out) as file:
+        for name, rows in weights.items():
+            values = np.ascontiguousarray(expected[name]).reshape(2, -1, rows.shape[-1])
+            packed = np.stack([codec.encode(values[head], rows[head % len(rows)]) for head in range(2)])
+            assert file[name].type == "Q4_0"
+            assert np.array_equal(file[name].packed.reshape(packed.shape), packed), name
+            assert not np.array_equal(packed, np.stack([codec.encode(values[head]) for head in range(2)]))
+
+
+def test_importance_by_head_of_a_file_without_their_number(
+    path_of: Callable[[str], Path], cli: Cli, tmp_path: Path
+) -> None:
+    (file,) = convert(path_of("float"), tmp_path / "f32.gguf", target="ik_llama.cpp", dense="f32")
+    assert cli("set", file, "--remove", "deepseek2.attention.head_count").code == 0
+    name, values = b"blk.1.attn_k_b.weight", np.ones(256, "<f4")
+    raw = struct.pack("<ii", 1, len(name)) + name + struct.pack("<ii", 1, values.size) + values.tobytes()
+    (tmp_path / "imatrix.dat").write_bytes(raw)
+    arguments = ("--custom-q", "attn_k_b=q4_0", "--imatrix", tmp_path / "imatrix.dat", "--outfile", tmp_path / "o.gguf")
+    run = cli("quantize", file, *arguments)
+    assert run.code == 1
+    assert "has weights of 2 heads for blk.1.attn_k_b.weight, whose file does not say" in run.err
+    assert not (tmp_path / "o.gguf").exists()
+
+
+def test_ik_llama_cpps_form_is_no_others(path_of: Callable[[str], Path], cli: Cli, tmp_path: Path) -> None:
+    """Moving or quantizing a GGUF does not turn one form of latent attention into the other: it says so."""
+    files = {t: convert(path_of("float"), tmp_path / f"{t}.gguf", target=t)[0] for t in ("llama.cpp", "ik_llama.cpp")}
+    for own, target, told in (
+        ("ik_llama.cpp", "llama.cpp", True), ("ik_llama.cpp", "nisparks", True), ("ik_llama.cpp", "ik_llama.cpp", False),
+        ("llama.cpp", "ik_llama.cpp", False), ("llama.cpp", "llama.cpp", False),
+    ):  # fmt: skip
+        for command in (["retarget", files[own]], ["quantize", files[own], "q8_0"]):
+            run = cli(*command, "--target", target, "--dry-run", "--outfile", tmp_path / "o.gguf")
+            assert run.code == 0, run.err
+            found = f"programs for {target} do not load that" in run.out + run.err
+            assert found == told, (command, target)
+
+
+def test_a_pointer_in_a_shards_place(path_of: Callable[[str], Path], cli: Cli, tmp_path: Path) -> None:
+    """A clone without git-lfs has these: the words that help, not a header of 2336927755350992246 bytes."""
+    shutil.copytree(path_of("float"), tmp_path / "Copy")
+    shard = sorted((tmp_path / "Copy").glob("*.safetensors"))[1]
+    shard.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4302317817\n")
+    assert_one_line(cli("convert", tmp_path / "Copy"), shard.name, "git lfs pull")
+
+
+def test_a_tokenizer_of_another_kind_is_noted(editable: Source, tmp_path: Path) -> None:
+    """Line ends may be spelled out or not; other expressions are another way to split text."""
+
+    def noted() -> bool:
+        notes = plan_convert(editable.path, tmp_path / "o.gguf", target="llama.cpp").notes
+        return any("does not split text as deepseek-v3" in note for note in notes)
+
+    path = editable.path / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    stages = tokenizer["pre_tokenizer"]["pretokenizers"]
+    assert not noted()
+    expression = stages[2]["pattern"]["Regex"]
+    assert r"[\r\n]" in expression
+    stages[2]["pattern"]["Regex"] = expression.replace(r"\r", "\r").replace(r"\n", "\n")
+    path.write_text(json.dumps(tokenizer))
+    assert not noted()
+    stages[0]["pattern"]["Regex"] = r"\p{N}"
+    path.write_text(json.dumps(tokenizer))
+    assert noted()
+    tokenizer["pre_tokenizer"] = {"type": "ByteLevel"}
+    path.write_text(json.dumps(tokenizer))
+    assert noted()
+
+
+@pytest.mark.parametrize("scales", ["float32", "e8m0"])
+@pytest.mark.parametrize("case", ["ue8m0", "odd-heads-ue8m0", "odd-ue8m0"])
+def test_quantize_packs_fp8_natively(
+    case: str, scales: str, path_of: Callable[[str], Path], cli: Cli, tmp_path: Path
+) -> None:
+    """F8_E4M3_B128 asked for: the checkpoint's codes under power-of-two scales; the rest is rounded, which is told."""
+    shutil.copytree(path_of(case), tmp_path / "Copy")
+    source, out = Source(tmp_path / "Copy"), tmp_path / "out.gguf"
+    if scales == "e8m0":
+        as_e8m0(source)
+    run = cli("quantize", source.path, "f8_e4m3_b128", "--target", "nisparks", "--outfile", out)
+    assert run.code == 0, run.err
+    found, expected = Gguf(out).tensors, wanted(Source(path_of(case)), "nisparks")
+    assert set(found) == set(expected)
+    checkpoint = Source(path_of(case)).tensors
+    rounded = set()
+    for name, values in expected.items():
+        if found[name].type != "F8_E4M3_B128":
+            assert found[name].type == "F32" or values.shape[-1] % 128, name
+            continue
+        # The code of a value under a scale that is a power of two is that of the checkpoint, zeros and all.
+        if not np.array_equal(found[name].decode(), values):
+            rounded.add(name.split(".")[-2])
+            assert np.square(found[name].decode() - values).mean() < 0.04**2 * np.square(values).mean(), name
+    turned = {"attn_k_b"} if case == "odd-heads-ue8m0" else set()
+    assert rounded - turned == {"attn_output", "token_embd", "output"}
+    codes = checkpoint[QB].data.reshape(checkpoint[QB].shape)
+    blocks = found["blk.1.attn_q_b.weight"].data.reshape(codes.shape[0], -1, 129)
+    assert np.array_equal(blocks[:, :, 1:].reshape(codes.shape), codes)
+    assert f"(and {5 if turned else 2} more): its FP8 scales are not one power of two for each block of 128" in run.err
+    proof = cli("verify", out, "--against", source.path)
+    assert proof.code == 0, proof.out
+
+
+@pytest.mark.parametrize("target", ["llama.cpp", "nisparks"])
+def test_native_in_a_recipe_tells_what_is_rounded(
+    target: str, path_of: Callable[[str], Path], cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products with float32 scales are no BF16 numbers; scales that were read are read once."""
+    read: list[str] = []
+    own = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: read.append(name) or own(self, name))
+    arguments = ["native", "--target", target, "--dry-run"]
+    run = cli("quantize", path_of("float"), *arguments)
+    assert run.code == 0, run.err
+    if target == "llama.cpp":
+        assert (
+            "33 FP8 tensors (first blk.0.ffn_down.weight) have float32 scales; their products are rounded to BF16"
+            in (run.out + run.err)
+        )
+        assert not read
+    else:
+        assert "none of the 33 FP8 tensors has scales that are all powers of two; stored as BF16" in run.out + run.err
+    assert len(read) == len(set(read))
+    run = cli("quantize", path_of("ue8m0"), *arguments)
+    assert "attn_output.weight of 3 layers (first blk.0.attn_output.weight)" in run.out + run.err
+    run = cli("quantize", path_of("bf16"), *arguments)
+    assert "rounded" not in run.out + run.err
+    assert "none of" not in run.out + run.err
+
+
+def test_notes_of_many_layers_are_one(path_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """Scales in one byte count as powers of two, too."""
+    shutil.copytree(path_of("odd-heads-ue8m0"), tmp_path / "Copy")
+    source = Source(tmp_path / "Copy")
+    as_e8m0(source)
+    notes = [
+        note for note in plan_convert(source.path, tmp_path / "o.gguf", target="nisparks").notes if "scales" in note
+    ]
+    assert len(notes) == 2
+    assert notes[0].startswith("attn_output.weight of 3 layers (first blk.0.attn_output.weight): not all FP8 scales")
+    assert notes[1].startswith("attn_k_b.weight of 3 layers (first blk.0.attn_k_b.weight): tiles of 128x128")

@@ -121,6 +121,15 @@ def transformers_names(source: Source) -> None:
     source.save()
 
 
+def expert_again(source: Source) -> None:
+    """A second expert 3 by another spelling: one of them would be lost."""
+    for part in ("weight", "scale"):
+        tensor = source.tensors[f"layers.0.ffn.experts.3.w1.{part}"]
+        name = f"layers.0.ffn.experts.03.w1.{part}"
+        source.put(name, tensor.dtype, tensor.shape, tensor.data, shard=next(iter(source.shards)))
+    source.save()
+
+
 def twice(source: Source) -> None:
     first, second = list(source.shards)[:2]
     source.shards[second]["embed.weight"] = source.shards[first]["embed.weight"]
@@ -205,6 +214,7 @@ CASES: dict[str, tuple[Damage, list[str]]] = {
     "index leaves the directory": (write(INDEX, '{"weight_map": {"a": "../x.safetensors"}}'), ["../x.safetensors"]),
     "index maps to numbers": (write(INDEX, '{"weight_map": {"a": 5}}'), [INDEX]),
     "index maps to lists": (write(INDEX, '{"weight_map": {"a": ["b"]}}'), [INDEX]),
+    "expert by two names": (expert_again, ["Can not map tensor", "experts.03.w1"]),
     "tensor in two shards": (twice, ["embed.weight", "model-00001"]),
     "missing tensor": (drop("layers.1.attn.kv_norm.weight"), ["Missing tensors", "layers.1.attn.kv_norm.weight", "1 of"]),
     "missing expert": (drop(FP4, FP4.replace("weight", "scale")), ["experts", "3"]),

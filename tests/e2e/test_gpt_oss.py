@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import ggufx
 from ggufx.convert import convert, plan_convert
 from ggufx.verify import verify
 
@@ -113,6 +114,23 @@ def test_values_and_proof(target: str, path: Path, cli: Cli, tmp_path: Path) -> 
     report = verify(out, path)
     assert {tensor.status for tensor in report.tensors} == {"exact"}
     assert report.metadata == []
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "bf16"])
+def test_quantized_experts(kind: str, path: Path, cli: Cli, tmp_path: Path) -> None:
+    """Every other row of gate_up, from codes to another type, and nothing else touched."""
+    out = tmp_path / "out.gguf"
+    run = cli("quantize", path, "--custom-q", f"_exps.weight={kind}", "--target", "llama.cpp", "--outfile", out)
+    assert run.code == 0, run.err
+    codec = ggufx.types.get(kind)
+    with ggufx.open(out) as file:
+        expected = wanted(Source(path))
+        assert set(file) == set(expected)
+        for name, values in expected.items():
+            if "_exps.weight" in name:
+                assert file[name].type == kind.upper()
+                values = codec.decode(codec.encode(np.ascontiguousarray(values)), values.shape)
+            assert np.array_equal(file[name].numpy(), values), name
 
 
 def test_codes_are_the_checkpoints_own(path: Path, tmp_path: Path) -> None:

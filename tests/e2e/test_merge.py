@@ -22,10 +22,13 @@ import ggufx
 from ggufx import quantize
 from ggufx.checkpoint import Checkpoint
 from ggufx.convert import convert
+from ggufx.diff import diff
 from ggufx.errors import GGUFError
 from ggufx.file import Tensor
+from ggufx.measure import measure
 from ggufx.merge import merge, plan_merge
 from ggufx.recipe import Recipe
+from ggufx.verify import verify
 
 from .conftest import Run, assert_one_line
 from .oracle import Source
@@ -172,6 +175,11 @@ def test_every_expert_block_and_fp8_code_equals_its_source(
             assert np.array_equal(found[-1], values[-1])
             assert np.array_equal(found[[3, 130, 3]], values[[3, 130, 3]])
             assert np.array_equal(found[..., 7], values[..., 7])
+            assert np.array_equal(found[[[1, 2], [200, 4]]], values[[[1, 2], [200, 4]]])
+            assert found[5:5].shape == values[5:5].shape
+            for wrong in (None, True, (1, None), values.shape[0]):
+                with pytest.raises(IndexError):
+                    found[wrong]
 
 
 def gguf_bytes(path: Path, tensor: Tensor) -> np.ndarray:
@@ -379,6 +387,7 @@ def test_places_that_do_not_fit(
     assert_one_line(run(model, model.parent), "holds the sources")
     assert_one_line(run(model, model), "is a file")
     assert_one_line(run(model, out, "--dense", "bf16"), "--format gguf")
+    assert_one_line(run(model, out, "--model-name", "Mine"), "--format gguf")
     assert not out.exists()
     out.mkdir()
     (out / "model-00001-of-00009.safetensors").touch()
@@ -509,12 +518,162 @@ def test_damaged_folders(change: str, message: str, hybrid: Path, tmp_path: Path
         ggufx.open(tmp_path / "out")
 
 
+def changed(hybrid: Path, to: Path, change: Callable[[Source], object]) -> Path:
+    """A copy of a folder with something else in it."""
+    shutil.copytree(hybrid, to)
+    copy = Source(to)
+    change(copy)
+    copy.save()
+    return to
+
+
+def flip(copy: Source, name: str) -> None:
+    copy.bytes_of(name)[5] ^= 1
+
+
+def test_verify_proves_a_folder(
+    hybrid: Path, source_of: Callable[[str], Path], gguf_of: Callable[..., Path], cli: Cli, tmp_path: Path
+) -> None:
+    """Every tensor equals one of the two sources; a changed bit anywhere is found and named."""
+    source, model = source_of("float"), gguf_of("float", "classic")
+    run = cli("verify", hybrid, "--against", source, "--experts", model)
+    assert run.code == 0, run.out
+    n_tensors = len(ggufx.open(hybrid))
+    assert f"verified (hybrid): {n_tensors} exact" in run.out
+    report = verify(hybrid, source, experts=model.parent)
+    assert {tensor.status for tensor in report.tensors} == {"exact"}
+    assert {tensor.name for tensor in report.tensors} == set(ggufx.open(hybrid))
+    # Without the GGUF its experts are what they are: roundings of the checkpoint's.
+    report = verify(hybrid, source)
+    assert report.ok
+    assert {tensor.name for tensor in report.tensors if tensor.status == "rounded"} == {
+        name for name, tensor in ggufx.open(hybrid).items() if "_exps" in name and tensor.type != "F32"
+    }
+    for number, stored in enumerate(
+        ("blk.1.attn_q_b.weight", "blk.1.attn_q_b.weight_scale_inv", "blk.2.ffn_up_exps.weight", "output_norm.weight",
+         "blk.2.ffn_down_exps.weight", "blk.1.exp_probs_b.bias")
+    ):  # fmt: skip
+        bad = changed(hybrid, tmp_path / str(number), lambda s, n=stored: flip(s, n))
+        report = verify(bad, source, experts=model)
+        assert not report.ok
+        assert [t.name for t in report.tensors if t.status != "exact"] == [stored.removesuffix("_scale_inv")]
+        assert cli("verify", bad, "--against", source, "--experts", model).code == 1
+    bad = changed(hybrid, tmp_path / "less", lambda s: s.drop("blk.0.attn_norm.weight"))
+    assert {t.name: t.status for t in verify(bad, source).tensors if t.status not in ("exact", "rounded")} == {
+        "blk.0.attn_norm.weight": "missing"
+    }
+    bad = changed(
+        hybrid, tmp_path / "more", lambda s: s.put("odd", "F32", (1,), np.ones(1, "<f4"), shard=next(iter(s.shards)))
+    )
+    assert {t.name: t.status for t in verify(bad, source).tensors if t.status not in ("exact", "rounded")} == {
+        "odd": "extra"
+    }
+    # Experts of something else are far, whoever quantized them.
+    name = "blk.1.ffn_gate_exps.weight"
+    bad = changed(
+        hybrid, tmp_path / "far", lambda s: s.put(name, "U8", s.tensors[name].shape, s.tensors[name].data[::-1].copy())
+    )
+    assert [t.name for t in verify(bad, source).tensors if t.status == "different"] == [name]
+
+
+def test_verify_refuses_what_is_no_source(
+    hybrid: Path, source_of: Callable[[str], Path], gguf_of: Callable[..., Path], cli: Cli, tmp_path: Path
+) -> None:
+    source, model = source_of("float"), gguf_of("float", "classic")
+    assert_one_line(cli("verify", hybrid, "--against", model), "--experts")
+    assert_one_line(cli("verify", model, "--against", model, "--experts", model), "--experts")
+    write_gguf(tmp_path / "half.gguf", "deepseek2", {"blk.1.ffn_up_exps.weight": ((8, 256, 256), 0)})
+    write_gguf(tmp_path / "none.gguf", "deepseek2", {"output_norm.weight": ((256,), 0)})
+    for name, text in (("half", "blk.1.ffn_"), ("none", "no routed experts")):
+        assert_one_line(cli("verify", hybrid, "--against", source, "--experts", tmp_path / f"{name}.gguf"), text)
+
+
+def test_verify_proves_a_merged_gguf(
+    source_of: Callable[[str], Path], gguf_of: Callable[..., Path], cli: Cli, tmp_path: Path
+) -> None:
+    """Native tensors against the checkpoint, experts against the GGUF: only scales that are none cost something."""
+    source, model, out = source_of("ue8m0"), gguf_of("ue8m0", "classic"), tmp_path / "out.gguf"
+    merge(source, model, out, form="gguf")
+    run = cli("verify", out, "--against", source, "--experts", model)
+    assert run.code == 0, run.out
+    status = {tensor.name: tensor.status for tensor in verify(out, source, experts=model).tensors}
+    assert {name.split(".")[-2] for name, found in status.items() if found != "exact"} == {"attn_output"}
+    run = cli("verify", out, "--against", source)
+    assert run.code == 1
+    assert "--experts names the GGUF" in run.out
+    with ggufx.open(out) as made:
+        at = made["blk.2.ffn_gate_exps.weight"].file_offset + 77
+    raw = bytearray(out.read_bytes())
+    raw[at] ^= 4
+    out.write_bytes(raw)
+    report = verify(out, source, experts=model)
+    assert [t.name for t in report.tensors if t.status == "different"] == ["blk.2.ffn_gate_exps.weight"]
+
+
+def test_diff_of_folders(
+    hybrid: Path, source_of: Callable[[str], Path], gguf_of: Callable[..., Path], cli: Cli, tmp_path: Path
+) -> None:
+    run = cli("diff", hybrid, hybrid)
+    assert (run.code, run.out.strip()) == (0, "the same")
+    name = "blk.1.attn_q_b.weight"
+
+    def halve(copy: Source) -> None:
+        scales = copy.bytes_of(f"{name}_scale_inv").view("<f4")
+        scales[7] /= 2  # of rows 128 to 255 and columns 256 to 383
+
+    bad = changed(hybrid, tmp_path / "out", halve)
+    (found,) = diff(hybrid, bad).tensors
+    values = decoded(Source(source_of("float")), "model.layers.1.self_attn.q_b_proj.weight")
+    tile = values[128:256, 256:384]
+    assert (found.name, found.types, found.differing) == (name, ("F8_E4M3", "F8_E4M3"), np.count_nonzero(tile))
+    assert found.max_error == np.abs(tile).max() / 2
+    # Against a GGUF: its keys are not a folder's; the experts have its very bytes, F32 the very values.
+    found_in = diff(hybrid, gguf_of("float", "classic"))
+    assert not found_in.keys
+    assert found_in.only_first == [f"blk.{layer}.attn_kv_b.weight" for layer in range(3)]
+    assert not any("_exps" in t.name for t in found_in.tensors)
+    (exact,) = convert(source_of("float"), tmp_path / "f32.gguf", target="ik_llama.cpp", dense="f32")
+    wide = {t.name: t for t in diff(exact, hybrid).tensors}
+    assert wide[name].types == ("F32", "F8_E4M3")
+    assert all(t.differing == 0 for t in wide.values() if t.types[1] == "F8_E4M3")
+
+
+def test_measure_of_a_folder(hybrid: Path, source_of: Callable[[str], Path], cli: Cli) -> None:
+    values = decoded(Source(source_of("float")), "model.layers.1.self_attn.q_b_proj.weight")
+    (found,) = measure(hybrid, ["q8_0"], pattern="blk.1.attn_q_b.weight", max_rows=10)
+    assert (found.source_type, found.shape) == ("F8_E4M3", values.shape)
+    rows = values[np.linspace(0, values.shape[0] - 1, 10).astype(int)]
+    assert found.quality == ggufx.quality(rows, "Q8_0")
+    assert cli("measure", hybrid, "--types", "q8_0", "--tensors", "blk.1.*").code == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", "@"],
+        ["quantize", "@", "q8_0", "--dry-run"],
+        ["recipe", "lint", "deepseek-v3-iq2_xxs", "@"],
+        ["merge", "--safetensor-path", "@", "--gguf-path", "@", "--output-path", "out"],
+    ],
+)
+def test_a_hybrid_is_no_checkpoint(arguments: list[str], hybrid: Path, gguf_of: Callable[..., Path], cli: Cli) -> None:
+    here = [str(hybrid) if a == "@" else a for a in arguments]
+    if "merge" in arguments:
+        here[4] = str(gguf_of("float", "classic"))
+    assert_one_line(cli(*here), str(hybrid), "is a hybrid", "--format gguf")
+
+
 def test_a_checkpoint_is_no_hybrid_and_a_hybrid_no_gguf(
     hybrid: Path, source_of: Callable[[str], Path], cli: Cli, tmp_path: Path
 ) -> None:
     assert_one_line(cli("inspect", source_of("float")), "ggufx convert")
     assert_one_line(cli("inspect", tmp_path), "no model")
-    assert_one_line(cli("rewrite", hybrid, "--outfile", tmp_path / "o.gguf"), str(hybrid))
+    for arguments in (
+        ["rewrite", hybrid, "--outfile", tmp_path / "o.gguf"],
+        ["split", hybrid],
+        ["set", hybrid, "a.b=u8:1"],
+    ):
+        assert_one_line(cli(*arguments), f"{hybrid}: is a directory, not a GGUF file")
 
 
 def test_the_full_model(tmp_path: Path) -> None:

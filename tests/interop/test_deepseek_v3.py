@@ -59,6 +59,21 @@ def test_same_file(llama_cpp_source, checkpoint_of, tmp_path, variant, dense):
     assert differences(expected, convert(checkpoint, tmp_path / "ggufx.gguf", *own)) == []
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"attention_factor": 1.25}, {"attn_factor": 1.25, "extrapolation_factor": 0.5}, {"beta_slow": None}],
+)
+def test_same_file_of_another_yarn(llama_cpp_source, tmp_path, changes):
+    checkpoint = tmp_path / "Tiny-DeepSeek-V3"
+    make_tiny_v3(checkpoint, hidden=256, ffn=384, moe=128, experts=8, heads=2, merges=40, shards=1)
+    config = json.loads((checkpoint / "config.json").read_text())
+    scaling = config["rope_scaling"] | changes
+    config["rope_scaling"] = {key: value for key, value in scaling.items() if value is not None}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    expected = upstream_convert(llama_cpp_source, "bf16", checkpoint, tmp_path / "upstream.gguf")
+    assert differences(expected, convert(checkpoint, tmp_path / "ggufx.gguf")) == []
+
+
 def weights_of(checkpoint: Path) -> dict[str, np.ndarray]:
     """Every parameter by its name, dequantized from the published definition of the format: float32."""
     tensors = reference.read_tensors(checkpoint)
