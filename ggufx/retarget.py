@@ -18,7 +18,7 @@ import numpy as np
 
 from ggufx import dialects, execute, plan, types
 from ggufx.architectures.deepseek_v4_file import DeepSeekV4File
-from ggufx.container import DEFAULT_ALIGNMENT, Value
+from ggufx.container import DEFAULT_ALIGNMENT, Value, ValueType
 from ggufx.dialects import Dialect
 from ggufx.errors import CodecError, PlanError
 from ggufx.execute import Progress
@@ -26,7 +26,17 @@ from ggufx.file import File, Tensor, open
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
 from ggufx.version import __version__
 
-__all__ = ["DENSE_TYPES", "PLAIN_TYPES", "TARGETS", "Move", "keys_for", "moves_for", "plan_retarget", "retarget"]
+__all__ = [
+    "DENSE_TYPES",
+    "PLAIN_TYPES",
+    "TARGETS",
+    "Move",
+    "keys_for",
+    "moves_for",
+    "plan_retarget",
+    "retarget",
+    "short",
+]
 
 TARGETS: Final = tuple(dialects.TARGETS)
 DENSE_TYPES: Final = ("bf16", "q8_0", "f32")
@@ -102,7 +112,9 @@ def moves_for(file: File, target: str) -> tuple[list[Move], list[tuple[str, str]
 
 
 def _complete(model: DeepSeekV4File) -> bool:
-    """Return whether a file in a form has that form's keys: antirez' have upstream's names, not all of its keys."""
+    """Return whether a file in a form has that form's names and keys: antirez' have upstream's names, not all of its keys."""
+    if not model.plainly_named:
+        return False
     if model.form == "nisparks":
         return True  # of two issues, one without rope.scaling; both are the form
     wanted = model.keys(model.form, file_type=0, chat_template="")
@@ -382,7 +394,7 @@ def _deepseek_keys(
     keys |= {key: value for key, value in own.items() if key.startswith("tokenizer.") and key not in keys}
     for key, why in model.supposed:
         if key in keys:
-            notes.append(f"key {key} = {_short(keys[key])}: not in the file; {why}")
+            notes.append(f"key {key} = {short(keys[key])}: not in the file; {why}")
     keys |= _leftovers(model, form, own, keys, notes)
     return keys
 
@@ -405,7 +417,7 @@ def _leftovers(
                 notes.append(f"key {key}: left out; the target's form has it in others, or not at all")
                 continue
             notes.append(
-                f"key {key} = {_short(value)}: kept, though not of the target's form: readers would suppose otherwise"
+                f"key {key} = {short(value)}: kept, though not of the target's form: readers would suppose otherwise"
             )
         kept[key] = value
     return kept
@@ -417,7 +429,9 @@ def _with_naming(model: DeepSeekV4File, general: dict[str, Value], notes: list[s
 
     parts = ("version", "finetune", "basename")
     name = general.get("general.name")
-    if model.form != "nisparks" or name is None or any(f"general.{part}" in general for part in parts):
+    if model.form != "nisparks" or any(f"general.{part}" in general for part in parts):
+        return general
+    if name is None or name.type is not ValueType.STRING:
         return general
     total = sum(tensor.size for tensor in model.file.tensors)
     _, _, basename, finetune, version, _ = gguf.Metadata.get_model_id_components(name.data.replace(" ", "-"), total)
@@ -465,7 +479,8 @@ def _tensors(count: int) -> str:
     return "1 tensor" if count == 1 else f"{count} tensors"
 
 
-def _short(value: Value) -> str:
+def short(value: Value) -> str:
+    """Return a value in a few words; float32 as the shortest number that is the same."""
     data = value.to_json()
     if isinstance(data, float):
         data = float(str(np.float32(data)))

@@ -150,6 +150,40 @@ def test_files_of_the_same_form_keep_every_type(converted: Converted, tmp_path: 
     assert (tmp_path / "o.gguf").read_bytes() == converted("mini", "llama.cpp", "bf16").raw
 
 
+NAMES_OF_OTHERS = {
+    "attn_kv_a_mqa": ("llama.cpp", lambda name: name.replace("attn_kv.weight", "attn_kv_a_mqa.weight")),
+    "nisparks' compressors": (
+        "llama.cpp",
+        lambda name: name.replace("attn_kv.", "attn_kv_latent.").replace("attn_compressor_", "attn_compress_"),
+    ),
+    "bare": ("llama.cpp", lambda name: re.sub(r"(ape|_fn|_base|_scale|tid2eid)\.weight$", r"\1", name)),
+    "suffixed": (
+        "nisparks",
+        lambda name: name.replace("exp_probs_b", "exp_probs_b.bias") if "." in name[-14:] and "probs" in name
+        else re.sub(r"(ape|_fn|_base|_scale|tid2eid|_sinks)$", r"\1.weight", name),
+    ),
+    "upstream's kv": ("nisparks", lambda name: name.replace("attn_kv_latent", "attn_kv")),
+}  # fmt: skip
+"""Names that third-party files mix: the form, and how they spell it."""
+
+
+@pytest.mark.parametrize("who", NAMES_OF_OTHERS)
+def test_names_of_other_writers_become_the_targets(who: str, converted: Converted, tmp_path: Path) -> None:
+    form, rename = NAMES_OF_OTHERS[who]
+    plain = converted("flash", form, "bf16")
+    mixed = remade(plain.path, tmp_path / "mixed.gguf", rename=rename)
+    assert Gguf(mixed).tensors.keys() != plain.tensors.keys()
+    for target in ("llama.cpp", "nisparks"):
+        out = tmp_path / f"{target}.gguf"
+        retarget(mixed, out, target)
+        wanted = converted("flash", target, "bf16").tensors
+        moved = Gguf(out).tensors
+        assert [(t.name, t.shape) for t in moved.values()] == [(t.name, t.shape) for t in wanted.values()]
+        assert all(np.array_equal(moved[name].decode(), wanted[name].decode()) for name in wanted)
+        assert verify(out, mixed).ok
+    assert (tmp_path / "llama.cpp.gguf").read_bytes() == converted("flash", "llama.cpp", "bf16").raw
+
+
 # ds4 --------------------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +251,20 @@ def write_gguf(path: Path, tensors: list[tuple[str, tuple[int, ...], int, bytes]
     metadata |= {key.replace("__", "."): value for key, value in keys.items()}
     path.write_bytes(encode_header(metadata, directory, 32) + data)
     return path
+
+
+def remade(
+    path: Path,
+    out: Path,
+    tensors: dict[str, tuple[tuple[int, ...], int, bytes] | None] | None = None,
+    rename: Callable[[str], str] = str,
+    **keys: Value,
+) -> Path:
+    """A copy with other keys, other names, and of some tensors another shape, id and bytes, or none of them at all."""
+    with ggufx.open(path) as file:
+        lines = {t.name: (t.shape, t.type_id, t.packed.tobytes()) for t in file.tensors} | (tensors or {})
+        content = [(rename(name), *line) for name, line in lines.items() if line is not None]
+        return write_gguf(out, content, **file.metadata.typed(), **keys)
 
 
 def _values(shape: tuple[int, ...]) -> np.ndarray:
@@ -313,11 +361,7 @@ def test_verify_tells_keys_and_tensors_that_are_not_right(converted: Converted, 
 
 
 def _without(path: Path, out: Path, name: str) -> Path:
-    with ggufx.open(path) as file:
-        kept = [t for t in file.tensors if t.name != name]
-        content = [(t.name, t.shape, t.type_id, t.packed.tobytes()) for t in kept]
-        keys = file.metadata.typed()
-    return write_gguf(out, content, **keys)
+    return remade(path, out, {name: None})
 
 
 def test_errors_name_file_tensor_and_rule(converted: Converted, tmp_path: Path, cli: Cli) -> None:
@@ -348,6 +392,58 @@ def test_errors_name_file_tensor_and_rule(converted: Converted, tmp_path: Path, 
     fails(other, "ds4", str(other), "'llama'", "no form")
     fails(native, "ds4", "q8_0", flags=("--dense", "bf16"))
     assert_one_line(cli("retarget", native, "--outfile", native, "--target", "ds4"), str(native), "source")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "number", "nbytes"),
+    [
+        ("hc_head_base", (), 0, 4),
+        ("token_embd.weight", (128,), 0, 512),
+        ("blk.0.attn_output_a.weight", (512,), 0, 2048),
+        ("blk.0.attn_output_a.weight", (512, 0), 0, 0),
+        ("blk.2.attn_compress_ape", (), 0, 4),
+        ("blk.0.ffn_gate_exps.weight", (6, 32), 39, 102),
+        # Nothing is counted to a number that a file only claims: these would take hours, and all memory.
+        ("blk.0.ffn_gate_exps.weight", (2**50, 0, 32), 39, 0),
+        ("blk.0.ffn_gate_exps.weight", (2**50, 1, 32), 999, 32),
+    ],
+)
+def test_shapes_that_no_model_has(
+    name: str, shape: tuple[int, ...], number: int, nbytes: int, converted: Converted, tmp_path: Path, cli: Cli
+) -> None:
+    odd = remade(converted("mini").path, tmp_path / "odd.gguf", {name: (shape, number, bytes(nbytes))})
+    for command in (("retarget", "--target", "llama.cpp"), ("export",)):
+        run = cli(command[0], odd, "--outfile", tmp_path / "o", *command[1:])
+        assert_one_line(run, str(odd), repr(name), f"is {list(shape)}", "expected")
+        assert not (tmp_path / "o").exists()
+
+
+def test_keys_that_contradict_the_tensors(converted: Converted, tmp_path: Path, cli: Cli) -> None:
+    def fails(*needed: str, **keys: Value) -> None:
+        odd = edited(converted("mini").path, tmp_path / "odd.gguf", **keys)
+        for command in (("retarget", "--target", "llama.cpp"), ("export",)):
+            run = cli(command[0], odd, "--outfile", tmp_path / "o", *command[1:])
+            assert_one_line(run, str(odd), *needed)
+            assert "--skip" not in run.err  # a flag of other commands
+
+    for count in (2, 4, 2**32 - 1):
+        fails(f"deepseek4.block_count is {count}", "tensors of 3 blocks", deepseek4__block_count=Value.u32(count))
+    fails("[6, 128]", "[4294967295, 128]", deepseek4__expert_count=Value.u32(2**32 - 1))
+    for number in (float("inf"), float("nan")):
+        fails(f"rope.freq_base is {number}", "expected a number", deepseek4__rope__freq_base=Value.f32(number))
+
+
+def test_a_block_number_beyond_the_count(converted: Converted, tmp_path: Path, cli: Cli) -> None:
+    odd = remade(converted("mini").path, tmp_path / "odd.gguf", rename=lambda name: name.replace("blk.2.", "blk.7."))
+    run = cli("retarget", odd, "--outfile", tmp_path / "o.gguf", "--target", "llama.cpp")
+    assert_one_line(run, str(odd), "'layers.7.attn.attn_sink'")
+    assert "--skip" not in run.err
+
+
+def test_a_name_that_is_no_text(converted: Converted, tmp_path: Path) -> None:
+    odd = edited(converted("mini").path, tmp_path / "odd.gguf", general__name=Value.u32(7))
+    retarget(odd, tmp_path / "o.gguf", "llama.cpp")
+    assert Gguf(tmp_path / "o.gguf").kv["general.name"] == (4, 7)
 
 
 def test_mtp_files_move_between_the_two_that_share_names(converted: Converted, tmp_path: Path) -> None:
