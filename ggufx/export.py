@@ -7,21 +7,24 @@ and a scale for 32. No value is computed. The shards, and the small files beside
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from math import prod
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from ggufx import companions, execute, plan
 from ggufx.architectures.deepseek_v4 import CHAT_TEMPLATE
 from ggufx.architectures.deepseek_v4_file import DeepSeekV4File, Member
 from ggufx.checkpoint import INDEX_NAME, SourceTensor
+from ggufx.container import Value, ValueType
 from ggufx.errors import PlanError
 from ggufx.execute import Progress
 from ggufx.file import File, open
 from ggufx.plan import Matrix, Plan, PlannedFile, PlannedShard, PlannedTensor, PlannedText, Span, Transform
-from ggufx.retarget import is_bfloat16
+from ggufx.retarget import is_bfloat16, short
 
 __all__ = ["export", "plan_export"]
 
@@ -55,14 +58,15 @@ def plan_export(file: File, outfile: str | Path) -> Plan:
             "knows the main model of DeepSeek-V4 (deepseek4)"
         )
     model = DeepSeekV4File(file)
-    _one_clamp(file)
+    _said_by_config(model)
     paths = [str(path) for path in file.paths]
     names = [Path("model.safetensors")] if model.single_shard else model.shard_names()
+    _no_other_shards(directory, [path.name for path in names] + [INDEX_NAME] * (len(names) > 1))
     shards: list[list[PlannedTensor]] = [[] for _ in names]
     with execute.open_files():
         for member in model.members.values():
             number = 0 if model.single_shard else model.shard_of(member)
-            shards[number] += _tensors(file, member, paths)
+            shards[number] += _tensors(file, member, paths, model.config["n_routed_experts"])
     files: list[PlannedFile] = []
     described: list[SourceTensor] = []
     for number, (name, tensors) in enumerate(zip(names, shards, strict=True)):
@@ -116,16 +120,37 @@ def export(
         )
 
 
-def _one_clamp(file: File) -> None:
-    for key in ("swiglu_clamp_exp", "swiglu_clamp_shexp"):
-        values = file.metadata.get(f"deepseek4.{key}")
-        if values is not None and len(set(values)) > 1:
+def _said_by_config(model: DeepSeekV4File) -> None:
+    """Raise PlanError for a key whose value config.json has no place for: a clamp per layer, say."""
+    said: dict[str, Value] = {}
+    for form in ("nisparks", "llama.cpp"):
+        said |= model.keys(form, file_type=0, chat_template="")
+    for key, value in model.file.metadata.typed().items():
+        if key in said and key.startswith("deepseek4.") and _values(value) != _values(said[key]):
             raise PlanError(
-                f"{file.path}: deepseek4.{key} has {len(set(values))} different values; config.json has one swiglu_limit"
+                f"{model.file.path}: key {key} is {short(value)}, which config.json has no place for beside the other keys: "
+                f"a conversion of it would write {short(said[key])}"
             )
 
 
-def _tensors(file: File, member: Member, paths: list[str]) -> list[PlannedTensor]:
+def _values(value: Value) -> set[Any]:
+    """Return the different values of a key: writers differ in its type, and in whether an array counts the MTP block."""
+    items = value.to_json() if value.type is ValueType.ARRAY else [value.data]
+    return {float(np.float32(item)) if isinstance(item, float) else item for item in items}
+
+
+def _no_other_shards(directory: Path, ours: Sequence[str]) -> None:
+    """Raise PlanError where the directory has shards that are not ours, or an index of others: they would be taken for it."""
+    found = [*directory.glob("*.safetensors"), *directory.glob(INDEX_NAME)]
+    others = sorted(path.name for path in found if path.name not in ours)
+    if others:
+        raise PlanError(
+            f"{directory}: holds {len(others)} files of another checkpoint, {others[0]} first; choose another --outfile, or "
+            "remove them"
+        )
+
+
+def _tensors(file: File, member: Member, paths: list[str], experts: int) -> list[PlannedTensor]:
     """Return the checkpoint's tensors of one of the file's: two for native types, as many times as there are experts."""
     tensor, role = member.tensor, member.family.role
     kind, shape = tensor.type, tensor.shape
@@ -133,12 +158,12 @@ def _tensors(file: File, member: Member, paths: list[str]) -> list[PlannedTensor
     native = (kind == _FP8 and role in ("dense", "expert")) or (kind == _FP4 and role == "expert")
     if not native:
         if role != "expert":
-            return [_plain(file, member, member.source, shape, start)]
+            return [_plain(file, member, member.source, shape, start, experts)]
         count = shape[0]
         each = [
             Span(start.file, start.offset + e * (start.nbytes // count), start.nbytes // count) for e in range(count)
         ]
-        return [_plain(file, member, member.of_expert(e), shape[1:], span) for e, span in enumerate(each)]
+        return [_plain(file, member, member.of_expert(e), shape[1:], span, experts) for e, span in enumerate(each)]
     count = shape[0] if role == "expert" else 1
     rows, row_len = shape[-2:]
     nbytes = start.nbytes // count
@@ -159,7 +184,7 @@ def _tensors(file: File, member: Member, paths: list[str]) -> list[PlannedTensor
     return found
 
 
-def _plain(file: File, member: Member, name: str, shape: tuple[int, ...], span: Span) -> PlannedTensor:
+def _plain(file: File, member: Member, name: str, shape: tuple[int, ...], span: Span, experts: int) -> PlannedTensor:
     tensor, role = member.tensor, member.family.role
     kind = tensor.type
     wanted = kind
@@ -176,7 +201,9 @@ def _plain(file: File, member: Member, name: str, shape: tuple[int, ...], span: 
         wanted = "BF16"
     op: Any = "copy" if wanted == kind else "cast" if role == "table" else "encode"
     row_len = shape[-1] if shape else 1
-    transform = Transform(op, kind, wanted, (row_len,), exact=op == "encode")
+    # As a conversion of it will demand: tables hold experts' numbers.
+    limit = experts if role == "table" else None
+    transform = Transform(op, kind, wanted, (row_len,), exact=op == "encode", limit=limit)
     matrix = Matrix(tensor.name, kind, prod(shape[:-1]), row_len, span)
     return plan.plan_tensor(name, shape, wanted, -1, transform, [[matrix]])
 

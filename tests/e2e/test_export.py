@@ -13,7 +13,7 @@ import pytest
 
 from ggufx import execute
 from ggufx.architectures.deepseek_v4 import CHAT_TEMPLATE
-from ggufx.container import Value
+from ggufx.container import Value, ValueType
 from ggufx.convert import convert
 from ggufx.edit import plan_edit, set_keys
 from ggufx.export import export
@@ -147,7 +147,64 @@ def test_errors_name_tensor_and_rule(converted: Converted, tmp_path: Path, cli: 
         at = found.index(b"deepseek4.swiglu_clamp_exp") + len(b"deepseek4.swiglu_clamp_exp") + 16
         file.seek(at)
         file.write(np.float32(9).tobytes())
-    fails(clamp, "swiglu_clamp_exp has 2 different values")
+    fails(clamp, "swiglu_clamp_exp is [9.0, 10.0, 10.0]", "config.json has no place")
+
+
+def test_values_that_config_json_cannot_say(converted: Converted, tmp_path: Path, cli: Cli) -> None:
+    """They would be lost without a word: config.json has one clamp, and one length of a head."""
+    whole = converted("flash", "llama.cpp", "bf16").path
+    clamps = Value.array(ValueType.FLOAT32, [7.0] * 5)
+    for key, value in (
+        ("swiglu_clamp_shexp", clamps), ("attention.value_length", Value.u32(64)), ("embedding_length_out", Value.u32(7)),
+    ):  # fmt: skip
+        path = Path(shutil.copy(whole, tmp_path / "odd.gguf"))
+        set_keys(plan_edit(path, {f"deepseek4.{key}": value}))
+        run = cli("export", path, "--outfile", tmp_path / "back")
+        assert_one_line(run, str(path), f"deepseek4.{key} is", "config.json has no place for")
+        assert not (tmp_path / "back").exists()
+
+
+def test_a_directory_of_another_checkpoint(converted: Converted, checkpoint_path: Callable[[str], Path],
+                                           tmp_path: Path, cli: Cli) -> None:  # fmt: skip
+    out = tmp_path / "back"
+    shutil.copytree(checkpoint_path("flash"), out)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for case in ("flash", "mini", "one-file"):
+        run = cli("export", converted(case).path, "--outfile", out, "--overwrite")
+        assert_one_line(run, str(out), "files of another checkpoint")
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    # An earlier export of the same model is none.
+    export(converted("mini").path, tmp_path / "mini")
+    export(converted("mini").path, tmp_path / "mini", overwrite=True)
+
+
+def test_tables_of_experts_that_do_not_exist(converted: Converted, tmp_path: Path, cli: Cli) -> None:
+    path = Path(shutil.copy(converted("mini").path, tmp_path / "n.gguf"))
+    tensor = Gguf(path).tensors["blk.0.ffn_gate_tid2eid"]
+    with path.open("rb+") as file:
+        file.seek(tensor.offset)
+        file.write((6).to_bytes(4, "little"))  # of 6 experts
+    run = cli("export", path, "--outfile", tmp_path / "back")
+    assert_one_line(run, str(path), "'blk.0.ffn_gate_tid2eid'", "outside 0 to 5")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tokens", Value.array(ValueType.INT32, [1, 2])),
+        ("tokens", Value.array(ValueType.STRING, ["one"])),
+        ("token_type", Value.string("normal")),
+        ("merges", Value.u32(5)),
+    ],
+)
+def test_a_tokenizer_that_is_none(key: str, value: Value, converted: Converted, tmp_path: Path, cli: Cli) -> None:
+    path = Path(shutil.copy(converted("mini").path, tmp_path / "n.gguf"))
+    ids = {"tokenizer.ggml.bos_token_id": Value.array(ValueType.INT32, [1])}
+    set_keys(plan_edit(path, {f"tokenizer.ggml.{key}": value} | ids))
+    run = cli("export", path, "--outfile", tmp_path / "back")
+    assert (run.code, "no tokenizer is written" in run.err) == (0, True), run.err
+    assert not (tmp_path / "back" / "tokenizer.json").exists()
+    assert "bos_token_id" not in json.loads((tmp_path / "back" / "config.json").read_text())
 
 
 def test_an_interrupted_export_goes_on(converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
