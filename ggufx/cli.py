@@ -93,6 +93,16 @@ DialectOption = Annotated[
     Reading | None, typer.Option("--dialect", help="Whose type ids the file has. Default: found from ids and sizes.")
 ]
 
+
+def _file(text: str) -> Path:
+    # Path drops the slash at the end, which says that a directory is meant: a file of that name would be a surprise.
+    if text.endswith("/") or Path(text).is_dir():
+        raise PlanError(f"--outfile {text}: is a directory; name a file in it")
+    return Path(text)
+
+
+OutFile = Annotated[Path, typer.Option("--outfile", parser=_file, metavar="FILE", help="Output.")]
+
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output, at the end.")]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a partial output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")]
@@ -517,7 +527,7 @@ def diff(
 @app.command()
 def rewrite(
     file: Annotated[Path, typer.Argument(help="A GGUF; any member of a split.")],
-    outfile: Annotated[Path, typer.Option(help="Output.")],
+    outfile: OutFile,
     split_max_size: SplitMaxSize = None,
     dialect: DialectOption = None,
     threads: Threads = None,
@@ -533,7 +543,7 @@ def rewrite(
 @app.command()
 def retarget(
     file: Annotated[Path, typer.Argument(help="A GGUF; any member of a split.")],
-    outfile: Annotated[Path, typer.Option(help="Output.")],
+    outfile: OutFile,
     target: Annotated[MoveTarget, typer.Option(help="Dialect to move to.")],
     dense: Annotated[
         MoveDense | None,
@@ -648,7 +658,10 @@ def merge(
 @app.command()
 def split(
     file: Annotated[Path, typer.Argument(help="A GGUF.")],
-    outfile: Annotated[Path | None, typer.Option(help="Prefix: PREFIX-00001-of-0000N.gguf. Default: FILE.")] = None,
+    outfile: Annotated[
+        Path | None,
+        typer.Option(parser=_file, metavar="PREFIX", help="PREFIX-00001-of-0000N.gguf are written. Default: FILE."),
+    ] = None,
     split_max_size: SplitMaxSize = None,
     split_max_tensors: Annotated[
         int | None, typer.Option(min=1, help="Split into files of at most N tensors. Default: 128.")
@@ -680,7 +693,9 @@ def split(
 @app.command()
 def merge_splits(
     file: Annotated[Path, typer.Argument(help="Any member of a split GGUF.")],
-    outfile: Annotated[Path | None, typer.Option(help="Output. Default: the members' common name.")] = None,
+    outfile: Annotated[
+        Path | None, typer.Option(parser=_file, metavar="FILE", help="Output. Default: the members' common name.")
+    ] = None,
     dialect: DialectOption = None,
     threads: Threads = None,
     overwrite: Overwrite = False,
@@ -701,7 +716,9 @@ def set_command(
     file: Annotated[Path, typer.Argument(help="A GGUF; any member of a split.")],
     assignments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=TYPE:VALUE]...", help="TYPE: u8..u64, i8..i64, f32, f64, bool, str, arr[T]."),
+        typer.Argument(
+            metavar="[KEY=TYPE:VALUE]...", help="TYPE: u8..u64, i8..i64, f32, f64, bool, str, arr[T]; int, float."
+        ),
     ] = None,
     remove: Annotated[list[str] | None, typer.Option(help="Key to remove. Repeatable.")] = None,
     threads: Threads = None,
@@ -711,8 +728,7 @@ def set_command(
     """Set or remove metadata: in place where the header's padding allows it, else the file is written anew."""
     if not assignments and not remove:
         raise PlanError("nothing to do: give KEY=TYPE:VALUE or --remove KEY")
-    values = dict(edit_module.parse_assignment(text) for text in assignments or ())
-    edit = edit_module.plan_edit(file, values, remove or ())
+    edit = edit_module.plan_edit(file, edit_module.parse_assignments(assignments or ()), remove or ())
     for line in edit.lines:
         _out.print(line, markup=False)
     if not edit.lines:
@@ -830,7 +846,7 @@ def quantize(
         _refuse(prepared, as_json=as_json)
     if not as_json:
         _print_findings(prepared.findings, _out if dry_run else _err)
-    overrides = dict(edit_module.parse_override(text) for text in override_kv or ())
+    overrides = edit_module.parse_overrides(override_kv or ())
     plan = prepared.plan(
         outfile or _beside(source), split_max_nbytes=_parse_nbytes(split_max_size), overrides=overrides
     )
