@@ -367,10 +367,10 @@ def _print_groups(groups: dict[str, dict[str, Any]], label: str) -> None:
 
 
 def _print_families(plan: Plan) -> None:
-    """Print a line for the tensors that differ in their layer only."""
+    """Print a line for the tensors that differ in their layer and expert only."""
     families: dict[tuple[str, tuple[int, ...], str], list[Any]] = {}
     for tensor in plan.tensors:
-        name = re.sub(r"^blk\.\d+\.", "blk.N.", tensor.name)
+        name = re.sub(r"(^blk|^layers|\.experts)\.\d+\.", r"\1.N.", tensor.name)
         families.setdefault((name, tensor.shape, tensor.type), []).append(tensor)
     table = _table("tensor", "count", "shape", "type", "bytes", "source")
     for (name, shape, kind), members in families.items():
@@ -717,7 +717,7 @@ def set_command(
     assignments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=TYPE:VALUE]...", help="TYPE: u8..u64, i8..i64, f32, f64, bool, str, arr[T]; int, float."
+            metavar="KEY=TYPE:VALUE", help="TYPE: u8..u64, i8..i64, f32, f64, bool, str, arr[T]; int, float."
         ),
     ] = None,
     remove: Annotated[list[str] | None, typer.Option(help="Key to remove. Repeatable.")] = None,

@@ -260,6 +260,7 @@ def test_first_member_without_tensors_and_sizes(converted: Converted, tmp_path: 
     whole = converted("flash")
     arguments = ("split", whole.path, "--outfile", tmp_path / "p.gguf", "--split-max-size", "500K")
     data = json.loads(cli(*arguments, "--no-tensor-first-split", "--dry-run", "--json").out)
+    assert data["file"]["file_type"] == "F8_E4M3_MXFP4"
     assert list(tmp_path.iterdir()) == []
     assert cli(*arguments, "--no-tensor-first-split").code == 0
     members = sorted(tmp_path.iterdir())

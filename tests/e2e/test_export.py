@@ -242,7 +242,13 @@ def test_existing_files_are_kept_and_a_dry_run_writes_nothing(converted: Convert
     data = json.loads(cli(*arguments, "--dry-run", "--json").out)
     assert {t["type"] for t in data["tensors"]} >= {"F8_E4M3", "F8_E8M0", "I8", "BF16", "F32", "I64"}
     assert not out.exists()
-    assert "codes" not in cli(*arguments, "--dry-run").err
+    lines = [line.split() for line in cli(*arguments, "--dry-run").out.splitlines()]
+    # 3 layers of 6 experts, of the same shape and type: one line, not 18.
+    assert [line[1] for line in lines if line[0] == "layers.N.ffn.experts.N.w1.weight"] == ["18"]
+    roles = {" ".join(line[:-4]): int(line[-4]) for line in lines[[line[0] for line in lines].index("role") + 1 :][:9]}
+    assert roles["routed experts"] == 3 * 6 * 6  # three matrices each, with scales
+    assert roles["embedding"] == roles["output"] == 1
+    assert "other" not in roles
     out.mkdir()
     (out / "config.json").write_text("mine")
     assert_one_line(cli(*arguments), "config.json", "--overwrite")
