@@ -485,7 +485,8 @@ def verify(
         table.add_row(kind, status, str(len(members)), f"{worst:.3g}", f"{rms:.3g}")
     _out.print(table)
     counts = ", ".join(f"{count} {status}" for status, count in report.counts().items())
-    keys = f"; {len(report.metadata)} keys differ from a conversion's" if report.metadata else ""
+    differing = len(report.metadata)
+    keys = f"; {differing} key{' differs' if differing == 1 else 's differ'}" if differing else ""
     _out.print(f"{'verified' if report.ok else 'NOT VERIFIED'} ({report.target}): {counts}{keys}")
     raise typer.Exit(0 if report.ok else 1)
 

@@ -75,7 +75,7 @@ class Report:
     tensors
         One entry per tensor of the plan and of the file.
     metadata
-        Keys whose value differs from what a conversion writes now (a model name given by hand does, for example): told,
+        Keys whose value differs from what a conversion or a move writes now (a model name given by hand does, say): told,
         not judged.
     """
 
@@ -298,9 +298,9 @@ def _differing_keys(expected: Mapping[str, Value], found: Mapping[str, Value]) -
         if key not in found:
             lines.append(f"{key}: missing")
         elif key not in expected:
-            lines.append(f"{key}: not written by a conversion")
+            lines.append(f"{key}: not expected")
         elif not expected[key].same(found[key]):
-            lines.append(f"{key}: {_short(found[key])}, a conversion writes {_short(expected[key])}")
+            lines.append(f"{key}: {_short(found[key])}, expected {_short(expected[key])}")
     return lines
 
 
