@@ -8,6 +8,7 @@ checkpoint for the target. Files of other models keep their names; there only id
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from math import prod
@@ -19,11 +20,13 @@ import numpy as np
 from ggufx import dialects, execute, plan, types
 from ggufx.architectures.deepseek_v4_file import DeepSeekV4File
 from ggufx.container import DEFAULT_ALIGNMENT, Value, ValueType
+from ggufx.convert import NISPARKS_GENERAL
 from ggufx.dialects import Dialect
 from ggufx.errors import CodecError, PlanError
 from ggufx.execute import Progress
 from ggufx.file import File, Tensor, open
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
+from ggufx.quantize import common_file_type
 from ggufx.version import __version__
 
 __all__ = [
@@ -45,13 +48,6 @@ PLAIN_TYPES: Final = ("f32", "f16")
 """What ds4's hyper-connections, compressors and routers become where they are neither."""
 
 _GENERAL_OWN: Final = ("general.architecture", "general.file_type", "general.quantization_version")
-_NISPARKS_GENERAL: Final = (
-    "general.type", "general.sampling.top_p", "general.sampling.temp", "general.name", "general.size_label",
-    "general.license",
-)  # fmt: skip
-_MXFP4_MOE: Final = 38
-_NISPARKS_FILE_TYPE: Final = 41
-_FILE_TYPES: Final = {"Q8_0": 7, "BF16": 32, "F32": 0}
 
 # What ds4's loader takes, by the checkpoint's name of a tensor (first match); the first type is what others become.
 _DS4_QUANT: Final = ("Q8_0", "Q4_K", "Q4_0")
@@ -171,11 +167,10 @@ def plan_retarget(
     moves, skipped, model = moves_for(file, target)
     with execute.open_files():
         tensors = [_tensor(file, move, dialect, dense, plain, paths) for move in moves]
-    fallback = dense or ("q8_0" if target == dialects.DS4.name else DENSE_TYPES[0])
-    file_type = _file_type(file, tensors, dialect, fallback)
-    if file_type is None and model is not None:
-        file_type = _of_types({tensor.type for tensor in tensors}, fallback)
-    notes = [*_renamed(moves), *_retyped(tensors)]
+    # Of other models, only what the file has is kept right.
+    wanted = model is not None or "general.file_type" in file.metadata
+    file_type = _file_type(file, tensors, dialect) if wanted else None
+    notes = [*_renamed(moves), *_retyped(tensors), *_form_notes(file, target)]
     metadata = keys_for(file, model, target, file_type, notes)
     return plan.build(
         path,
@@ -315,23 +310,31 @@ def is_bfloat16(tensor: Tensor) -> bool:
 # Metadata -------------------------------------------------------------------------------------------------------
 
 
-def _file_type(file: File, tensors: Sequence[PlannedTensor], dialect: Dialect, dense: str) -> int | None:
-    """Return ``general.file_type``: the file's own, unless the number means something else there or types changed."""
+def _file_type(file: File, tensors: Sequence[PlannedTensor], dialect: Dialect) -> int | None:
+    """Return ``general.file_type``: the file's own where it means the same there and most weights keep their type."""
     number = file.metadata.get("general.file_type")
-    kinds = {tensor.type for tensor in tensors}
-    if dialect.name == "nisparks" and "F8_E4M3_B128" in kinds:
-        return _NISPARKS_FILE_TYPE
-    if not isinstance(number, int):
-        return None
-    own = dialects.DIALECTS.get(file.dialect or "")
-    means = None if own is None else own.file_type_name(number)
-    if means == dialect.file_type_name(number) and "F8_E4M3_B128" not in {t.transform.kind for t in tensors}:
+    weights: Counter[tuple[str, str]] = Counter()
+    for tensor in tensors:
+        weights[tensor.transform.kind, tensor.type] += prod(tensor.shape)
+    old, new = max(weights, key=weights.__getitem__, default=("", ""))
+    if isinstance(number, int) and old == new and file.file_type == dialect.file_type_name(number):
         return number
-    return _of_types(kinds, dense)
+    held = {tensor.type for tensor in tensors}
+    if dialect.name == "nisparks" and "F8_E4M3_B128" in held:
+        return dialect.file_type_number("F8_E4M3_MXFP4")
+    return dialect.file_type_number("MXFP4_MOE") if "MXFP4" in held else common_file_type(tensors, dialect)
 
 
-def _of_types(kinds: set[str], dense: str) -> int:
-    return _MXFP4_MOE if "MXFP4" in kinds else _FILE_TYPES[dense.upper()]
+def _form_notes(file: File, target: str) -> list[str]:
+    """Say what a move does not change although the programs of the target look for something else."""
+    blocks = {name.rpartition("attn_kv_b.")[0] for name in file if "attn_kv_b." in name}
+    both = any(f"{block}attn_k_b.weight" in file for block in blocks)
+    if file.metadata.get("general.architecture") != "deepseek2" or not both or target == "ik_llama.cpp":
+        return []
+    return [
+        "the file has attn_kv_b beside attn_k_b and attn_v_b, and keys to match, as ik_llama.cpp has DeepSeek-V3; they stay, "
+        f"and programs for {target} do not load that: convert the checkpoint for this target instead"
+    ]
 
 
 def keys_for(
@@ -385,7 +388,7 @@ def _deepseek_keys(
     general = {key: value for key, value in own.items() if key.startswith("general.") and key not in _GENERAL_OWN}
     keys = {"general.architecture": own["general.architecture"]}
     if form == "nisparks":
-        keys |= {key: general[key] for key in _NISPARKS_GENERAL if key in general}
+        keys |= {key: general[key] for key in NISPARKS_GENERAL if key in general}
     else:
         keys["tokenizer.chat_template"] = template
         general = _with_naming(model, general, notes)

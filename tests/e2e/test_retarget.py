@@ -287,6 +287,40 @@ def test_other_architectures_keep_names_and_change_only_what_must_change(tmp_pat
     assert verify(tmp_path / "o.gguf", path).ok
 
 
+@pytest.mark.parametrize("kind", ["IQ2_XXS", "Q2_K"])
+def test_the_file_type_is_that_of_most_weights(kind: str, converted: Converted, tmp_path: Path) -> None:
+    """Quantized experts make the file what it is, whatever becomes of FP8."""
+    number = {"IQ2_XXS": 19, "Q2_K": 10}[kind]
+    codec = types.get(kind)
+    values = np.random.default_rng(0).normal(size=(64, 128, 256)).astype(np.float32)
+    experts = (values.shape, codec.ids["llama.cpp"], codec.encode(values, np.ones(256, np.float32)).tobytes())
+    path = tmp_path / "n.gguf"
+    with ggufx.open(converted("mini").path) as file:
+        fp8 = file["blk.0.attn_q_b.weight"]
+        content = [("blk.0.ffn_up_exps.weight", *experts),
+                   ("blk.0.attn_q_b.weight", fp8.shape, fp8.type_id, fp8.packed.tobytes())]  # fmt: skip
+        write_gguf(path, content, general__file_type=Value.u32(number))  # type: ignore[arg-type]
+    for target in ("llama.cpp", "nisparks"):
+        retarget(path, tmp_path / f"{target}.gguf", target)
+        with ggufx.open(tmp_path / f"{target}.gguf") as moved:
+            assert moved.metadata["general.file_type"] == number
+
+
+def test_a_form_of_ik_that_others_do_not_load_is_told(tmp_path: Path) -> None:
+    names = [f"blk.0.attn_{part}.weight" for part in ("kv_b", "k_b", "v_b")]
+    keys = {"general__architecture": Value.string("deepseek2")}
+    both = write_gguf(tmp_path / "ik.gguf", [(name, (8,), 0, bytes(32)) for name in names], **keys)
+    upstream = write_gguf(tmp_path / "l.gguf", [(name, (8,), 0, bytes(32)) for name in names[1:]], **keys)
+    for path, target, told in (
+        (both, "llama.cpp", True),
+        (both, "ik_llama.cpp", False),
+        (upstream, "llama.cpp", False),
+    ):
+        with ggufx.open(path) as file:
+            notes = plan_retarget(file, tmp_path / "o.gguf", target).notes
+        assert any("convert the checkpoint for this target" in note for note in notes) is told
+
+
 def test_types_of_ik_need_a_word(tmp_path: Path) -> None:
     iq = types.get("IQ4_KS").encode(_values((4, 256)))
     path = write_gguf(tmp_path / "ik.gguf", [("a.weight", (4, 256), 144, iq.tobytes())])
