@@ -153,30 +153,26 @@ def _no_other_shards(directory: Path, ours: Sequence[str]) -> None:
 def _tensors(file: File, member: Member, paths: list[str], experts: int) -> list[PlannedTensor]:
     """Return the checkpoint's tensors of one of the file's: two for native types, as many times as there are experts."""
     tensor, role = member.tensor, member.family.role
-    kind, shape = tensor.type, tensor.shape
-    start = Span(paths.index(str(tensor.path)), tensor.file_offset, tensor.nbytes)
-    native = (kind == _FP8 and role in ("dense", "expert")) or (kind == _FP4 and role == "expert")
-    if not native:
-        if role != "expert":
-            return [_plain(file, member, member.source, shape, start, experts)]
-        count = shape[0]
-        each = [
-            Span(start.file, start.offset + e * (start.nbytes // count), start.nbytes // count) for e in range(count)
-        ]
-        return [_plain(file, member, member.of_expert(e), shape[1:], span, experts) for e, span in enumerate(each)]
-    count = shape[0] if role == "expert" else 1
-    rows, row_len = shape[-2:]
-    nbytes = start.nbytes // count
+    kind = tensor.type
+    shape = tensor.shape[1:] if role == "expert" else tensor.shape
+    count = tensor.shape[0] if role == "expert" else 1
+    rows, row_len = prod(shape[:-1]), shape[-1]
+    source, nbytes = paths.index(str(tensor.path)), tensor.nbytes // count
     fp8 = kind == _FP8
-    step = FP8_TILE if fp8 else 1
+    native = (fp8 and role in ("dense", "expert")) or (kind == _FP4 and role == "expert")
+    step = FP8_TILE if native and fp8 else 1
     codes = Transform("codes", kind, "F8_E4M3" if fp8 else "I8", (row_len,))
     scales = Transform("scales", kind, "F8_E8M0", (row_len,), step)
+    plain = None if native else _plain(file, member, row_len, experts)
     found = []
     for expert in range(count):
         name = member.of_expert(expert)
-        span = Span(start.file, start.offset + expert * nbytes, nbytes)
         # The source by its name in the file, so that an error says which tensor it is.
+        span = Span(source, tensor.file_offset + expert * nbytes, nbytes)
         matrix = Matrix(tensor.name, kind, rows, row_len, span, rows_per_scale=step)
+        if plain is not None:
+            found.append(plan.plan_tensor(name, shape, plain.target, -1, plain, [[matrix]]))
+            continue
         found.append(plan.plan_unpacked(name, codes.target, codes, matrix, row_len if fp8 else row_len // 2))
         scale = name.removesuffix(".weight") + ".scale"
         width = row_len // (FP8_TILE if fp8 else 32)
@@ -184,28 +180,23 @@ def _tensors(file: File, member: Member, paths: list[str], experts: int) -> list
     return found
 
 
-def _plain(file: File, member: Member, name: str, shape: tuple[int, ...], span: Span, experts: int) -> PlannedTensor:
+def _plain(file: File, member: Member, row_len: int, experts: int) -> Transform:
+    """Return what becomes of a tensor that is not native: the same number type, or the one that it came from."""
     tensor, role = member.tensor, member.family.role
     kind = tensor.type
-    wanted = kind
     if role == "table":
-        wanted = "I64"
-    elif kind not in ("F32", "BF16", "F16"):
+        # The limit is what a conversion will demand: these are experts' numbers.
+        return Transform("copy" if kind == "I64" else "cast", kind, "I64", (row_len,), limit=experts)
+    if kind not in ("F32", "BF16", "F16"):
         raise PlanError(
             f"{file.path}: tensor {tensor.name!r} is {kind}, which the official checkpoint has no form for; export a file "
             "whose tensors are native (F8_E4M3_B128, MXFP4) or BF16"
         )
     # Norms and matrices are BF16 in the checkpoint, and F32 in files only because runtimes compute so.
-    half = role != "vector" or name.endswith("norm.weight")
+    half = role != "vector" or member.source.endswith("norm.weight")
     if kind == "F32" and half and is_bfloat16(tensor):
-        wanted = "BF16"
-    op: Any = "copy" if wanted == kind else "cast" if role == "table" else "encode"
-    row_len = shape[-1] if shape else 1
-    # As a conversion of it will demand: tables hold experts' numbers.
-    limit = experts if role == "table" else None
-    transform = Transform(op, kind, wanted, (row_len,), exact=op == "encode", limit=limit)
-    matrix = Matrix(tensor.name, kind, prod(shape[:-1]), row_len, span)
-    return plan.plan_tensor(name, shape, wanted, -1, transform, [[matrix]])
+        return Transform("encode", kind, "BF16", (row_len,), exact=True)
+    return Transform("copy", kind, kind, (row_len,))
 
 
 def _config(model: DeepSeekV4File, tensors: Iterable[SourceTensor]) -> dict[str, Any]:

@@ -303,6 +303,14 @@ def test_outputs_that_are_directories(command: str, path: Path, cli: Cli, monkey
         plan_rewrite(file, ".")
 
 
+def test_a_split_of_one_merges_too(path: Path, cli: Cli) -> None:
+    assert cli("split", path, "--split-max-size", "1G").code == 0
+    member = path.with_name("m-00001-of-00001.gguf")
+    assert Gguf(member).kv["split.count"] == (2, 1)
+    assert cli("merge-splits", member, "--outfile", path.with_name("o.gguf")).code == 0
+    assert path.with_name("o.gguf").read_bytes() == path.read_bytes()
+
+
 def test_default_is_llama_gguf_splits(converted: Converted, tmp_path: Path, cli: Cli) -> None:
     whole = Path(shutil.copy(converted("flash").path, tmp_path / "w.gguf"))
     assert cli("split", whole).code == 0

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from ggufx import execute
+from ggufx import export as export_module
 from ggufx.architectures.deepseek_v4 import CHAT_TEMPLATE
 from ggufx.container import Value, ValueType
 from ggufx.convert import convert
 from ggufx.edit import plan_edit, set_keys
 from ggufx.export import export
+from ggufx.file import Tensor
 from ggufx.retarget import retarget
 
 from .conftest import Run, assert_nothing_left, assert_one_line
@@ -108,6 +110,28 @@ def test_exact_files_of_llama_cpp_export_too(source: Get, converted: Converted, 
     retarget(converted("flash", "llama.cpp", "bf16").path, tmp_path / "moved.gguf", "nisparks")
     again, moved = Gguf(tmp_path / "again.gguf"), Gguf(tmp_path / "moved.gguf")
     assert again.raw[again.data_offset :] == moved.raw[moved.data_offset :]
+
+
+def test_experts_that_are_floats(
+    source: Get, converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FP8 experts as the F32 that they became; each tensor is looked through once, not once for every expert."""
+    read: list[str] = []
+    original = export_module.is_bfloat16
+
+    def counting(tensor: Tensor) -> bool:
+        read.append(tensor.name)
+        return original(tensor)
+
+    monkeypatch.setattr(export_module, "is_bfloat16", counting)
+    export(converted("flash-base", "llama.cpp", "f32").path, tmp_path / "back")
+    assert len(read) == len(set(read))
+    assert any("_exps" in name for name in read)
+    found, wanted = Source(tmp_path / "back"), source("flash-base")
+    for name, tensor in wanted.tensors.items():
+        if ".experts." in name and tensor.dtype == "F8_E4M3" and not name.startswith("mtp."):
+            assert found.tensors[name].dtype == "BF16"
+            assert np.array_equal(found.decode(name), wanted.decode(name))
 
 
 def _flip_scale(path: Path, name: str, row: int, block: int) -> None:
