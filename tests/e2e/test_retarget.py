@@ -510,6 +510,14 @@ def test_dry_run_and_split(converted: Converted, tmp_path: Path, cli: Cli) -> No
     assert out.read_bytes() == converted("flash", "llama.cpp", "bf16").raw
 
 
+def test_outputs_below_a_file(converted: Converted, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in ("file/o.gguf", "file/deeper/o.gguf"):
+        run = cli("retarget", converted("mini").path, "--outfile", tmp_path / out, "--target", "llama.cpp")
+        assert_one_line(run, str(tmp_path / out), "is no directory")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_existing_outputs_are_kept(converted: Converted, tmp_path: Path, cli: Cli) -> None:
     out = tmp_path / "o.gguf"
     out.write_bytes(b"mine")
