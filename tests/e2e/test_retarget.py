@@ -391,6 +391,15 @@ def test_verify_tells_keys_and_tensors_that_are_not_right(converted: Converted, 
         verify(write_gguf(tmp_path / "x.gguf", [("x", (1,), 0, bytes(4))]), converted("flash").path)
 
 
+def test_verify_takes_a_copy_of_what_it_cannot_read_as_a_model(converted: Converted, tmp_path: Path) -> None:
+    """A key that was missing, set in a copy: the source alone says too little to be moved."""
+    key = "deepseek4.expert_used_count"
+    short = edited(converted("mini").path, tmp_path / "short.gguf", (key,))
+    mended = edited(short, tmp_path / "mended.gguf", **{key: Value.u32(6)})
+    report = verify(mended, short)
+    assert (report.ok, report.target, report.metadata) == (True, "a copy", [f"{key}: not expected"])
+
+
 # Errors, and the command ------------------------------------------------------------------------------------------
 
 
