@@ -25,6 +25,7 @@ from ggufx.container import (
     Container,
     Value,
     ValueType,
+    backup_path,
     encode_header,
     read_container,
     split_paths,
@@ -287,7 +288,7 @@ def set_keys(edit: Edit, *, resume: bool = True, threads: int | None = None, pro
         )
         edit.path.chmod(mode)
         return edit.path
-    backup = _backup_path(edit.path)
+    backup = backup_path(edit.path)
     try:
         with edit.path.open("rb+") as file:
             old = file.read(len(edit.header))
@@ -309,7 +310,7 @@ def set_keys(edit: Edit, *, resume: bool = True, threads: int | None = None, pro
 
 def _recover(target: Path) -> None:
     """Put back the header of an edit that was cut off."""
-    backup = _backup_path(target)
+    backup = backup_path(target)
     if not backup.is_file() or not target.is_file():
         return
     with backup.open("rb") as file:
@@ -332,10 +333,6 @@ def _identity(path: Path) -> tuple[int, int]:
     """Return what a change in place does not change: inode and length."""
     status = path.stat()
     return status.st_ino, status.st_size
-
-
-def _backup_path(path: Path) -> Path:
-    return path.with_name(path.name + ".header")
 
 
 def _write_header(descriptor: int, header: bytes) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "PLAIN_TYPES",
     "TARGETS",
     "Move",
+    "is_bfloat16",
     "keys_for",
     "moves_for",
     "plan_retarget",

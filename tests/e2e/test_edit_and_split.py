@@ -19,7 +19,7 @@ import ggufx
 from ggufx import edit as edit_module
 from ggufx.container import Value, ValueType
 from ggufx.edit import parse_assignments, plan_edit, set_keys
-from ggufx.errors import PlanError
+from ggufx.errors import ContainerError, PlanError
 from ggufx.rewrite import plan_rewrite, rewrite
 from ggufx.verify import verify
 
@@ -182,6 +182,8 @@ def test_a_cut_off_change_in_place_is_undone_by_the_next(path: Path, monkeypatch
         with pytest.raises(PowerCut):
             set_keys(planned)
     assert path.read_bytes() != before
+    with pytest.raises(ContainerError, match="ggufx set of this file puts the old header back"):
+        ggufx.open(path)
     set_keys(plan_edit(path, {"deepseek4.context_length": Value.u32(65536)}))  # the old value: nothing changes
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
