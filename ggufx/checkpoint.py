@@ -86,7 +86,7 @@ class Checkpoint(Mapping[str, SourceTensor]):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            hint = "; pass the directory that holds config.json" if self.path.exists() else ""
+            hint = "; pass the directory that holds config.json" if self.path.exists() else ": it does not exist"
             raise CheckpointError(f"{self.path}: not a checkpoint directory{hint}")
         self.config: dict[str, Any] = self._json("config.json", required=True)
         self.shards, weight_map = self._find_shards()

@@ -93,6 +93,16 @@ DialectOption = Annotated[
     Reading | None, typer.Option("--dialect", help="Whose type ids the file has. Default: found from ids and sizes.")
 ]
 
+
+def _file(text: str) -> Path:
+    # Path drops the slash at the end, which says that a directory is meant: a file of that name would be a surprise.
+    if text.endswith("/") or Path(text).is_dir():
+        raise PlanError(f"--outfile {text}: is a directory; name a file in it")
+    return Path(text)
+
+
+OutFile = Annotated[Path, typer.Option("--outfile", parser=_file, metavar="FILE", help="Output.")]
+
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output, at the end.")]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a partial output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")]
@@ -357,10 +367,10 @@ def _print_groups(groups: dict[str, dict[str, Any]], label: str) -> None:
 
 
 def _print_families(plan: Plan) -> None:
-    """Print a line for the tensors that differ in their layer only."""
+    """Print a line for the tensors that differ in their layer and expert only."""
     families: dict[tuple[str, tuple[int, ...], str], list[Any]] = {}
     for tensor in plan.tensors:
-        name = re.sub(r"^blk\.\d+\.", "blk.N.", tensor.name)
+        name = re.sub(r"(^blk|^layers|\.experts)\.\d+\.", r"\1.N.", tensor.name)
         families.setdefault((name, tensor.shape, tensor.type), []).append(tensor)
     table = _table("tensor", "count", "shape", "type", "bytes", "source")
     for (name, shape, kind), members in families.items():
@@ -480,7 +490,8 @@ def verify(
         table.add_row(kind, status, str(len(members)), f"{worst:.3g}", f"{rms:.3g}")
     _out.print(table)
     counts = ", ".join(f"{count} {status}" for status, count in report.counts().items())
-    keys = f"; {len(report.metadata)} keys differ from a conversion's" if report.metadata else ""
+    differing = len(report.metadata)
+    keys = f"; {differing} key{' differs' if differing == 1 else 's differ'}" if differing else ""
     _out.print(f"{'verified' if report.ok else 'NOT VERIFIED'} ({report.target}): {counts}{keys}")
     raise typer.Exit(0 if report.ok else 1)
 
@@ -522,7 +533,7 @@ def diff(
 @app.command()
 def rewrite(
     file: Annotated[Path, typer.Argument(help="A GGUF; any member of a split.")],
-    outfile: Annotated[Path, typer.Option(help="Output.")],
+    outfile: OutFile,
     split_max_size: SplitMaxSize = None,
     dialect: DialectOption = None,
     threads: Threads = None,
@@ -538,7 +549,7 @@ def rewrite(
 @app.command()
 def retarget(
     file: Annotated[Path, typer.Argument(help="A GGUF; any member of a split.")],
-    outfile: Annotated[Path, typer.Option(help="Output.")],
+    outfile: OutFile,
     target: Annotated[MoveTarget, typer.Option(help="Dialect to move to.")],
     dense: Annotated[
         MoveDense | None,
@@ -653,7 +664,10 @@ def merge(
 @app.command()
 def split(
     file: Annotated[Path, typer.Argument(help="A GGUF.")],
-    outfile: Annotated[Path | None, typer.Option(help="Prefix: PREFIX-00001-of-0000N.gguf. Default: FILE.")] = None,
+    outfile: Annotated[
+        Path | None,
+        typer.Option(parser=_file, metavar="PREFIX", help="PREFIX-00001-of-0000N.gguf are written. Default: FILE."),
+    ] = None,
     split_max_size: SplitMaxSize = None,
     split_max_tensors: Annotated[
         int | None, typer.Option(min=1, help="Split into files of at most N tensors. Default: 128.")
@@ -685,7 +699,9 @@ def split(
 @app.command()
 def merge_splits(
     file: Annotated[Path, typer.Argument(help="Any member of a split GGUF.")],
-    outfile: Annotated[Path | None, typer.Option(help="Output. Default: the members' common name.")] = None,
+    outfile: Annotated[
+        Path | None, typer.Option(parser=_file, metavar="FILE", help="Output. Default: the members' common name.")
+    ] = None,
     dialect: DialectOption = None,
     threads: Threads = None,
     overwrite: Overwrite = False,
@@ -706,7 +722,9 @@ def set_command(
     file: Annotated[Path, typer.Argument(help="A GGUF; any member of a split.")],
     assignments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=TYPE:VALUE]...", help="TYPE: u8..u64, i8..i64, f32, f64, bool, str, arr[T]."),
+        typer.Argument(
+            metavar="KEY=TYPE:VALUE", help="TYPE: u8..u64, i8..i64, f32, f64, bool, str, arr[T]; int, float."
+        ),
     ] = None,
     remove: Annotated[list[str] | None, typer.Option(help="Key to remove. Repeatable.")] = None,
     threads: Threads = None,
@@ -716,8 +734,7 @@ def set_command(
     """Set or remove metadata: in place where the header's padding allows it, else the file is written anew."""
     if not assignments and not remove:
         raise PlanError("nothing to do: give KEY=TYPE:VALUE or --remove KEY")
-    values = dict(edit_module.parse_assignment(text) for text in assignments or ())
-    edit = edit_module.plan_edit(file, values, remove or ())
+    edit = edit_module.plan_edit(file, edit_module.parse_assignments(assignments or ()), remove or ())
     for line in edit.lines:
         _out.print(line, markup=False)
     if not edit.lines:
@@ -835,7 +852,7 @@ def quantize(
         _refuse(prepared, as_json=as_json)
     if not as_json:
         _print_findings(prepared.findings, _out if dry_run else _err)
-    overrides = dict(edit_module.parse_override(text) for text in override_kv or ())
+    overrides = edit_module.parse_overrides(override_kv or ())
     plan = prepared.plan(
         outfile or _beside(source), split_max_nbytes=_parse_nbytes(split_max_size), overrides=overrides
     )

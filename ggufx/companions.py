@@ -64,15 +64,23 @@ def tokenizer_files(metadata: Mapping[str, Value], builtin_template: str) -> tup
         The chat template that a conversion writes when a checkpoint has none: it is not put into one.
     """
     keys = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-    model, pre = _data(keys, "model"), str(_data(keys, "pre"))
-    if model != "gpt2" or pre not in PRE_TOKENIZERS or not {"tokens", "token_type", "merges"} <= keys.keys():
+    model, pre = str(_data(keys, "model")), str(_data(keys, "pre"))
+    if model != "gpt2" or pre not in PRE_TOKENIZERS:
         return {}, [
             f"no tokenizer is written: only gpt2 with {', '.join(PRE_TOKENIZERS)} can be rebuilt, this is {model}, {pre}"
+        ]
+    texts_of = [keys[name] for name in ("tokens", "merges") if name in keys]
+    kinds = _data(keys, "token_type")
+    sound = len(texts_of) == 2 and all(value.element is ValueType.STRING for value in texts_of)
+    if not sound or not isinstance(kinds, np.ndarray) or len(kinds) != len(texts_of[0].data):
+        return {}, [
+            "no tokenizer is written: tokenizer.ggml.tokens, token_type and merges are not arrays of texts, of a number for "
+            "each, and of texts"
         ]
     vocab: dict[str, int] = {}
     added: list[dict[str, Any]] = []
     notes = []
-    for number, (text, kind) in enumerate(zip(keys["tokens"].data, keys["token_type"].data.tolist(), strict=False)):
+    for number, (text, kind) in enumerate(zip(keys["tokens"].data, kinds.tolist(), strict=True)):
         if kind == _UNUSED:
             if text != f"[PAD{number}]":
                 notes.append(f"token {number} {text!r} is marked unused; it is left out of tokenizer.json")
@@ -112,11 +120,11 @@ def tokenizer_files(metadata: Mapping[str, Value], builtin_template: str) -> tup
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     texts = {entry["id"]: entry["content"] for entry in added}
     for name, kind in _SPECIAL.items():
-        number = _data(keys, f"{name}_token_id")
-        if number in texts:
-            config[f"{kind}_token"] = texts[number]
-        elif number is not None:
-            notes.append(f"the {kind} token, {number}, is no added token; only config.json names it")
+        token = _token_id(metadata, name)
+        if token in texts:
+            config[f"{kind}_token"] = texts[token]
+        elif token is not None:
+            notes.append(f"the {kind} token, {token}, is no added token; only config.json names it")
         flag = _data(keys, f"add_{name}_token")
         if flag is not None:
             config[f"add_{kind}_token"] = flag
@@ -128,7 +136,7 @@ def tokenizer_files(metadata: Mapping[str, Value], builtin_template: str) -> tup
 
 def special_ids(metadata: Mapping[str, Value]) -> dict[str, int]:
     """Return config.json's ``bos_token_id`` and the like."""
-    found = {kind: _data(metadata, f"tokenizer.ggml.{name}_token_id") for name, kind in _SPECIAL.items()}
+    found = {kind: _token_id(metadata, name) for name, kind in _SPECIAL.items()}
     return {f"{kind}_token_id": number for kind, number in found.items() if number is not None}
 
 
@@ -152,6 +160,11 @@ def model_card(metadata: Mapping[str, Value]) -> str:
             # JSON is YAML. Not escaped: YAML reads the halves of an escaped surrogate pair as two characters.
             lines.append(f"{key}: {json.dumps(value.to_json(), ensure_ascii=False)}")
     return "\n".join([*lines, "---", "", "Exported from a GGUF by ggufx.", ""])
+
+
+def _token_id(metadata: Mapping[str, Value], name: str) -> int | None:
+    number = _data(metadata, f"tokenizer.ggml.{name}_token_id")
+    return number if isinstance(number, int) else None
 
 
 def _data(metadata: Mapping[str, Value], key: str) -> Any:

@@ -37,6 +37,7 @@ __all__ = [
     "Value",
     "ValueType",
     "align_up",
+    "backup_path",
     "encode_header",
     "read_container",
     "split_name",
@@ -87,6 +88,11 @@ DTYPES: Final[Mapping[ValueType, np.dtype[Any]]] = {
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
+
+
+def backup_path(path: Path) -> Path:
+    """Return where the old header of a file is kept while a new one is written in its place (see :mod:`ggufx.edit`)."""
+    return path.with_name(path.name + ".header")
 
 
 def align_up(nbytes: int, alignment: int) -> int:
@@ -377,6 +383,12 @@ class _Cursor:
         self.end = len(view)
 
     def fail(self, rule: str, detail: str) -> ContainerError:
+        if backup_path(self.path).is_file():
+            # Nobody should download 150 GB again for the sake of a header that lies beside them.
+            detail += (
+                f"; or a change of its metadata was cut off: if {backup_path(self.path).name} is ggufx's, the next ggufx set "
+                "of this file puts the old header back first"
+            )
         return ContainerError(self.path, rule, detail)
 
     def take(self, nbytes: int, what: str) -> memoryview:

@@ -46,10 +46,11 @@ two all but q8_0 are exact; a product with another scale is rounded to float32 a
 QUANTIZATION_VERSION: Final = 2  # ggml.h's GGML_QNT_VERSION
 _FILE_TYPES: Final = {"MXFP4_MOE": 38, "Q8_0": 7, "BF16": 32, "F32": 0}
 _NISPARKS_FILE_TYPE: Final = 41
-_NISPARKS_GENERAL: Final = (
+NISPARKS_GENERAL: Final = (
     "general.type", "general.sampling.top_p", "general.sampling.temp", "general.name", "general.size_label",
     "general.license",
 )  # fmt: skip
+"""Keys of the nisparks form's head, in its order."""
 
 
 class Conversion:
@@ -498,7 +499,7 @@ def _metadata(
         notes.append(f"the checkpoint has no chat template; {then}")
     keys = {"general.architecture": Value.string(architecture.name)}
     if target == "nisparks" and architecture.nisparks_form:
-        for name in _NISPARKS_GENERAL:
+        for name in NISPARKS_GENERAL:
             if name in general:
                 keys[name] = general[name]
             else:

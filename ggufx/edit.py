@@ -10,7 +10,7 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +25,7 @@ from ggufx.container import (
     Container,
     Value,
     ValueType,
+    backup_path,
     encode_header,
     read_container,
     split_paths,
@@ -33,7 +34,7 @@ from ggufx.errors import DiskError, PlanError
 from ggufx.execute import Progress
 from ggufx.plan import Plan, Span
 
-__all__ = ["TYPES", "Edit", "parse_assignment", "parse_override", "plan_edit", "set_keys"]
+__all__ = ["TYPES", "Edit", "parse_assignments", "parse_overrides", "plan_edit", "set_keys"]
 
 TYPES: Final[Mapping[str, ValueType]] = {
     "u8": ValueType.UINT8, "i8": ValueType.INT8, "u16": ValueType.UINT16, "i16": ValueType.INT16, "u32": ValueType.UINT32,
@@ -50,96 +51,120 @@ _REFUSED: Final[Mapping[str, str]] = {
     "split.tensors.count": "it belongs to the split; ggufx split and merge-splits change it",
     "ggufx.dialect": "it says whose type ids the file has; ggufx retarget changes both",
 }
-_BACKUP: Final = struct.Struct("<QQQ")  # inode, bytes of the file, checksum of the header that follows
+_BACKUP_MAGIC: Final = b"ggufx\0h1"
+_BACKUP: Final = struct.Struct("<8sQQQ")  # magic, inode, bytes of the file, checksum of the header that follows
 _BOOLS: Final = {"true": True, "1": True, "false": False, "0": False}
 
 
-def parse_assignment(text: str) -> tuple[str, Value]:
-    """Parse ``KEY=TYPE:VALUE``; an array is ``KEY=arr[i32]:[1, 2, 3]``, its elements as JSON.
+def parse_assignments(texts: Iterable[str]) -> dict[str, Value]:
+    """Parse ``KEY=TYPE:VALUE`` texts; an array is ``KEY=arr[i32]:[1, 2, 3]``, its elements as JSON.
+
+    The types are :data:`TYPES`, and llama-quantize's ``int`` (a u32 where it fits, which is what loaders read, else an i64)
+    and ``float`` (f32).
 
     Raises
     ------
     PlanError
-        The text is not of that form, or the value does not fit the type.
+        A text is not of that form, a value does not fit its type, or a key is given twice.
     """
+    found: dict[str, Value] = {}
+    for text in texts:
+        key, value = _parse(text)
+        if key in found:
+            raise PlanError(f"{key}: is given twice")
+        found[key] = value
+    return found
+
+
+def parse_overrides(texts: Iterable[str]) -> dict[str, Value]:
+    """Parse what ``--override-kv`` takes, as :func:`parse_assignments`.
+
+    Raises
+    ------
+    PlanError
+        As there; or a key decides how the file is read and cannot be overridden.
+    """
+    found = parse_assignments(texts)
+    for key in found:
+        if key in _REFUSED:
+            raise PlanError(f"{key} cannot be overridden: {_REFUSED[key]}")
+    return found
+
+
+def _parse(text: str) -> tuple[str, Value]:
     key, equals, rest = text.partition("=")
     kind, colon, value = rest.partition(":")
     if not equals or not colon or not key:
         raise PlanError(f"{text[:80]!r}: expected KEY=TYPE:VALUE, such as general.name=str:Mine")
-    if len(key.encode()) > MAX_NAME_NBYTES or not key.isprintable() or " " in key:
+    if not key.isprintable() or " " in key or len(key.encode()) > MAX_NAME_NBYTES:
         raise PlanError(f"{key[:80]!r}: a key is printable, without spaces, and of at most {MAX_NAME_NBYTES} bytes")
+    if kind == "int":
+        number = _scalar(key, "i64", value)
+        kind = "u32" if 0 <= number < 2**32 else "i64"
+    elif kind == "float":
+        kind = "f32"
     element = kind.removeprefix("arr[").removesuffix("]") if kind.startswith("arr[") and kind.endswith("]") else None
     if (kind if element is None else element) not in TYPES:
-        raise PlanError(f"{key}: {kind!r} is no type; types are {', '.join(TYPES)}, and arr[T] of one of them")
+        raise PlanError(
+            f"{key}: {kind!r} is no type; types are {', '.join(TYPES)}, int, float, and arr[T] of the first"
+        )
     if element is None:
         return key, Value(TYPES[kind], _scalar(key, kind, value))
     try:
-        items = json.loads(value if value.lstrip().startswith("[") else f"[{value}]")
-    except ValueError:
+        # Numbers stay texts until their type is known: Python would make 1e400 infinite.
+        items = json.loads(value if value.lstrip().startswith("[") else f"[{value}]", parse_float=_Number)
+    except (ValueError, RecursionError):
         raise PlanError(f'{key}: {value[:60]!r} is no JSON list, such as [1, 2] or ["a", "b"]') from None
     return key, Value.array(TYPES[element], [_element(key, element, item) for item in items])
 
 
-def parse_override(text: str) -> tuple[str, Value]:
-    """Parse ``KEY=TYPE:VALUE`` as ``--override-kv`` takes it: types of :func:`parse_assignment`, and llama-quantize's own.
+class _Number(str):
+    """The text of a number that is no integer."""
 
-    Those are ``int`` (an i64, or a u32 where it fits, which is what loaders read), ``float`` (f32), ``bool`` and ``str``.
-
-    Raises
-    ------
-    PlanError
-        As :func:`parse_assignment`; or the key decides how the file is read and cannot be overridden.
-    """
-    key, equals, rest = text.partition("=")
-    kind, colon, value = rest.partition(":")
-    if kind == "int":
-        try:
-            kind = "u32" if 0 <= int(value, 0) < 2**32 else "i64"
-        except ValueError:
-            raise PlanError(f"{key}: {value[:60]!r} is no int") from None
-    kind = {"float": "f32"}.get(kind, kind)
-    key, found = parse_assignment(f"{key}{equals}{kind}{colon}{value}")
-    if key in _REFUSED:
-        raise PlanError(f"{key} cannot be overridden: {_REFUSED[key]}")
-    return key, found
+    __slots__ = ()
 
 
 def _scalar(key: str, kind: str, text: str) -> Any:
     if kind == "str":
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise PlanError(f"{key}: the text is not valid UTF-8") from None
-        return text
+        return _element(key, kind, text)
     if kind == "bool":
         if text.lower() not in _BOOLS:
             raise PlanError(f"{key}: {text[:60]!r} is no bool; true and false are")
         return _BOOLS[text.lower()]
     try:
-        return _element(key, kind, float(text) if kind in ("f32", "f64") else int(text, 0))
+        return _element(key, kind, _Number(text) if kind in ("f32", "f64") else int(text, 0))
     except ValueError:
         raise PlanError(f"{key}: {text[:60]!r} is no {kind}") from None
 
 
 def _element(key: str, kind: str, item: Any) -> Any:
+    odd = PlanError(f"{key}: {str(item)[:60]!r} is no {kind}")
     if kind in ("str", "bool"):
-        wanted: type = str if kind == "str" else bool
-        if not isinstance(item, wanted):
-            raise PlanError(f"{key}: {str(item)[:60]!r} is no {kind}")
+        if type(item) is not (str if kind == "str" else bool):
+            raise odd
+        try:
+            str(item).encode()
+        except UnicodeEncodeError:
+            raise PlanError(f"{key}: the text is not valid UTF-8") from None
         return item
-    floating = kind in ("f32", "f64")
-    if isinstance(item, bool) or not isinstance(item, int | float if floating else int):
-        raise PlanError(f"{key}: {str(item)[:60]!r} is no {kind}")
     dtype = DTYPES[TYPES[kind]]
-    if floating:
+    if kind in ("f32", "f64"):
+        if type(item) not in (int, float, _Number):
+            raise odd
         with np.errstate(over="ignore"):
-            number = float(np.array(float(item), dtype))
-        if np.isfinite(float(item)) and not np.isfinite(number):
-            raise PlanError(f"{key}: {item} is more than {kind} can hold")
+            try:
+                number = float(np.array(float(item), dtype))
+            except OverflowError:  # an integer of hundreds of digits
+                number = np.inf
+        # JSON's Infinity is a float; a text or an integer that becomes one was not meant so.
+        if np.isinf(number) and type(item) is not float and "inf" not in str(item).lower():
+            raise PlanError(f"{key}: {str(item)[:60]} is more than {kind} can hold")
         return number
+    if type(item) is not int:
+        raise odd
     limits = np.iinfo(dtype)
     if not limits.min <= item <= limits.max:
-        raise PlanError(f"{key}: {item} is outside {kind}, {limits.min} to {limits.max}")
+        raise PlanError(f"{key}: {str(item)[:60]} is outside {kind}, {limits.min} to {limits.max}")
     return item
 
 
@@ -182,7 +207,7 @@ def plan_edit(path: str | Path, assignments: Mapping[str, Value], remove: Sequen
     PlanError
         A key cannot be changed without breaking the file, or is not there to be removed.
     """
-    target = split_paths(Path(path))[0]
+    target = _holder(Path(path))
     _recover(target)
     container = read_container(target)
     try:
@@ -208,6 +233,20 @@ def plan_edit(path: str | Path, assignments: Mapping[str, Value], remove: Sequen
         header = encode_header(keys, directory, container.alignment)
         fits = len(header) == container.data_offset or not lines
         return Edit(target, tuple(lines), header, None if fits else _plan_anew(container, keys))
+    finally:
+        container.close()
+
+
+def _holder(path: Path) -> Path:
+    """Return the file that holds the metadata: of a split, the first member."""
+    first = split_paths(path)[0]
+    if first == path:
+        return path
+    container = read_container(path)
+    try:
+        # A name like a member's does not make one.
+        count = container.metadata.get("split.count")
+        return first if isinstance(count, int) and count > 1 else path
     finally:
         container.close()
 
@@ -249,16 +288,21 @@ def set_keys(edit: Edit, *, resume: bool = True, threads: int | None = None, pro
         )
         edit.path.chmod(mode)
         return edit.path
-    backup = _backup_path(edit.path)
+    backup = backup_path(edit.path)
     try:
         with edit.path.open("rb+") as file:
             old = file.read(len(edit.header))
-            with backup.open("wb") as copy:
-                copy.write(_BACKUP.pack(*_identity(edit.path), xxhash.xxh3_64_intdigest(old)) + old)
+            with backup.open("xb") as copy:
+                copy.write(_BACKUP.pack(_BACKUP_MAGIC, *_identity(edit.path), xxhash.xxh3_64_intdigest(old)) + old)
                 copy.flush()
                 os.fsync(copy.fileno())
             _write_header(file.fileno(), edit.header)
         backup.unlink()
+    except FileExistsError:
+        raise PlanError(
+            f"{backup}: is not ggufx's, and is in the way: the old header is kept there while the new one is written; move "
+            "it away"
+        ) from None
     except OSError as error:
         raise DiskError(f"{error.filename or edit.path}: {error.strerror or error}") from error
     return edit.path
@@ -266,12 +310,17 @@ def set_keys(edit: Edit, *, resume: bool = True, threads: int | None = None, pro
 
 def _recover(target: Path) -> None:
     """Put back the header of an edit that was cut off."""
-    backup = _backup_path(target)
+    backup = backup_path(target)
     if not backup.is_file() or not target.is_file():
         return
-    held = backup.read_bytes()
-    if len(held) > _BACKUP.size:
-        *identity, checksum = _BACKUP.unpack_from(held)
+    with backup.open("rb") as file:
+        # A power cut may leave the name without the bytes; anything else is somebody's own file.
+        magic = file.read(len(_BACKUP_MAGIC))
+        if magic.strip(b"\0") and magic != _BACKUP_MAGIC:
+            return
+        held = magic + file.read()
+    if magic == _BACKUP_MAGIC and len(held) > _BACKUP.size:
+        _, *identity, checksum = _BACKUP.unpack_from(held)
         old = held[_BACKUP.size :]
         # A copy that is itself incomplete was never followed by a change, and one of another file says nothing of this one.
         if tuple(identity) == _identity(target) and checksum == xxhash.xxh3_64_intdigest(old):
@@ -284,10 +333,6 @@ def _identity(path: Path) -> tuple[int, int]:
     """Return what a change in place does not change: inode and length."""
     status = path.stat()
     return status.st_ino, status.st_size
-
-
-def _backup_path(path: Path) -> Path:
-    return path.with_name(path.name + ".header")
 
 
 def _write_header(descriptor: int, header: bytes) -> None:

@@ -496,7 +496,10 @@ def execute(
     first = plan.files[0].path
     if not replace_source:
         _refuse_sources(plan)
-    first.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        first.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise PlanError(f"{first}: {first.parent} is no directory; choose another --outfile") from None
     workers = threads or default_workers()
     with _Journal(first, plan, resume=resume) as journal, _files:
         pending = _prepare(plan, journal, overwrite=overwrite)

@@ -7,21 +7,24 @@ and a scale for 32. No value is computed. The shards, and the small files beside
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from math import prod
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from ggufx import companions, execute, plan
 from ggufx.architectures.deepseek_v4 import CHAT_TEMPLATE
 from ggufx.architectures.deepseek_v4_file import DeepSeekV4File, Member
 from ggufx.checkpoint import INDEX_NAME, SourceTensor
+from ggufx.container import Value, ValueType
 from ggufx.errors import PlanError
 from ggufx.execute import Progress
 from ggufx.file import File, open
 from ggufx.plan import Matrix, Plan, PlannedFile, PlannedShard, PlannedTensor, PlannedText, Span, Transform
-from ggufx.retarget import is_bfloat16
+from ggufx.retarget import is_bfloat16, short
 
 __all__ = ["export", "plan_export"]
 
@@ -55,14 +58,15 @@ def plan_export(file: File, outfile: str | Path) -> Plan:
             "knows the main model of DeepSeek-V4 (deepseek4)"
         )
     model = DeepSeekV4File(file)
-    _one_clamp(file)
+    _said_by_config(model)
     paths = [str(path) for path in file.paths]
     names = [Path("model.safetensors")] if model.single_shard else model.shard_names()
+    _no_other_shards(directory, [path.name for path in names] + [INDEX_NAME] * (len(names) > 1))
     shards: list[list[PlannedTensor]] = [[] for _ in names]
     with execute.open_files():
         for member in model.members.values():
             number = 0 if model.single_shard else model.shard_of(member)
-            shards[number] += _tensors(file, member, paths)
+            shards[number] += _tensors(file, member, paths, model.config["n_routed_experts"])
     files: list[PlannedFile] = []
     described: list[SourceTensor] = []
     for number, (name, tensors) in enumerate(zip(names, shards, strict=True)):
@@ -116,42 +120,59 @@ def export(
         )
 
 
-def _one_clamp(file: File) -> None:
-    for key in ("swiglu_clamp_exp", "swiglu_clamp_shexp"):
-        values = file.metadata.get(f"deepseek4.{key}")
-        if values is not None and len(set(values)) > 1:
+def _said_by_config(model: DeepSeekV4File) -> None:
+    """Raise PlanError for a key whose value config.json has no place for: a clamp per layer, say."""
+    said: dict[str, Value] = {}
+    for form in ("nisparks", "llama.cpp"):
+        said |= model.keys(form, file_type=0, chat_template="")
+    for key, value in model.file.metadata.typed().items():
+        if key in said and key.startswith("deepseek4.") and _values(value) != _values(said[key]):
             raise PlanError(
-                f"{file.path}: deepseek4.{key} has {len(set(values))} different values; config.json has one swiglu_limit"
+                f"{model.file.path}: key {key} is {short(value)}, which config.json has no place for beside the other keys: "
+                f"a conversion of it would write {short(said[key])}"
             )
 
 
-def _tensors(file: File, member: Member, paths: list[str]) -> list[PlannedTensor]:
+def _values(value: Value) -> set[Any]:
+    """Return the different values of a key: writers differ in its type, and in whether an array counts the MTP block."""
+    items = value.to_json() if value.type is ValueType.ARRAY else [value.data]
+    return {float(np.float32(item)) if isinstance(item, float) else item for item in items}
+
+
+def _no_other_shards(directory: Path, ours: Sequence[str]) -> None:
+    """Raise PlanError where the directory has shards that are not ours, or an index of others: they would be taken for it."""
+    found = [*directory.glob("*.safetensors"), *directory.glob(INDEX_NAME)]
+    others = sorted(path.name for path in found if path.name not in ours)
+    if others:
+        raise PlanError(
+            f"{directory}: holds {len(others)} files of another checkpoint, {others[0]} first; choose another --outfile, or "
+            "remove them"
+        )
+
+
+def _tensors(file: File, member: Member, paths: list[str], experts: int) -> list[PlannedTensor]:
     """Return the checkpoint's tensors of one of the file's: two for native types, as many times as there are experts."""
     tensor, role = member.tensor, member.family.role
-    kind, shape = tensor.type, tensor.shape
-    start = Span(paths.index(str(tensor.path)), tensor.file_offset, tensor.nbytes)
-    native = (kind == _FP8 and role in ("dense", "expert")) or (kind == _FP4 and role == "expert")
-    if not native:
-        if role != "expert":
-            return [_plain(file, member, member.source, shape, start)]
-        count = shape[0]
-        each = [
-            Span(start.file, start.offset + e * (start.nbytes // count), start.nbytes // count) for e in range(count)
-        ]
-        return [_plain(file, member, member.of_expert(e), shape[1:], span) for e, span in enumerate(each)]
-    count = shape[0] if role == "expert" else 1
-    rows, row_len = shape[-2:]
-    nbytes = start.nbytes // count
+    kind = tensor.type
+    shape = tensor.shape[1:] if role == "expert" else tensor.shape
+    count = tensor.shape[0] if role == "expert" else 1
+    rows, row_len = prod(shape[:-1]), shape[-1]
+    source, nbytes = paths.index(str(tensor.path)), tensor.nbytes // count
     fp8 = kind == _FP8
-    step = FP8_TILE if fp8 else 1
+    native = (fp8 and role in ("dense", "expert")) or (kind == _FP4 and role == "expert")
+    step = FP8_TILE if native and fp8 else 1
     codes = Transform("codes", kind, "F8_E4M3" if fp8 else "I8", (row_len,))
     scales = Transform("scales", kind, "F8_E8M0", (row_len,), step)
+    plain = None if native else _plain(file, member, row_len, experts)
     found = []
     for expert in range(count):
         name = member.of_expert(expert)
-        span = Span(start.file, start.offset + expert * nbytes, nbytes)
         # The source by its name in the file, so that an error says which tensor it is.
+        span = Span(source, tensor.file_offset + expert * nbytes, nbytes)
         matrix = Matrix(tensor.name, kind, rows, row_len, span, rows_per_scale=step)
+        if plain is not None:
+            found.append(plan.plan_tensor(name, shape, plain.target, -1, plain, [[matrix]]))
+            continue
         found.append(plan.plan_unpacked(name, codes.target, codes, matrix, row_len if fp8 else row_len // 2))
         scale = name.removesuffix(".weight") + ".scale"
         width = row_len // (FP8_TILE if fp8 else 32)
@@ -159,26 +180,23 @@ def _tensors(file: File, member: Member, paths: list[str]) -> list[PlannedTensor
     return found
 
 
-def _plain(file: File, member: Member, name: str, shape: tuple[int, ...], span: Span) -> PlannedTensor:
+def _plain(file: File, member: Member, row_len: int, experts: int) -> Transform:
+    """Return what becomes of a tensor that is not native: the same number type, or the one that it came from."""
     tensor, role = member.tensor, member.family.role
     kind = tensor.type
-    wanted = kind
     if role == "table":
-        wanted = "I64"
-    elif kind not in ("F32", "BF16", "F16"):
+        # The limit is what a conversion will demand: these are experts' numbers.
+        return Transform("copy" if kind == "I64" else "cast", kind, "I64", (row_len,), limit=experts)
+    if kind not in ("F32", "BF16", "F16"):
         raise PlanError(
             f"{file.path}: tensor {tensor.name!r} is {kind}, which the official checkpoint has no form for; export a file "
             "whose tensors are native (F8_E4M3_B128, MXFP4) or BF16"
         )
     # Norms and matrices are BF16 in the checkpoint, and F32 in files only because runtimes compute so.
-    half = role != "vector" or name.endswith("norm.weight")
+    half = role != "vector" or member.source.endswith("norm.weight")
     if kind == "F32" and half and is_bfloat16(tensor):
-        wanted = "BF16"
-    op: Any = "copy" if wanted == kind else "cast" if role == "table" else "encode"
-    row_len = shape[-1] if shape else 1
-    transform = Transform(op, kind, wanted, (row_len,), exact=op == "encode")
-    matrix = Matrix(tensor.name, kind, prod(shape[:-1]), row_len, span)
-    return plan.plan_tensor(name, shape, wanted, -1, transform, [[matrix]])
+        return Transform("encode", kind, "BF16", (row_len,), exact=True)
+    return Transform("copy", kind, kind, (row_len,))
 
 
 def _config(model: DeepSeekV4File, tensors: Iterable[SourceTensor]) -> dict[str, Any]:

@@ -251,6 +251,14 @@ class File(Mapping[str, Tensor]):
         return self._containers[0].alignment
 
     @property
+    def file_type(self) -> str | None:
+        """Spelling of ``general.file_type``, ``None`` where the file or its dialect has none."""
+        number = self.metadata.get("general.file_type")
+        if not isinstance(number, int) or self.dialect is None:
+            return None
+        return dialects.get(self.dialect).file_type_name(number)
+
+    @property
     def containers(self) -> list[Container]:
         """The containers, one a split."""
         return list(self._containers)

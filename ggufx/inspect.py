@@ -10,23 +10,22 @@ from typing import Any, Final
 
 import numpy as np
 
-from ggufx import dialects
 from ggufx.container import Value, ValueType
-from ggufx.file import File, Tensor
+from ggufx.file import Tensor
 from ggufx.hybrid import HybridFile, open
 
 __all__ = ["inspect", "role", "summarise"]
 
-# First match wins; the names are those of upstream and of the forks.
+# First match wins; the names are those of upstream, of the forks, and of DeepSeek's checkpoints, which export writes.
 _ROLES: Final = (
-    (re.compile(r"^token_embd"), "embedding"),
-    (re.compile(r"^output\.weight"), "output"),
-    (re.compile(r"_exps"), "routed experts"),
-    (re.compile(r"_shexp"), "shared experts"),
+    (re.compile(r"^token_embd|^embed\."), "embedding"),
+    (re.compile(r"^(output|head)\.weight"), "output"),
+    (re.compile(r"_exps|\.experts\."), "routed experts"),
+    (re.compile(r"_shexp|shared_experts"), "shared experts"),
     (re.compile(r"hc_"), "hyper-connections"),
     (re.compile(r"indexer"), "indexer"),
-    (re.compile(r"_norm"), "norms"),
-    (re.compile(r"ffn_gate_inp|exp_probs_b|tid2eid"), "routers"),
+    (re.compile(r"_norm|^norm\."), "norms"),
+    (re.compile(r"ffn_gate_inp|exp_probs_b|tid2eid|ffn\.gate\."), "routers"),
     (re.compile(r"nextn"), "next-token heads"),
     (re.compile(r"attn|ssm"), "attention"),
     (re.compile(r"ffn"), "feed-forward"),
@@ -83,7 +82,7 @@ def inspect(
                 "n_weights": n_weights,
                 "data_nbytes": file.data_nbytes,
                 "bits_per_weight": file.data_nbytes * 8 / n_weights if n_weights else 0.0,
-                "file_type": _file_type(file),
+                "file_type": file.file_type,
             },
             "metadata": {key: _describe(file.metadata.value(key), elements) for key in file.metadata},
             "n_matching": len(chosen),
@@ -117,13 +116,6 @@ def _line(tensor: Tensor) -> dict[str, Any]:
         "role": role(tensor.name),
         "file_offset": tensor.file_offset,
     }
-
-
-def _file_type(file: File) -> str | None:
-    number = file.metadata.get("general.file_type")
-    if not isinstance(number, int) or file.dialect is None:
-        return None
-    return dialects.get(file.dialect).file_type_name(number)
 
 
 def _describe(value: Value, limit: int | None) -> dict[str, Any]:

@@ -646,8 +646,10 @@ def build(
     Raises
     ------
     PlanError
-        Two tensors share a name.
+        Two tensors share a name, or the path has none.
     """
+    if not path.name:
+        raise PlanError(f"{path}: is a directory; name a file")
     if path.is_symlink():
         # The file grows beside the one it will replace, on the same disk, and the link stays a link.
         path = path.resolve()

@@ -8,6 +8,7 @@ checkpoint for the target. Files of other models keep their names; there only id
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from math import prod
@@ -19,15 +20,28 @@ import numpy as np
 from ggufx import dialects, execute, plan, types
 from ggufx.architectures.deepseek_v3 import foreign_latent
 from ggufx.architectures.deepseek_v4_file import DeepSeekV4File
-from ggufx.container import DEFAULT_ALIGNMENT, Value
+from ggufx.container import DEFAULT_ALIGNMENT, Value, ValueType
+from ggufx.convert import NISPARKS_GENERAL
 from ggufx.dialects import Dialect
 from ggufx.errors import CodecError, PlanError
 from ggufx.execute import Progress
 from ggufx.file import File, Tensor, open
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
+from ggufx.quantize import common_file_type
 from ggufx.version import __version__
 
-__all__ = ["DENSE_TYPES", "PLAIN_TYPES", "TARGETS", "Move", "keys_for", "moves_for", "plan_retarget", "retarget"]
+__all__ = [
+    "DENSE_TYPES",
+    "PLAIN_TYPES",
+    "TARGETS",
+    "Move",
+    "is_bfloat16",
+    "keys_for",
+    "moves_for",
+    "plan_retarget",
+    "retarget",
+    "short",
+]
 
 TARGETS: Final = tuple(dialects.TARGETS)
 DENSE_TYPES: Final = ("bf16", "q8_0", "f32")
@@ -36,13 +50,6 @@ PLAIN_TYPES: Final = ("f32", "f16")
 """What ds4's hyper-connections, compressors and routers become where they are neither."""
 
 _GENERAL_OWN: Final = ("general.architecture", "general.file_type", "general.quantization_version")
-_NISPARKS_GENERAL: Final = (
-    "general.type", "general.sampling.top_p", "general.sampling.temp", "general.name", "general.size_label",
-    "general.license",
-)  # fmt: skip
-_MXFP4_MOE: Final = 38
-_NISPARKS_FILE_TYPE: Final = 41
-_FILE_TYPES: Final = {"Q8_0": 7, "BF16": 32, "F32": 0}
 
 # What ds4's loader takes, by the checkpoint's name of a tensor (first match); the first type is what others become.
 _DS4_QUANT: Final = ("Q8_0", "Q4_K", "Q4_0")
@@ -103,7 +110,9 @@ def moves_for(file: File, target: str) -> tuple[list[Move], list[tuple[str, str]
 
 
 def _complete(model: DeepSeekV4File) -> bool:
-    """Return whether a file in a form has that form's keys: antirez' have upstream's names, not all of its keys."""
+    """Return whether a file in a form has that form's names and keys: antirez' have upstream's names, not all of its keys."""
+    if not model.plainly_named:
+        return False
     if model.form == "nisparks":
         return True  # of two issues, one without rope.scaling; both are the form
     wanted = model.keys(model.form, file_type=0, chat_template="")
@@ -160,10 +169,9 @@ def plan_retarget(
     moves, skipped, model = moves_for(file, target)
     with execute.open_files():
         tensors = [_tensor(file, move, dialect, dense, plain, paths) for move in moves]
-    fallback = dense or ("q8_0" if target == dialects.DS4.name else DENSE_TYPES[0])
-    file_type = _file_type(file, tensors, dialect, fallback)
-    if file_type is None and model is not None:
-        file_type = _of_types({tensor.type for tensor in tensors}, fallback)
+    # Of other models, only what the file has is kept right.
+    wanted = model is not None or "general.file_type" in file.metadata
+    file_type = _file_type(file, tensors, dialect) if wanted else None
     notes = [*_renamed(moves), *_retyped(tensors)]
     latent = foreign_latent({tensor.name: tensor.shape for tensor in file.tensors}, target)
     if latent:
@@ -307,23 +315,19 @@ def is_bfloat16(tensor: Tensor) -> bool:
 # Metadata -------------------------------------------------------------------------------------------------------
 
 
-def _file_type(file: File, tensors: Sequence[PlannedTensor], dialect: Dialect, dense: str) -> int | None:
-    """Return ``general.file_type``: the file's own, unless the number means something else there or types changed."""
+def _file_type(file: File, tensors: Sequence[PlannedTensor], dialect: Dialect) -> int | None:
+    """Return ``general.file_type``: the file's own where it means the same there and most weights keep their type."""
     number = file.metadata.get("general.file_type")
-    kinds = {tensor.type for tensor in tensors}
-    if dialect.name == "nisparks" and "F8_E4M3_B128" in kinds:
-        return _NISPARKS_FILE_TYPE
-    if not isinstance(number, int):
-        return None
-    own = dialects.DIALECTS.get(file.dialect or "")
-    means = None if own is None else own.file_type_name(number)
-    if means == dialect.file_type_name(number) and "F8_E4M3_B128" not in {t.transform.kind for t in tensors}:
+    weights: Counter[tuple[str, str]] = Counter()
+    for tensor in tensors:
+        weights[tensor.transform.kind, tensor.type] += prod(tensor.shape)
+    old, new = max(weights, key=weights.__getitem__, default=("", ""))
+    if isinstance(number, int) and old == new and file.file_type == dialect.file_type_name(number):
         return number
-    return _of_types(kinds, dense)
-
-
-def _of_types(kinds: set[str], dense: str) -> int:
-    return _MXFP4_MOE if "MXFP4" in kinds else _FILE_TYPES[dense.upper()]
+    held = {tensor.type for tensor in tensors}
+    if dialect.name == "nisparks" and "F8_E4M3_B128" in held:
+        return dialect.file_type_number("F8_E4M3_MXFP4")
+    return dialect.file_type_number("MXFP4_MOE") if "MXFP4" in held else common_file_type(tensors, dialect)
 
 
 def keys_for(
@@ -377,7 +381,7 @@ def _deepseek_keys(
     general = {key: value for key, value in own.items() if key.startswith("general.") and key not in _GENERAL_OWN}
     keys = {"general.architecture": own["general.architecture"]}
     if form == "nisparks":
-        keys |= {key: general[key] for key in _NISPARKS_GENERAL if key in general}
+        keys |= {key: general[key] for key in NISPARKS_GENERAL if key in general}
     else:
         keys["tokenizer.chat_template"] = template
         general = _with_naming(model, general, notes)
@@ -386,7 +390,7 @@ def _deepseek_keys(
     keys |= {key: value for key, value in own.items() if key.startswith("tokenizer.") and key not in keys}
     for key, why in model.supposed:
         if key in keys:
-            notes.append(f"key {key} = {_short(keys[key])}: not in the file; {why}")
+            notes.append(f"key {key} = {short(keys[key])}: not in the file; {why}")
     keys |= _leftovers(model, form, own, keys, notes)
     return keys
 
@@ -409,7 +413,7 @@ def _leftovers(
                 notes.append(f"key {key}: left out; the target's form has it in others, or not at all")
                 continue
             notes.append(
-                f"key {key} = {_short(value)}: kept, though not of the target's form: readers would suppose otherwise"
+                f"key {key} = {short(value)}: kept, though not of the target's form: readers would suppose otherwise"
             )
         kept[key] = value
     return kept
@@ -421,7 +425,9 @@ def _with_naming(model: DeepSeekV4File, general: dict[str, Value], notes: list[s
 
     parts = ("version", "finetune", "basename")
     name = general.get("general.name")
-    if model.form != "nisparks" or name is None or any(f"general.{part}" in general for part in parts):
+    if model.form != "nisparks" or any(f"general.{part}" in general for part in parts):
+        return general
+    if name is None or name.type is not ValueType.STRING:
         return general
     total = sum(tensor.size for tensor in model.file.tensors)
     _, _, basename, finetune, version, _ = gguf.Metadata.get_model_id_components(name.data.replace(" ", "-"), total)
@@ -469,7 +475,8 @@ def _tensors(count: int) -> str:
     return "1 tensor" if count == 1 else f"{count} tensors"
 
 
-def _short(value: Value) -> str:
+def short(value: Value) -> str:
+    """Return a value in a few words; float32 as the shortest number that is the same."""
     data = value.to_json()
     if isinstance(data, float):
         data = float(str(np.float32(data)))

@@ -78,6 +78,7 @@ def plan_rewrite(
         split_max_nbytes=split_max_nbytes,
         split_max_tensors=split_max_tensors,
         tensor_first=tensor_first,
+        file_type=file.file_type or "",
     )
 
 
@@ -134,7 +135,7 @@ def plan_merge(file: File, outfile: str | Path | None = None) -> Plan:
     PlanError
         The file is not split.
     """
-    if len(file.paths) < 2:
+    if "split.count" not in file.metadata:  # a split may have one member only
         raise PlanError(f"{file.path}: is not split; there is nothing to merge")
     return plan_rewrite(file, _unsplit_name(file.path) if outfile is None else outfile)
 

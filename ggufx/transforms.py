@@ -186,16 +186,13 @@ def _cast(transform: Transform, source: U8, out: U8) -> None:
         bits = source.view("<u2")
         np.left_shift(bits, 16, out=out.view("<u4"), dtype=np.uint32, casting="unsafe")
         return
-    if transform.target == "I32":
+    if transform.kind in ("I32", "I64") and transform.target in ("I32", "I64"):
         numbers = source.view(_DTYPES[transform.kind])
         low, high = (int(numbers.min()), int(numbers.max())) if numbers.size else (0, 0)
         limit = 2**31 if transform.limit is None else transform.limit
         if low < 0 or high >= limit:
             raise CodecError(f"values {low} to {high} are outside 0 to {limit - 1}")
-        out.view("<i4")[:] = numbers
-        return
-    if (transform.kind, transform.target) == ("I32", "I64"):
-        out.view("<i8")[:] = source.view("<i4")
+        out.view(_DTYPES[transform.target])[:] = numbers
         return
     if (transform.kind, transform.target) == ("F16", "F32"):
         out.view("<f4")[:] = source.view("<f2")

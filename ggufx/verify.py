@@ -82,7 +82,7 @@ class Report:
     tensors
         One entry per tensor of the plan and of the file.
     metadata
-        Keys whose value differs from what a conversion writes now (a model name given by hand does, for example): told,
+        Keys whose value differs from what a conversion or a move writes now (a model name given by hand does, say): told,
         not judged.
     """
 
@@ -324,27 +324,24 @@ def _verify_moved(
 
 def _matching_moves(file: File, source: File) -> tuple[str, list[retarget.Move], Mapping[str, Value]]:
     """Return the target whose names the file has, or most of them, the tensors, and the keys a move writes."""
-    if list(file) == list(source) or set(file) == set(source):
-        same = [retarget.Move(tensor.name, tensor) for tensor in source.tensors]
-        copied: tuple[str, list[retarget.Move], Mapping[str, Value]] = ("a copy", same, source.metadata.typed())
-        if len(_differing_keys(copied[2], file.metadata.typed())) == 0:
-            return copied
-    found = []
+    own = file.metadata.typed()
+    same = [retarget.Move(tensor.name, tensor) for tensor in source.tensors]
+    found: list[tuple[str, list[retarget.Move], Mapping[str, Value]]] = [("a copy", same, source.metadata.typed())]
     refusal: GGUFError | None = None
     for target in ("nisparks", "llama.cpp", "ds4"):
         try:
             moves, _, model = retarget.moves_for(source, target)
-            metadata = retarget.keys_for(source, model, target, None, [])
+            found.append((target, moves, retarget.keys_for(source, model, target, None, [])))
         except GGUFError as error:
             refusal = refusal or error
-            continue
-        common = len({move.name for move in moves} & set(file))
-        unlike = len(_differing_keys(metadata, file.metadata.typed()))
-        found.append(((common, -unlike), target, moves, metadata))
-    best = max(found, key=lambda item: item[0], default=None)
-    if best is None or best[0][0] == 0:
+    likeness = [
+        (len({move.name for move in moves} & set(file)), -len(_differing_keys(metadata, own)))
+        for _, moves, metadata in found
+    ]
+    best = max(likeness)
+    if best[0] == 0:
         raise refusal or PlanError(f"{file.path}: none of its {len(file)} tensors is one of {source.path}'s")
-    return best[1], best[2], best[3]
+    return found[likeness.index(best)]
 
 
 def _compare_moved(pool: ThreadPoolExecutor, source: Tensor, tensor: Tensor) -> TensorReport:
@@ -421,9 +418,9 @@ def _differing_keys(expected: Mapping[str, Value], found: Mapping[str, Value]) -
         if key not in found:
             lines.append(f"{key}: missing")
         elif key not in expected:
-            lines.append(f"{key}: not written by a conversion")
+            lines.append(f"{key}: not expected")
         elif not expected[key].same(found[key]):
-            lines.append(f"{key}: {_short(found[key])}, a conversion writes {_short(expected[key])}")
+            lines.append(f"{key}: {_short(found[key])}, expected {_short(expected[key])}")
     return lines
 
 

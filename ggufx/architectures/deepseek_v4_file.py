@@ -30,12 +30,18 @@ GATING: Final[Mapping[int, str]] = {1: "softmax", 2: "sigmoid", 4: "sqrtsoftplus
 ALIASES: Final[Mapping[str, str]] = {"attn_kv_a_mqa.weight": "attn.wkv.weight"}
 """Names that ik_llama.cpp accepts besides upstream's."""
 
+
+def _bare(name: str) -> str:
+    """Return a name without its suffix: writers differ in which tensors have one, and no two differ by it alone."""
+    return name.removesuffix(".weight").removesuffix(".bias")
+
+
 _BLOCK = re.compile(r"^blk\.(?P<layer>\d+)\.(?P<rest>.+)$")
 _SOURCES: Final = {
-    **{form: family for family in LAYER for form in (family.nisparks, family.upstream)},
-    **{name: next(f for f in LAYER if f.source == source) for name, source in ALIASES.items()},
+    **{_bare(form): family for family in LAYER for form in (family.nisparks, family.upstream)},
+    **{_bare(name): next(f for f in LAYER if f.source == source) for name, source in ALIASES.items()},
 }
-_GLOBALS: Final = {form: family for family in GLOBAL for form in (family.nisparks, family.upstream)}
+_GLOBALS: Final = {_bare(form): family for family in GLOBAL for form in (family.nisparks, family.upstream)}
 
 
 class Member(NamedTuple):
@@ -91,19 +97,36 @@ class DeepSeekV4File:
     @staticmethod
     def form_of(file: File) -> str:
         """Whose names a main model's file has, ``nisparks`` or ``llama.cpp``: by the hyper-connections, which no two share."""
-        return "nisparks" if "hc_head_base" in file else "llama.cpp"
+        return "nisparks" if any(_bare(name) == "hc_head_base" for name in file) else "llama.cpp"
 
     @property
     def form(self) -> str:
         """Whose names the file has: see :meth:`form_of`."""
         return self.form_of(self.file)
 
+    @property
+    def plainly_named(self) -> bool:
+        """Whether every tensor has its form's own name, and none an alias or another form's."""
+        nisparks = self.form == "nisparks"
+        return all(
+            _BLOCK.sub(r"\g<rest>", tensor.name) == (family.nisparks if nisparks else family.upstream)
+            for tensor, family, _ in self.members.values()
+        )
+
     def _member(self, tensor: Tensor) -> Member:
         match = _BLOCK.match(tensor.name)
-        family = _SOURCES.get(match["rest"]) if match else _GLOBALS.get(tensor.name)
+        family = _SOURCES.get(_bare(match["rest"])) if match else _GLOBALS.get(_bare(tensor.name))
         if family is None:
             raise PlanError(
                 f"{self.file.path}: tensor {tensor.name!r} is none of DeepSeek-V4's; the target has no name for it"
+            )
+        axes = len(family.shape.split()) + (family.role == "expert")
+        # An expert or a row takes a byte at least: of an unknown type only the bytes that are there are known.
+        if len(tensor.shape) != axes or not 0 < tensor.shape[0] <= tensor.nbytes or 0 in tensor.shape:
+            stacked = " (experts stacked)" if family.role == "expert" else ""
+            raise PlanError(
+                f"{self.file.path}: tensor {tensor.name!r} is {list(tensor.shape)} in {tensor.nbytes} bytes, expected "
+                f"{axes} dims{stacked}, and bytes for them"
             )
         return Member(tensor, family, int(match["layer"]) if match else -1)
 
@@ -118,6 +141,12 @@ class DeepSeekV4File:
         """Return the config that ``metadata`` and the tensors' shapes give, noting what was not stated."""
         facts = _Facts(str(self.file.path), metadata, supposed)
         layers = facts.integer("block_count")
+        blocks = len({member.layer for member in self.members.values()} - {-1})
+        if layers != blocks:
+            raise PlanError(
+                f"{self.file.path}: key {DeepSeekV4.name}.block_count is {layers}, the file has tensors of {blocks} blocks: "
+                "this is not a whole model, or the metadata is of another"
+            )
         heads, head = facts.integer("attention.head_count"), facts.integer("attention.key_length")
         groups, rank = self._output_groups(heads * head)
         found = self._ratios(layers)
@@ -285,10 +314,6 @@ class DeepSeekV4File:
             dtype = "I32" if member.family.role == "table" else "BF16"
             shard = 0 if single else self.shard_of(member)
             stacked = member.family.role == "expert"
-            if stacked and len(shape) != 3:
-                raise PlanError(
-                    f"{self.file.path}: tensor {member.tensor.name!r} is {list(shape)}, expected stacked experts"
-                )
             for expert in range(shape[0]) if stacked else (0,):
                 inner = shape[1:] if stacked else shape
                 tensors.append(SourceTensor(member.of_expert(expert), dtype, inner, shard, 0, 0))
@@ -319,7 +344,10 @@ class DeepSeekV4File:
     def reworded(self, error: CheckpointError) -> PlanError:
         """Return an error about the imagined checkpoint as one about this file."""
         text = (
-            str(error).replace(f"{self.file.path / 'config.json'}", "its metadata").replace(f"{self.file.path}: ", "")
+            str(error)
+            .replace(f"{self.file.path / 'config.json'}", "its metadata")
+            .replace(f"{self.file.path}: ", "")
+            .partition("; if they are not needed, leave them out")[0]  # a flag that is a conversion's
         )
         return PlanError(
             f"{self.file.path}: as a checkpoint (whose names follow): {text.replace('config.json', 'metadata')}"
@@ -362,7 +390,7 @@ class _Facts:
 
     def number(self, key: str, default: float | None = None, why: str = "") -> float:
         data = self._stated_or(key, default, why)
-        if isinstance(data, bool) or not isinstance(data, int | float):
+        if isinstance(data, bool) or not isinstance(data, int | float) or not np.isfinite(data):
             raise self._odd(key, data, "a number")
         return _shortest(float(data))
 

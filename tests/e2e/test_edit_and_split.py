@@ -18,9 +18,9 @@ import xxhash
 import ggufx
 from ggufx import edit as edit_module
 from ggufx.container import Value, ValueType
-from ggufx.edit import parse_assignment, plan_edit, set_keys
-from ggufx.errors import PlanError
-from ggufx.rewrite import rewrite
+from ggufx.edit import parse_assignments, plan_edit, set_keys
+from ggufx.errors import ContainerError, PlanError
+from ggufx.rewrite import plan_rewrite, rewrite
 from ggufx.verify import verify
 
 from .conftest import Run, assert_one_line
@@ -49,7 +49,9 @@ def path(converted: Converted, tmp_path: Path) -> Path:
         ("u64:18446744073709551615", 10, 2**64 - 1), ("i64:-9223372036854775808", 11, -(2**63)), ("f64:1e300", 12, 1e300),
         ("arr[i32]:[1, -2]", 9, (5, [1, -2])), ("arr[i32]:1,-2", 9, (5, [1, -2])), ("arr[u64]:[]", 9, (10, [])),
         ("arr[f32]:[1, 2.5]", 9, (6, [1.0, 2.5])), ("arr[bool]:[true, false]", 9, (7, [True, False])),
-        ('arr[str]:["a", "é"]', 9, (8, ["a", "é"])),
+        ('arr[str]:["a", "é"]', 9, (8, ["a", "é"])), ("arr[f64]:[1e300, Infinity, 7]", 9, (12, [1e300, float("inf"), 7.0])),
+        # llama-quantize's
+        ("int:7", 4, 7), ("int:-7", 11, -7), ("int:4294967296", 11, 2**32), ("float:0.5", 6, 0.5),
     ],
 )  # fmt: skip
 def test_every_type(text: str, kind: int, data: Any, path: Path, cli: Cli) -> None:
@@ -71,7 +73,11 @@ def test_every_type(text: str, kind: int, data: Any, path: Path, cli: Cli) -> No
         ("k=u8:", "is no u8"), ("k=f32:1e39", "more than f32"), ("k=f32:x", "is no f32"), ("k=bool:yes", "no bool"),
         ("k=arr[i32]:[1.5]", "no i32"), ("k=arr[i32]:[true]", "no i32"), ("k=arr[i32]:[", "no JSON list"),
         ("k=arr[str]:a,b", "no JSON list"), ("k=arr[str]:[1]", "no str"), ("k=arr[arr[i32]]:[]", "is no type"),
-        ("a b=u8:5", "without spaces"), ("k=arr[bool]:[1]", "no bool"),
+        ("a b=u8:5", "without spaces"), ("k=arr[bool]:[1]", "no bool"), ("\udce9=u8:5", "a key is printable"),
+        ("k=f32:1e400", "1e400 is more than f32"), ("k=f64:1e999", "more than f64"), ("k=arr[f32]:[1e400]", "more than f32"),
+        (f"k=arr[f64]:[1{'0' * 400}]", "more than f64"), (f"k=u32:1{'0' * 400}", "outside u32"), ("k=int:1.5", "is no i64"),
+        ('k=arr[str]:["\\ud800"]', "not valid UTF-8"), ("k=str:\udce9", "not valid UTF-8"), ("k=arr[str]:[1.5]", "no str"),
+        (f"k=arr[i32]:{'[' * 100_000}", "no JSON list"),
     ],
 )  # fmt: skip
 def test_values_that_do_not_fit(text: str, needed: str, path: Path, cli: Cli) -> None:
@@ -128,6 +134,34 @@ def test_nothing_to_do_and_contradictions(path: Path, cli: Cli) -> None:
     assert_one_line(cli("set", path, "--remove", "no.such"), str(path), "no.such", "not in the file")
     assert_one_line(cli("set", path, "general.name=str:x", "--remove", "general.name"), "both set and removed")
     assert_one_line(cli("set", path.with_name("gone.gguf"), "a=u8:1"), "gone.gguf")
+    before = path.read_bytes()
+    assert_one_line(cli("set", path, "general.name=str:x", "general.name=str:y"), "general.name", "twice")
+    assert path.read_bytes() == before
+
+
+def test_a_name_like_a_members_does_not_make_one(path: Path, cli: Cli) -> None:
+    named = path.rename(path.with_name("m-00002-of-00003.gguf"))
+    other = Path(shutil.copy(named, path.with_name("m-00001-of-00003.gguf")))
+    before = other.read_bytes()
+    assert cli("set", named, "general.name=str:Minx").code == 0
+    assert Gguf(named).kv["general.name"] == (8, "Minx")
+    assert other.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", bytes(500), b"GGUF" + bytes(100), b"my own notes"])
+def test_a_file_that_has_the_backups_name(content: bytes, path: Path, cli: Cli) -> None:
+    """What a power cut leaves of a backup may be empty, or zeros; anybody else's file stays, and is in the way."""
+    mine = path.with_name(path.name + ".header")
+    mine.write_bytes(content)
+    before = path.read_bytes()
+    run = cli("set", path, "deepseek4.context_length=u32:4096")
+    if not any(content):
+        assert run.code == 0
+        assert not mine.exists()
+        return
+    assert_one_line(run, str(mine), "not ggufx's", "move it away")
+    assert mine.read_bytes() == content
+    assert path.read_bytes() == before
 
 
 def test_a_cut_off_change_in_place_is_undone_by_the_next(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +182,8 @@ def test_a_cut_off_change_in_place_is_undone_by_the_next(path: Path, monkeypatch
         with pytest.raises(PowerCut):
             set_keys(planned)
     assert path.read_bytes() != before
+    with pytest.raises(ContainerError, match="ggufx set of this file puts the old header back"):
+        ggufx.open(path)
     set_keys(plan_edit(path, {"deepseek4.context_length": Value.u32(65536)}))  # the old value: nothing changes
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
@@ -159,7 +195,7 @@ def test_a_cut_off_change_in_place_is_undone_by_the_next(path: Path, monkeypatch
         (identity[0] + 1, identity[1], xxhash.xxh3_64_intdigest(bytes(1000))),
         (identity[0], identity[1] + 32, xxhash.xxh3_64_intdigest(bytes(1000))),
     ):
-        backup.write_bytes(struct.pack("<QQQ", *head) + bytes(1000))
+        backup.write_bytes(struct.pack("<8sQQQ", b"ggufx\0h1", *head) + bytes(1000))
         plan_edit(path, change)
         assert path.read_bytes() == before
         assert not backup.exists()
@@ -226,6 +262,7 @@ def test_first_member_without_tensors_and_sizes(converted: Converted, tmp_path: 
     whole = converted("flash")
     arguments = ("split", whole.path, "--outfile", tmp_path / "p.gguf", "--split-max-size", "500K")
     data = json.loads(cli(*arguments, "--no-tensor-first-split", "--dry-run", "--json").out)
+    assert data["file"]["file_type"] == "F8_E4M3_MXFP4"
     assert list(tmp_path.iterdir()) == []
     assert cli(*arguments, "--no-tensor-first-split").code == 0
     members = sorted(tmp_path.iterdir())
@@ -250,6 +287,30 @@ def test_split_of_a_split_and_errors(converted: Converted, tmp_path: Path, cli: 
     assert cli("split", members[1], "--split-max-tensors", "20").code == 0
     assert verify(min(set(tmp_path.glob("w-*.gguf")) - set(members)), whole).ok
     assert_one_line(cli("merge-splits", members[0]), str(whole), "--overwrite")
+
+
+@pytest.mark.parametrize("command", ["rewrite", "split", "merge-splits", "retarget"])
+def test_outputs_that_are_directories(command: str, path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli("split", path, "--split-max-tensors", "30").code == 0
+    source = path.with_name("m-00001-of-00003.gguf") if command == "merge-splits" else path
+    folder = path.parent / "folder"
+    folder.mkdir()
+    before = sorted(path.parent.rglob("*"))
+    monkeypatch.chdir(folder)
+    flags = ("--target", "llama.cpp") if command == "retarget" else ()
+    for out in (folder, f"{folder}/", ".", f"{path.parent}/to-be/"):
+        assert_one_line(cli(command, source, "--outfile", out, *flags), f"--outfile {out}: is a directory")
+    assert sorted(path.parent.rglob("*")) == before
+    with ggufx.open(path) as file, pytest.raises(PlanError, match="is a directory"):
+        plan_rewrite(file, ".")
+
+
+def test_a_split_of_one_merges_too(path: Path, cli: Cli) -> None:
+    assert cli("split", path, "--split-max-size", "1G").code == 0
+    member = path.with_name("m-00001-of-00001.gguf")
+    assert Gguf(member).kv["split.count"] == (2, 1)
+    assert cli("merge-splits", member, "--outfile", path.with_name("o.gguf")).code == 0
+    assert path.with_name("o.gguf").read_bytes() == path.read_bytes()
 
 
 def test_default_is_llama_gguf_splits(converted: Converted, tmp_path: Path, cli: Cli) -> None:
@@ -277,6 +338,6 @@ def test_an_alignment_of_its_own_is_in_every_member(tmp_path: Path) -> None:
 
 
 def test_parse_gives_types() -> None:
-    assert parse_assignment("a=arr[u8]:[1]")[1].element is ValueType.UINT8
+    assert parse_assignments(["a=arr[u8]:[1]"])["a"].element is ValueType.UINT8
     with pytest.raises(PlanError):
-        parse_assignment("a=u8:1e3")
+        parse_assignments(["a=u8:1e3"])

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from ggufx import execute
+from ggufx import export as export_module
 from ggufx.architectures.deepseek_v4 import CHAT_TEMPLATE
-from ggufx.container import Value
+from ggufx.container import Value, ValueType
 from ggufx.convert import convert
 from ggufx.edit import plan_edit, set_keys
 from ggufx.export import export
+from ggufx.file import Tensor
 from ggufx.retarget import retarget
 
 from .conftest import Run, assert_nothing_left, assert_one_line
@@ -110,6 +112,28 @@ def test_exact_files_of_llama_cpp_export_too(source: Get, converted: Converted, 
     assert again.raw[again.data_offset :] == moved.raw[moved.data_offset :]
 
 
+def test_experts_that_are_floats(
+    source: Get, converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FP8 experts as the F32 that they became; each tensor is looked through once, not once for every expert."""
+    read: list[str] = []
+    original = export_module.is_bfloat16
+
+    def counting(tensor: Tensor) -> bool:
+        read.append(tensor.name)
+        return original(tensor)
+
+    monkeypatch.setattr(export_module, "is_bfloat16", counting)
+    export(converted("flash-base", "llama.cpp", "f32").path, tmp_path / "back")
+    assert len(read) == len(set(read))
+    assert any("_exps" in name for name in read)
+    found, wanted = Source(tmp_path / "back"), source("flash-base")
+    for name, tensor in wanted.tensors.items():
+        if ".experts." in name and tensor.dtype == "F8_E4M3" and not name.startswith("mtp."):
+            assert found.tensors[name].dtype == "BF16"
+            assert np.array_equal(found.decode(name), wanted.decode(name))
+
+
 def _flip_scale(path: Path, name: str, row: int, block: int) -> None:
     tensor = Gguf(path).tensors[name]
     at = tensor.offset + row * (tensor.shape[-1] // 128 * 129) + block * 129
@@ -147,7 +171,64 @@ def test_errors_name_tensor_and_rule(converted: Converted, tmp_path: Path, cli: 
         at = found.index(b"deepseek4.swiglu_clamp_exp") + len(b"deepseek4.swiglu_clamp_exp") + 16
         file.seek(at)
         file.write(np.float32(9).tobytes())
-    fails(clamp, "swiglu_clamp_exp has 2 different values")
+    fails(clamp, "swiglu_clamp_exp is [9.0, 10.0, 10.0]", "config.json has no place")
+
+
+def test_values_that_config_json_cannot_say(converted: Converted, tmp_path: Path, cli: Cli) -> None:
+    """They would be lost without a word: config.json has one clamp, and one length of a head."""
+    whole = converted("flash", "llama.cpp", "bf16").path
+    clamps = Value.array(ValueType.FLOAT32, [7.0] * 5)
+    for key, value in (
+        ("swiglu_clamp_shexp", clamps), ("attention.value_length", Value.u32(64)), ("embedding_length_out", Value.u32(7)),
+    ):  # fmt: skip
+        path = Path(shutil.copy(whole, tmp_path / "odd.gguf"))
+        set_keys(plan_edit(path, {f"deepseek4.{key}": value}))
+        run = cli("export", path, "--outfile", tmp_path / "back")
+        assert_one_line(run, str(path), f"deepseek4.{key} is", "config.json has no place for")
+        assert not (tmp_path / "back").exists()
+
+
+def test_a_directory_of_another_checkpoint(converted: Converted, checkpoint_path: Callable[[str], Path],
+                                           tmp_path: Path, cli: Cli) -> None:  # fmt: skip
+    out = tmp_path / "back"
+    shutil.copytree(checkpoint_path("flash"), out)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for case in ("flash", "mini", "one-file"):
+        run = cli("export", converted(case).path, "--outfile", out, "--overwrite")
+        assert_one_line(run, str(out), "files of another checkpoint")
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    # An earlier export of the same model is none.
+    export(converted("mini").path, tmp_path / "mini")
+    export(converted("mini").path, tmp_path / "mini", overwrite=True)
+
+
+def test_tables_of_experts_that_do_not_exist(converted: Converted, tmp_path: Path, cli: Cli) -> None:
+    path = Path(shutil.copy(converted("mini").path, tmp_path / "n.gguf"))
+    tensor = Gguf(path).tensors["blk.0.ffn_gate_tid2eid"]
+    with path.open("rb+") as file:
+        file.seek(tensor.offset)
+        file.write((6).to_bytes(4, "little"))  # of 6 experts
+    run = cli("export", path, "--outfile", tmp_path / "back")
+    assert_one_line(run, str(path), "'blk.0.ffn_gate_tid2eid'", "outside 0 to 5")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tokens", Value.array(ValueType.INT32, [1, 2])),
+        ("tokens", Value.array(ValueType.STRING, ["one"])),
+        ("token_type", Value.string("normal")),
+        ("merges", Value.u32(5)),
+    ],
+)
+def test_a_tokenizer_that_is_none(key: str, value: Value, converted: Converted, tmp_path: Path, cli: Cli) -> None:
+    path = Path(shutil.copy(converted("mini").path, tmp_path / "n.gguf"))
+    ids = {"tokenizer.ggml.bos_token_id": Value.array(ValueType.INT32, [1])}
+    set_keys(plan_edit(path, {f"tokenizer.ggml.{key}": value} | ids))
+    run = cli("export", path, "--outfile", tmp_path / "back")
+    assert (run.code, "no tokenizer is written" in run.err) == (0, True), run.err
+    assert not (tmp_path / "back" / "tokenizer.json").exists()
+    assert "bos_token_id" not in json.loads((tmp_path / "back" / "config.json").read_text())
 
 
 def test_an_interrupted_export_goes_on(converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +266,13 @@ def test_existing_files_are_kept_and_a_dry_run_writes_nothing(converted: Convert
     data = json.loads(cli(*arguments, "--dry-run", "--json").out)
     assert {t["type"] for t in data["tensors"]} >= {"F8_E4M3", "F8_E8M0", "I8", "BF16", "F32", "I64"}
     assert not out.exists()
-    assert "codes" not in cli(*arguments, "--dry-run").err
+    lines = [line.split() for line in cli(*arguments, "--dry-run").out.splitlines()]
+    # 3 layers of 6 experts, of the same shape and type: one line, not 18.
+    assert [line[1] for line in lines if line[0] == "layers.N.ffn.experts.N.w1.weight"] == ["18"]
+    roles = {" ".join(line[:-4]): int(line[-4]) for line in lines[[line[0] for line in lines].index("role") + 1 :][:9]}
+    assert roles["routed experts"] == 3 * 6 * 6  # three matrices each, with scales
+    assert roles["embedding"] == roles["output"] == 1
+    assert "other" not in roles
     out.mkdir()
     (out / "config.json").write_text("mine")
     assert_one_line(cli(*arguments), "config.json", "--overwrite")

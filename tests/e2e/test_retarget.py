@@ -150,6 +150,40 @@ def test_files_of_the_same_form_keep_every_type(converted: Converted, tmp_path: 
     assert (tmp_path / "o.gguf").read_bytes() == converted("mini", "llama.cpp", "bf16").raw
 
 
+NAMES_OF_OTHERS = {
+    "attn_kv_a_mqa": ("llama.cpp", lambda name: name.replace("attn_kv.weight", "attn_kv_a_mqa.weight")),
+    "nisparks' compressors": (
+        "llama.cpp",
+        lambda name: name.replace("attn_kv.", "attn_kv_latent.").replace("attn_compressor_", "attn_compress_"),
+    ),
+    "bare": ("llama.cpp", lambda name: re.sub(r"(ape|_fn|_base|_scale|tid2eid)\.weight$", r"\1", name)),
+    "suffixed": (
+        "nisparks",
+        lambda name: name.replace("exp_probs_b", "exp_probs_b.bias") if "." in name[-14:] and "probs" in name
+        else re.sub(r"(ape|_fn|_base|_scale|tid2eid|_sinks)$", r"\1.weight", name),
+    ),
+    "upstream's kv": ("nisparks", lambda name: name.replace("attn_kv_latent", "attn_kv")),
+}  # fmt: skip
+"""Names that third-party files mix: the form, and how they spell it."""
+
+
+@pytest.mark.parametrize("who", NAMES_OF_OTHERS)
+def test_names_of_other_writers_become_the_targets(who: str, converted: Converted, tmp_path: Path) -> None:
+    form, rename = NAMES_OF_OTHERS[who]
+    plain = converted("flash", form, "bf16")
+    mixed = remade(plain.path, tmp_path / "mixed.gguf", rename=rename)
+    assert Gguf(mixed).tensors.keys() != plain.tensors.keys()
+    for target in ("llama.cpp", "nisparks"):
+        out = tmp_path / f"{target}.gguf"
+        retarget(mixed, out, target)
+        wanted = converted("flash", target, "bf16").tensors
+        moved = Gguf(out).tensors
+        assert [(t.name, t.shape) for t in moved.values()] == [(t.name, t.shape) for t in wanted.values()]
+        assert all(np.array_equal(moved[name].decode(), wanted[name].decode()) for name in wanted)
+        assert verify(out, mixed).ok
+    assert (tmp_path / "llama.cpp.gguf").read_bytes() == converted("flash", "llama.cpp", "bf16").raw
+
+
 # ds4 --------------------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +253,20 @@ def write_gguf(path: Path, tensors: list[tuple[str, tuple[int, ...], int, bytes]
     return path
 
 
+def remade(
+    path: Path,
+    out: Path,
+    tensors: dict[str, tuple[tuple[int, ...], int, bytes] | None] | None = None,
+    rename: Callable[[str], str] = str,
+    **keys: Value,
+) -> Path:
+    """A copy with other keys, other names, and of some tensors another shape, id and bytes, or none of them at all."""
+    with ggufx.open(path) as file:
+        lines = {t.name: (t.shape, t.type_id, t.packed.tobytes()) for t in file.tensors} | (tensors or {})
+        content = [(rename(name), *line) for name, line in lines.items() if line is not None]
+        return write_gguf(out, content, **file.metadata.typed(), **keys)
+
+
 def _values(shape: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(1).normal(size=shape).astype(np.float32)
 
@@ -237,6 +285,40 @@ def test_other_architectures_keep_names_and_change_only_what_must_change(tmp_pat
         assert np.array_equal(new["a.weight"].numpy(), old["a.weight"].numpy())
         assert (new.dialect, new.metadata["general.file_type"]) == ("llama.cpp", 32)
     assert verify(tmp_path / "o.gguf", path).ok
+
+
+@pytest.mark.parametrize("kind", ["IQ2_XXS", "Q2_K"])
+def test_the_file_type_is_that_of_most_weights(kind: str, converted: Converted, tmp_path: Path) -> None:
+    """Quantized experts make the file what it is, whatever becomes of FP8."""
+    number = {"IQ2_XXS": 19, "Q2_K": 10}[kind]
+    codec = types.get(kind)
+    values = np.random.default_rng(0).normal(size=(64, 128, 256)).astype(np.float32)
+    experts = (values.shape, codec.ids["llama.cpp"], codec.encode(values, np.ones(256, np.float32)).tobytes())
+    path = tmp_path / "n.gguf"
+    with ggufx.open(converted("mini").path) as file:
+        fp8 = file["blk.0.attn_q_b.weight"]
+        content = [("blk.0.ffn_up_exps.weight", *experts),
+                   ("blk.0.attn_q_b.weight", fp8.shape, fp8.type_id, fp8.packed.tobytes())]  # fmt: skip
+        write_gguf(path, content, general__file_type=Value.u32(number))  # type: ignore[arg-type]
+    for target in ("llama.cpp", "nisparks"):
+        retarget(path, tmp_path / f"{target}.gguf", target)
+        with ggufx.open(tmp_path / f"{target}.gguf") as moved:
+            assert moved.metadata["general.file_type"] == number
+
+
+def test_a_form_of_ik_that_others_do_not_load_is_told(tmp_path: Path) -> None:
+    names = [f"blk.0.attn_{part}.weight" for part in ("kv_b", "k_b", "v_b")]
+    keys = {"general__architecture": Value.string("deepseek2")}
+    both = write_gguf(tmp_path / "ik.gguf", [(name, (4, 2), 0, bytes(32)) for name in names], **keys)
+    upstream = write_gguf(tmp_path / "l.gguf", [(name, (2, 2, 2), 0, bytes(32)) for name in names[1:]], **keys)
+    for path, target, told in (
+        (both, "llama.cpp", True),
+        (both, "ik_llama.cpp", False),
+        (upstream, "llama.cpp", False),
+    ):
+        with ggufx.open(path) as file:
+            notes = plan_retarget(file, tmp_path / "o.gguf", target).notes
+        assert any("start from the checkpoint" in note for note in notes) is told
 
 
 def test_types_of_ik_need_a_word(tmp_path: Path) -> None:
@@ -309,15 +391,20 @@ def test_verify_tells_keys_and_tensors_that_are_not_right(converted: Converted, 
         verify(write_gguf(tmp_path / "x.gguf", [("x", (1,), 0, bytes(4))]), converted("flash").path)
 
 
+def test_verify_takes_a_copy_of_what_it_cannot_read_as_a_model(converted: Converted, tmp_path: Path) -> None:
+    """A key that was missing, set in a copy: the source alone says too little to be moved."""
+    key = "deepseek4.expert_used_count"
+    short = edited(converted("mini").path, tmp_path / "short.gguf", (key,))
+    mended = edited(short, tmp_path / "mended.gguf", **{key: Value.u32(6)})
+    report = verify(mended, short)
+    assert (report.ok, report.target, report.metadata) == (True, "a copy", [f"{key}: not expected"])
+
+
 # Errors, and the command ------------------------------------------------------------------------------------------
 
 
 def _without(path: Path, out: Path, name: str) -> Path:
-    with ggufx.open(path) as file:
-        kept = [t for t in file.tensors if t.name != name]
-        content = [(t.name, t.shape, t.type_id, t.packed.tobytes()) for t in kept]
-        keys = file.metadata.typed()
-    return write_gguf(out, content, **keys)
+    return remade(path, out, {name: None})
 
 
 def test_errors_name_file_tensor_and_rule(converted: Converted, tmp_path: Path, cli: Cli) -> None:
@@ -350,6 +437,58 @@ def test_errors_name_file_tensor_and_rule(converted: Converted, tmp_path: Path, 
     assert_one_line(cli("retarget", native, "--outfile", native, "--target", "ds4"), str(native), "source")
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "number", "nbytes"),
+    [
+        ("hc_head_base", (), 0, 4),
+        ("token_embd.weight", (128,), 0, 512),
+        ("blk.0.attn_output_a.weight", (512,), 0, 2048),
+        ("blk.0.attn_output_a.weight", (512, 0), 0, 0),
+        ("blk.2.attn_compress_ape", (), 0, 4),
+        ("blk.0.ffn_gate_exps.weight", (6, 32), 39, 102),
+        # Nothing is counted to a number that a file only claims: these would take hours, and all memory.
+        ("blk.0.ffn_gate_exps.weight", (2**50, 0, 32), 39, 0),
+        ("blk.0.ffn_gate_exps.weight", (2**50, 1, 32), 999, 32),
+    ],
+)
+def test_shapes_that_no_model_has(
+    name: str, shape: tuple[int, ...], number: int, nbytes: int, converted: Converted, tmp_path: Path, cli: Cli
+) -> None:
+    odd = remade(converted("mini").path, tmp_path / "odd.gguf", {name: (shape, number, bytes(nbytes))})
+    for command in (("retarget", "--target", "llama.cpp"), ("export",)):
+        run = cli(command[0], odd, "--outfile", tmp_path / "o", *command[1:])
+        assert_one_line(run, str(odd), repr(name), f"is {list(shape)}", "expected")
+        assert not (tmp_path / "o").exists()
+
+
+def test_keys_that_contradict_the_tensors(converted: Converted, tmp_path: Path, cli: Cli) -> None:
+    def fails(*needed: str, **keys: Value) -> None:
+        odd = edited(converted("mini").path, tmp_path / "odd.gguf", **keys)
+        for command in (("retarget", "--target", "llama.cpp"), ("export",)):
+            run = cli(command[0], odd, "--outfile", tmp_path / "o", *command[1:])
+            assert_one_line(run, str(odd), *needed)
+            assert "--skip" not in run.err  # a flag of other commands
+
+    for count in (2, 4, 2**32 - 1):
+        fails(f"deepseek4.block_count is {count}", "tensors of 3 blocks", deepseek4__block_count=Value.u32(count))
+    fails("[6, 128]", "[4294967295, 128]", deepseek4__expert_count=Value.u32(2**32 - 1))
+    for number in (float("inf"), float("nan")):
+        fails(f"rope.freq_base is {number}", "expected a number", deepseek4__rope__freq_base=Value.f32(number))
+
+
+def test_a_block_number_beyond_the_count(converted: Converted, tmp_path: Path, cli: Cli) -> None:
+    odd = remade(converted("mini").path, tmp_path / "odd.gguf", rename=lambda name: name.replace("blk.2.", "blk.7."))
+    run = cli("retarget", odd, "--outfile", tmp_path / "o.gguf", "--target", "llama.cpp")
+    assert_one_line(run, str(odd), "'layers.7.attn.attn_sink'")
+    assert "--skip" not in run.err
+
+
+def test_a_name_that_is_no_text(converted: Converted, tmp_path: Path) -> None:
+    odd = edited(converted("mini").path, tmp_path / "odd.gguf", general__name=Value.u32(7))
+    retarget(odd, tmp_path / "o.gguf", "llama.cpp")
+    assert Gguf(tmp_path / "o.gguf").kv["general.name"] == (4, 7)
+
+
 def test_mtp_files_move_between_the_two_that_share_names(converted: Converted, tmp_path: Path) -> None:
     mtp = converted("flash", "llama.cpp", mtp=True)
     retarget(mtp.path, tmp_path / "o.gguf", "ik_llama.cpp")
@@ -378,6 +517,14 @@ def test_dry_run_and_split(converted: Converted, tmp_path: Path, cli: Cli) -> No
     assert verify(members[1], native).ok
     assert cli("merge-splits", members[0], "--outfile", out).code == 0
     assert out.read_bytes() == converted("flash", "llama.cpp", "bf16").raw
+
+
+def test_outputs_below_a_file(converted: Converted, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in ("file/o.gguf", "file/deeper/o.gguf"):
+        run = cli("retarget", converted("mini").path, "--outfile", tmp_path / out, "--target", "llama.cpp")
+        assert_one_line(run, str(tmp_path / out), "is no directory")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_existing_outputs_are_kept(converted: Converted, tmp_path: Path, cli: Cli) -> None:
