@@ -55,13 +55,16 @@ class Run(NamedTuple):
 def run_child(arguments: Sequence[str | Path]) -> Run:
     """Run a command to its end and measure it as a whole; what it prints is kept. Raises if it fails."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path}
+    # As for a user: an environment that keeps Python from caching its bytecode would have every child compile the sources.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     start = time.perf_counter()
     with subprocess.Popen(
         list(map(str, arguments)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env=environment,
     ) as process:
         assert process.stdout is not None
         output = process.stdout.read()
