@@ -7,6 +7,9 @@ DEMO := .demo
 CHECKPOINT := $(DEMO)/DeepSeek-V4-Tiny
 GGUF := $(DEMO)/DeepSeek-V4-Tiny-F8_E4M3_MXFP4.gguf
 
+# Where this is set, every process of the tests would compile all sources again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-slow demo-real interop bench lint clean
 .DELETE_ON_ERROR:
 
