@@ -107,6 +107,7 @@ def test_rounding_of_any_float(dtype: str) -> None:
     assert_same_bits(codec.decode(rows, dtype=NARROW[dtype])[:, :64], expected)
 
 
+DIGESTED = ("F16", "BF16", "Q8_0", "Q4_K", "IQ2_S", "F8_E4M3_B128")
 _DIGESTS = """
 import hashlib, sys
 import ml_dtypes, numpy as np
@@ -121,22 +122,26 @@ for name in sys.argv[1:]:
 """
 
 
-@pytest.mark.parametrize(("cpu", "features"), [("haswell", "+avx2,+f16c,+fma"), ("generic", "")])
-def test_every_cpu_model_gives_the_same_bits(cpu: str, features: str, tmp_path: Path) -> None:
+def digests(**extra: str) -> str:
     root = Path(__file__).parent.parent
-    names = ("F16", "BF16", "Q8_0", "Q4_K", "IQ2_S", "F8_E4M3_B128")
+    return subprocess.run(
+        [sys.executable, "-c", _DIGESTS, *DIGESTED],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), **extra},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
 
-    def run(**extra: str) -> str:
-        return subprocess.run(
-            [sys.executable, "-c", _DIGESTS, *names],
-            cwd=root,
-            env={**os.environ, "PYTHONPATH": str(root), **extra},
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
 
+@pytest.fixture(scope="module")
+def digests_of_this_cpu() -> str:
+    return digests()
+
+
+@pytest.mark.parametrize(("cpu", "features"), [("haswell", "+avx2,+f16c,+fma"), ("generic", "")])
+def test_every_cpu_model_gives_the_same_bits(cpu: str, features: str, digests_of_this_cpu: str, tmp_path: Path) -> None:
     # A cache of its own, as in test_encoders.py.
-    other = run(NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features, NUMBA_CACHE_DIR=str(tmp_path))
-    assert other == run()
-    assert len(other.split()) == 4 * len(names)
+    other = digests(NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features, NUMBA_CACHE_DIR=str(tmp_path))
+    assert other == digests_of_this_cpu
+    assert len(other.split()) == 4 * len(DIGESTED)
