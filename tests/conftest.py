@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -44,6 +45,13 @@ SLOW = (
     "test_cuda_kernels.py::test_experts[F8_E4M3_B128]",
 )
 """Tests of several seconds that look again at what quicker ones look at: ``make test-slow``, in CI after ``make test``."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the tests and torch's modules, which stay anyway: it takes 7 % of a run's time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
