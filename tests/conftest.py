@@ -1,16 +1,21 @@
-"""Hypothesis profiles: ``dev`` is quick, ``ci`` is thorough; HYPOTHESIS_PROFILE chooses, CI selects ``ci``."""
+"""Hypothesis profiles (HYPOTHESIS_PROFILE chooses: ``dev``, ``ci``, ``thorough``), the slow tests, what all tests share."""
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 
+import interpreting
 import pytest
+from command import cli  # noqa: F401 (a fixture)
 from hypothesis import HealthCheck, settings
 
 # Kernels compile on first use, and shared machines stall: a deadline would only make tests flaky.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 settings.register_profile("dev", max_examples=20, **_COMMON)
-settings.register_profile("ci", max_examples=300, **_COMMON)
+settings.register_profile("ci", max_examples=50, **_COMMON)
+settings.register_profile("thorough", max_examples=300, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
@@ -21,6 +26,9 @@ SLOW = (
     "test_warmup.py::test_the_engine_compiles_nothing_after_warming_up",
     # Plans of models with a hundred thousand tensors, beyond the first.
     "test_fullshape.py::test_the_native_file_moved_and_exported",
+    "test_fullshape.py::test_dry_run_table",
+    "test_fullshape.py::test_the_published_file_with_45_keys",
+    "test_merge.py::test_the_full_model",
     "test_fullshape_v3.py",
     # Triton's interpreter, where a search or a wide product runs in it; each family has a type in the quick group.
     "test_offload.py::test_searches_on_the_device",
@@ -39,6 +47,19 @@ SLOW = (
     "test_cuda_compiles.py",
 )
 """Tests of several seconds that look again at what quicker ones look at: ``make test-slow``, in CI after ``make test``."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the tests and torch's modules, which stay anyway: it takes 7 % of a run's time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _triton_is_interpreted_quickly() -> None:
+    if "triton" in sys.modules:  # modules of tests have imported it, or nobody will
+        interpreting.quicken()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command import Run
 
 from ggufx import catalog, kernels, types
 
@@ -33,8 +35,8 @@ def test_the_readmes_table_is_that_of_the_command() -> None:
     assert table == run("-m", "ggufx", "types", "--markdown").stdout, "run python tools/readme.py"
 
 
-def test_the_table_has_every_type_and_says_what_it_can() -> None:
-    rows = {row["type"]: row for row in json.loads(run("-m", "ggufx", "types", "--json").stdout)}
+def test_the_table_has_every_type_and_says_what_it_can(cli: Callable[..., Run]) -> None:
+    rows = {row["type"]: row for row in json.loads(cli("types", "--json").out)}
     assert set(rows) == {codec.name for codec in types.all_codecs()}
     q8_0 = {
         "type": "Q8_0", "ids": {"llama.cpp": 8, "ik_llama.cpp": 8, "nisparks": 8}, "block": 32, "bytes": 34, "header": 0,
@@ -46,7 +48,7 @@ def test_the_table_has_every_type_and_says_what_it_can() -> None:
     assert not rows["F8_E4M3_B128"]["byte-compatible"]
     assert rows["IQ1_KT"]["header"] == 4
     assert not rows["IQ1_KT"]["decode"]
-    table = run("-m", "ggufx", "types").stdout
+    table = cli("types").out
     assert "42 nisparks" in table
     assert all(column in table.splitlines()[0] for column in rows["Q8_0"])
 
@@ -70,26 +72,37 @@ def test_markdown_of_nothing_is_nothing() -> None:
     assert catalog.markdown_table([]) == ""
 
 
-def test_the_readme_tool_rewrites_its_parts_and_nothing_else(tmp_path: Path) -> None:
+def test_the_readme_tool_rewrites_its_parts_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import readme as tool
+
+    def rewrite(*arguments: object) -> object:
+        monkeypatch.setattr(sys, "argv", ["readme.py", *map(str, arguments)])
+        try:
+            tool.main()
+        except SystemExit as left:
+            return left.code
+        return 0
+
     readme, measured = tmp_path / "README.md", tmp_path / "bench.json"
     readme.write_text("# A\n<!-- types -->\nold\n<!-- /types -->\nB\n<!-- bench -->\nkept\n<!-- /bench -->\nC\n")
-    assert run("tools/readme.py", "--check", readme).returncode == 1
+    assert "is not up to date" in str(rewrite("--check", readme))
     assert "old" in readme.read_text()
-    assert run("tools/readme.py", readme).returncode == 0
+    assert rewrite(readme) == 0
     expected = f"# A\n<!-- types -->\n{catalog.markdown()}<!-- /types -->\nB\n<!-- bench -->\n"
     assert readme.read_text() == expected + "kept\n<!-- /bench -->\nC\n"
-    assert run("tools/readme.py", "--check", readme).returncode == 0
+    assert rewrite("--check", readme) == 0
     machine = {"processor": r"Two \1", "cores": 2, "versions": {"ggufx": "1"}}
     section = {"title": "Decode", "columns": [["type", "type", ""], ["gbps", "GB/s", ".1f"]], "note": "Best of many."}
     measured.write_text(
         json.dumps({"machine": machine, "decode": [{**section, "rows": [{"type": "Q8_0", "gbps": 9.54}]}]})
     )
-    assert run("tools/readme.py", readme, "--bench", measured).returncode == 0
+    assert rewrite(readme, "--bench", measured) == 0
     text = readme.read_text()
     assert "### Decode\n\n| type | GB/s |\n| --- | ---: |\n| Q8_0 | 9.5 |\n\nBest of many.\n" in text
     assert "on 2 cores of Two \\1; ggufx 1." in text
     readme.write_text("no part")
-    assert "expected one part <!-- types -->" in run("tools/readme.py", readme).stderr
+    assert "expected one part <!-- types -->" in run("tools/readme.py", readme).stderr  # as a process
 
 
 @pytest.mark.parametrize("option", ["--json", "--markdown"])

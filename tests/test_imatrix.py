@@ -6,15 +6,15 @@ import json
 import os
 import pickle
 import struct
-import subprocess
-import sys
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from command import Run
 
 import ggufx
 from ggufx import imatrix
@@ -23,6 +23,7 @@ from ggufx.errors import DiskError, GGUFError, OutputExists
 from ggufx.imatrix import ColumnEnergy, RowImportance, energy
 from ggufx.measure import measure
 
+Cli = Callable[..., Run]
 RNG = np.random.default_rng(5)
 DOWN, UP = "blk.1.ffn_down_exps.weight", "blk.1.ffn_up_exps.weight"
 TAIL = struct.pack("<ii", 7, 4) + b"wiki"
@@ -543,15 +544,9 @@ def test_energy_at_its_corners() -> None:
 # The command ----------------------------------------------------------------------------------------------------------
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ggufx", "imatrix", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-
-
-def test_info(tmp_path: Path) -> None:
+def test_info(tmp_path: Path, cli: Cli) -> None:
     path = modern(tmp_path / "m.gguf", {DOWN: ([[2, 4], [9, 9], [0, 0], [4, 6]], [2, 0, 3, 4])})
-    found = json.loads(run("info", path, "--json").stdout)
+    found = json.loads(cli("imatrix", "info", path, "--json").out)
     assert (found["format"], found["datasets"], found["n_entries"], found["n_without_data"]) == (
         "gguf",
         ["a", "b"],
@@ -563,26 +558,26 @@ def test_info(tmp_path: Path) -> None:
         "name": DOWN, "length": 8, "rows": 4, "row_len": 2, "min_count": 0, "max_count": 4, "without_data": [1, 2],
         "min": 0.0, "mean": pytest.approx((1 + 2 + 1 + 1.5) / 6), "max": 2.0,
     }  # fmt: skip
-    text = run("info", path).stdout
+    text = cli("imatrix", "info", path).out
     assert "2: 1, 2" in text
     assert "GGUF: 1 entries, 8 values, 12 chunks of 512 tokens, 2 rows without data" in text
     assert "data set: b" in text
-    old = run("info", put(tmp_path / "m.dat", legacy([("x", 4, [4, 8])]))).stdout
+    old = cli("imatrix", "info", put(tmp_path / "m.dat", legacy([("x", 4, [4, 8])]))).out
     assert "legacy (.dat): 1 entries, 2 values, 7 chunks, 0 rows without data" in old
     assert "does not say where experts begin" in old
 
 
-def test_convert(tmp_path: Path) -> None:
+def test_convert(tmp_path: Path, cli: Cli) -> None:
     path = modern(tmp_path / "m.gguf", {DOWN: ([[2, 4], [9, 9]], [2, 0])})
-    done = run("convert", path, "--outfile", tmp_path / "m.dat")
-    assert done.returncode == 0, done.stderr
-    assert "note: 1 experts without data become weight 1" in done.stderr
+    done = cli("imatrix", "convert", path, "--outfile", tmp_path / "m.dat")
+    assert done.code == 0, done.err
+    assert "note: 1 experts without data become weight 1" in done.err
     assert read_legacy(tmp_path / "m.dat")[0][DOWN][1].tolist() == [1, 2, 1, 1]
-    done = run("convert", tmp_path / "m.dat", "--outfile", tmp_path / "out", "--format", "gguf")
-    assert done.returncode == 0, done.stderr
+    done = cli("imatrix", "convert", tmp_path / "m.dat", "--outfile", tmp_path / "out", "--format", "gguf")
+    assert done.code == 0, done.err
     assert read_modern(tmp_path / "out")[0][f"{DOWN}.in_sum2"].tolist() == [[512, 1024, 512, 512]]
-    again = run("convert", path, "--outfile", tmp_path / "out")
-    assert (again.returncode, len(again.stderr.strip().splitlines())) == (1, 1)
-    assert "exists; choose another --outfile or pass --overwrite" in again.stderr
-    assert run("convert", path, "--outfile", tmp_path / "out", "--overwrite").returncode == 0
-    assert run("info", tmp_path / "none").returncode == 1
+    again = cli("imatrix", "convert", path, "--outfile", tmp_path / "out")
+    assert (again.code, len(again.err.strip().splitlines())) == (1, 1)
+    assert "exists; choose another --outfile or pass --overwrite" in again.err
+    assert cli("imatrix", "convert", path, "--outfile", tmp_path / "out", "--overwrite").code == 0
+    assert cli("imatrix", "info", tmp_path / "none").code == 1

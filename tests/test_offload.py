@@ -23,7 +23,9 @@ ROOT = Path(__file__).parent.parent
 # as it has only one; "cpu:0" is torch's name for the CPU as a device among others.
 RUN = """
 import sys
+import interpreting
 from ggufx import quantize, recipe
+interpreting.quicken()
 options = {"recipe": recipe.load(sys.argv[2]), "imatrix": "energy", "allow_requantize": True, "measure": True}
 quantize.quantize(sys.argv[1], sys.argv[3], device="cpu:0", threads=1, **options)
 """
@@ -59,7 +61,10 @@ def model(path: Path) -> Path:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+    }
     command = [sys.executable, "-c", RUN, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 

@@ -137,6 +137,27 @@ class TAKEN(Codec):
 """
 
 
+# Importing, looking types up twice, and two commands, the last as a process ends.
+BROKEN = """
+import sys
+import ggufx
+print("imported")
+for _ in range(2):
+    try:
+        ggufx.types.get("Q8_0")
+    except ggufx.GGUFError as error:
+        print(type(error).__name__, "acme-types" in str(error), type(error.__cause__).__name__)
+from ggufx import cli
+sys.argv = ["ggufx", "types"]
+try:
+    cli.main()
+except SystemExit as stop:
+    print("types", stop.code)
+sys.argv = ["ggufx", "selftest", "Q8_0"]
+cli.run()
+"""
+
+
 @pytest.mark.parametrize(
     ("code", "wanted"),
     [
@@ -155,23 +176,23 @@ class TAKEN(Codec):
 def test_a_broken_plugin_is_one_clear_line(tmp_path: Path, code: str, wanted: str) -> None:
     install(tmp_path, name="acme-types", entry="TAKEN", code=code)
     install(tmp_path)  # beside a good one, which must not be half-registered when the other fails
-    assert run(tmp_path, "-c", "import ggufx; print('imported')").stdout == "imported\n"
-    for command in (["types"], ["selftest", "Q8_0"]):
-        done = run(tmp_path, "-m", "ggufx", *command)
-        assert done.returncode == 1
-        assert done.stderr.count("\n") == 1, done.stderr
-        start = "error: type plug-in 'TAKEN' (acme_types:TAKEN, group ggufx.types) of acme-types does not load: "
-        assert done.stderr.startswith(start + wanted), done.stderr
-    again = """
-import ggufx
-for _ in range(2):
-    try:
-        ggufx.types.get("Q8_0")
-    except ggufx.GGUFError as error:
-        print(type(error).__name__, "acme-types" in str(error), type(error.__cause__).__name__)
-"""
+    done = run(tmp_path, "-c", BROKEN)
+    start = "type plug-in 'TAKEN' (acme_types:TAKEN, group ggufx.types) of acme-types does not load: "
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2, done.stderr
+    assert all(line.startswith(f"error: {start}{wanted}") for line in lines), done.stderr
     cause = wanted.partition(":")[0]
-    assert run(tmp_path, "-c", again).stdout == 2 * f"PluginError True {cause}\n"
+    assert done.stdout == "imported\n" + 2 * f"PluginError True {cause}\n" + "types 1\n"
+
+
+def test_commands_end_with_1_where_a_plugin_is_broken(tmp_path: Path) -> None:
+    install(tmp_path, name="acme-types", entry="TAKEN", code="TAKEN = 3")
+    done = run(tmp_path, "-m", "ggufx", "types")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: type plug-in 'TAKEN' (acme_types:TAKEN")
+    assert done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_plugin_may_look_types_up_while_it_is_imported(tmp_path: Path) -> None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+from command import Run
 
 import ggufx
 from ggufx import types
 from ggufx.errors import CodecError
 from ggufx.measure import measure, summary
 
+Cli = Callable[..., Run]
 RNG = np.random.default_rng(5)
 
 
@@ -101,20 +103,14 @@ def test_measure_samples_rows_evenly(model: Path) -> None:
     assert found.quality == ggufx.quality(rows, "Q8_0")
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ggufx", "measure", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-
-
-def test_the_command(model: Path) -> None:
-    found = json.loads(run(model, "--types", "q8_0,Q4_0", "--json").stdout)
+def test_the_command(model: Path, cli: Cli) -> None:
+    found = json.loads(cli("measure", model, "--types", "q8_0,Q4_0", "--json").out)
     assert [line["type"] for line in found["summary"]] == ["Q8_0", "Q4_0"]
     assert len(found["tensors"]) == 4
-    rows = list(csv.DictReader(io.StringIO(run(model, "--types", "q8_0", "--csv").stdout)))
+    rows = list(csv.DictReader(io.StringIO(cli("measure", model, "--types", "q8_0", "--csv").out)))
     assert [row["tensor"] for row in rows] == ["a.weight", "b.weight"]
     assert float(rows[0]["rmse"]) > 0
-    table = run(model, "--types", "f8_e4m3_b128").stdout
+    table = cli("measure", model, "--types", "f8_e4m3_b128").out
     assert "left out: F8_E4M3_B128: rows of 96 are not divisible by 128" in table
 
 
@@ -126,8 +122,8 @@ def test_the_command(model: Path) -> None:
         (["--types", "q8_0", "--imatrix", "/nonexistent"], "No such file"),
     ],
 )
-def test_its_errors_are_one_line(model: Path, arguments: list[str], message: str) -> None:
-    done = run(model, *arguments)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_its_errors_are_one_line(model: Path, arguments: list[str], message: str, cli: Cli) -> None:
+    done = cli("measure", model, *arguments)
+    assert done.code == 1
+    assert message in done.err
+    assert len(done.err.strip().splitlines()) == 1

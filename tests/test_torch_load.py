@@ -390,17 +390,17 @@ def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 with ggufx.torch.open(sys.argv[1], "meta", shard=(1, 2), dim=lambda name: 1 if name == "columns" else None) as f:
     f.load(["small"])
     before = peak()
-    assert len(f.load()) == 603
+    assert len(f.load()) == 303
 print(peak() - before)
 """
 
 
 def test_memory_on_the_way_is_bounded(tmp_path: Path) -> None:
     # A device without memory of its own: what is left is what the way there takes. Holes, so that no disk is needed.
-    shapes: Shapes = {f"t{number}": ("Q8_0", (1024, 4096)) for number in range(600)}
+    shapes: Shapes = {f"t{number}": ("Q8_0", (1024, 4096)) for number in range(300)}
     shapes |= {"small": ("F32", (4,)), "large": ("Q8_0", (4096, 65536)), "columns": ("MXFP4", (65536, 8192))}
     path = write_gguf(tmp_path / "many.gguf", shapes, real=False)
-    assert path.stat().st_size > 3 << 30
+    assert path.stat().st_size > 1.8e9
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, path], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from command import Run
 
 from .oracle import ROOT, Gguf, Source
+
+__all__ = ["CASES", "Run", "assert_nothing_left", "assert_one_line", "run_process", "start"]
 
 SMALL = {"hidden": 256, "moe": 128, "experts": 8, "heads": 4, "head_dim": 128, "index_heads": 4, "merges": 100}
 CASES = {
@@ -30,14 +31,6 @@ CASES = {
     # Some thousand tiles: long enough to be killed in the middle.
     "long": SMALL | {"hidden": 512, "moe": 256, "experts": 96, "merges": 40},
 }  # fmt: skip
-
-
-class Run(NamedTuple):
-    """What a command line left."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="session")
@@ -93,29 +86,6 @@ def editable(checkpoint_path: Callable[[str], Path], tmp_path: Path) -> Source:
     """A copy of the smallest checkpoint, to be damaged."""
     shutil.copytree(checkpoint_path("mini"), tmp_path / "Mini")
     return Source(tmp_path / "Mini")
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
-    """Run the command line in this process: what it prints and its exit code."""
-    from ggufx.cli import main
-
-    def run(*arguments: object) -> Run:
-        monkeypatch.setattr(sys, "argv", ["ggufx", *map(str, arguments)])
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        capsys.readouterr()
-        try:
-            main()
-            code: object = 0
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        captured = capsys.readouterr()
-        return Run(code if isinstance(code, int) else int(code is not None), captured.out, captured.err)
-
-    return run
 
 
 def start(*arguments: object, **options: object) -> subprocess.Popen[str]:

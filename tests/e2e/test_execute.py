@@ -113,7 +113,7 @@ def test_kill_9_at_random_moments(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_leave_what_can_be_resumed(
-    number: signal.Signals, checkpoint_path: PathOf, undisturbed: Path, tmp_path: Path
+    number: signal.Signals, checkpoint_path: PathOf, undisturbed: Path, cli: Cli, tmp_path: Path
 ) -> None:
     checkpoint, out = checkpoint_path("long"), tmp_path / "out.gguf"
     process = start("convert", checkpoint, "--outfile", out, "--threads", 1)
@@ -127,7 +127,7 @@ def test_signals_leave_what_can_be_resumed(
     assert not out.exists()
     assert partial_path(out).exists()
     assert records(out) >= 40
-    run = run_process("convert", checkpoint, "--outfile", out)
+    run = cli("convert", checkpoint, "--outfile", out)
     assert run.code == 0, run.err
     assert same(out, undisturbed)
 

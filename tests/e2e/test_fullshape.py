@@ -8,7 +8,9 @@ import json
 import re
 import resource
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -42,10 +44,73 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@dataclass
+class ReadBytes:
+    """Two witnesses: where every opened shard was read to, and the bytes that the kernel counts for this process."""
+
+    furthest: dict[str, int]
+    nbytes: int
+
+
+@contextmanager
+def reading() -> Iterator[ReadBytes]:
+    """Note what is read."""
+    found = ReadBytes({}, 0)
+    original = Path.open
+
+    def spying(self: Path, *arguments: object, **options: object) -> object:
+        file = original(self, *arguments, **options)  # type: ignore[arg-type]
+        if self.suffix == ".safetensors":
+            read = file.read
+
+            class Spy:
+                """The file, noting how far it is read."""
+
+                def __enter__(self) -> Spy:
+                    return self
+
+                def __exit__(self, *_: object) -> None:
+                    file.close()
+
+                def fileno(self) -> int:
+                    return file.fileno()
+
+                def read(self, count: int) -> bytes:
+                    data = read(count)
+                    found.furthest[file.name] = max(found.furthest.get(file.name, 0), file.tell())
+                    return data
+
+            return Spy()
+        return file
+
+    def counted() -> int:
+        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # type: ignore[index]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", spying)
+        before = counted()
+        yield found
+        found.nbytes = counted() - before
+
+
+class Plans(dict[str, Plan]):
+    """Plans for the two dialects, each made when it is first asked for."""
+
+    def __init__(self, full: Path) -> None:
+        super().__init__()
+        self.full = full
+        self.read_for: dict[str, ReadBytes] = {}
+
+    def __missing__(self, target: str) -> Plan:
+        with reading() as self.read_for[target]:
+            self[target] = plan_convert(self.full, self.full / "out.gguf", target=target)
+        return self[target]
+
+
 @pytest.fixture(scope="module")
-def plans(full: Path) -> dict[str, Plan]:
+def plans(full: Path) -> Plans:
     """Plans for the two dialects."""
-    return {target: plan_convert(full, full / "out.gguf", target=target) for target in ("nisparks", "llama.cpp")}
+    return Plans(full)
 
 
 @cache
@@ -68,6 +133,7 @@ def official() -> tuple[list[str], dict[str, tuple[int, ...]], dict[str, str]]:
     return sorted(shapes, key=lambda name: (shards[name], name)), shapes, dtypes
 
 
+@cache
 def wanted(target: str) -> list[Expected]:
     """Expand map.tsv over hf_rules.tsv."""
     return expected(*official(), target)
@@ -225,50 +291,17 @@ def test_the_keys_of_llama_cpp(plans: dict[str, Plan]) -> None:
 # Reading headers only ---------------------------------------------------------------------------------------------
 
 
-def test_a_plan_reads_headers_only(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two witnesses: where every opened shard was read to, and the bytes that the kernel counts for this process."""
-    furthest: dict[str, int] = {}
-    original = Path.open
-
-    def spying(self: Path, *arguments: object, **options: object) -> object:
-        file = original(self, *arguments, **options)  # type: ignore[arg-type]
-        if self.suffix == ".safetensors":
-            read = file.read
-
-            class Spy:
-                """The file, noting how far it is read."""
-
-                def __enter__(self) -> Spy:
-                    return self
-
-                def __exit__(self, *_: object) -> None:
-                    file.close()
-
-                def fileno(self) -> int:
-                    return file.fileno()
-
-                def read(self, count: int) -> bytes:
-                    found = read(count)
-                    furthest[file.name] = max(furthest.get(file.name, 0), file.tell())
-                    return found
-
-            return Spy()
-        return file
-
-    def counted() -> int:
-        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # type: ignore[index]
-
+@pytest.mark.parametrize("target", ["nisparks", "llama.cpp"])
+def test_a_plan_reads_headers_only(full: Path, plans: Plans, target: str) -> None:
+    _ = plans[target]
     headers = {}
     for shard in full.glob("*.safetensors"):
-        with original(shard, "rb") as file:
+        with shard.open("rb") as file:
             headers[str(shard)] = 8 + int.from_bytes(file.read(8), "little")
-    monkeypatch.setattr(Path, "open", spying)
-    before = counted()
-    plan_convert(full, full / "out.gguf")
-    read = counted() - before
-    assert {str(name): at for name, at in furthest.items()} == headers
+    read = plans.read_for[target]
+    assert read.furthest == headers
     # The tokenizer has some 8 MB and is parsed twice.
-    assert read < sum(headers.values()) + 40_000_000
+    assert read.nbytes < sum(headers.values()) + 40_000_000
 
 
 def test_dry_run_json(full: Path, plans: dict[str, Plan], tmp_path: Path) -> None:

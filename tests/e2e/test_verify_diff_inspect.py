@@ -304,7 +304,7 @@ def test_another_checkpoint(checkpoint_path: PathOf, converted: Converted, cli: 
     assert_one_line(cli("verify", converted("flash").path, "--against", tmp_path), "config.json")
 
 
-def test_verify_json(checkpoint_path: PathOf, converted: Converted, tmp_path: Path) -> None:
+def test_verify_json(checkpoint_path: PathOf, converted: Converted, cli: Cli, tmp_path: Path) -> None:
     """As programs run it: JSON on stdout, nothing on stderr, the exit code."""
     good = run_process("verify", converted("flash").path, "--against", checkpoint_path("flash"), "--json")
     assert (good.code, good.err) == (0, "")
@@ -329,7 +329,7 @@ def test_verify_json(checkpoint_path: PathOf, converted: Converted, tmp_path: Pa
     native = {entry["name"] for entry in data["tensors"] if entry["native"]}
     assert native == {t.name for t in converted("flash").tensors.values() if t.type in ("F8_E4M3_B128", "MXFP4")}
     path = damaged(converted("flash"), tmp_path / "bad.gguf", flip("output.weight", 0))
-    broken = run_process("verify", path, "--against", checkpoint_path("flash"), "--json")
+    broken = cli("verify", path, "--against", checkpoint_path("flash"), "--json")
     assert (broken.code, broken.err) == (1, "")
     assert json.loads(broken.out)["ok"] is False
     assert json.loads(broken.out)["counts"]["different"] == 1
@@ -412,9 +412,9 @@ def test_diff_of_native_and_rounded(converted: Converted) -> None:
 
 
 @pytest.mark.parametrize("target", ["nisparks", "llama.cpp"])
-def test_inspect_json(target: str, converted: Converted) -> None:
+def test_inspect_json(target: str, converted: Converted, cli: Cli) -> None:
     file = converted("flash", target)
-    run = run_process("inspect", file.path, "--json")
+    run = cli("inspect", file.path, "--json")
     assert (run.code, run.err) == (0, "")
     data = json.loads(run.out)
     assert {"file", "metadata", "tensors", "by_type", "by_role"} <= data.keys()
