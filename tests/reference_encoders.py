@@ -1,4 +1,4 @@
-"""The reference encoders of the codebook types in NumPy, ported from FORMATS.md 6.0, 6.6 and 6.7 (IQ4_NL: llama.cpp).
+"""The reference encoders of the codebook types in NumPy, ported from FORMATS.md 6.0, 6.6 and 6.7 (IQ4_NL, IQ4_XS: llama.cpp).
 
 They give decoded values, not bytes: what a search must beat on data that has no vectors. Float32 with sequential sums, no
 fused operations; the C libraries fuse some, so last bits of scales and ties differ.
@@ -34,7 +34,9 @@ REFERENCES = {
     "IQ4_K": Reference(tables.IQ4, 4, 16, 7, 2.0, 0.0),
     "IQ5_K": Reference(tables.IQ5, 2, 16, 5, 2.0, 0.25),
     "IQ4_NL": Reference(tables.IQ4, None, 32, 7, 2.0, 0.0, 32),
+    "IQ4_XS": Reference(tables.IQ4, None, 32, 7, 2.0, 0.0),
 }
+UPSTREAM = frozenset({"IQ4_NL", "IQ4_XS"})
 
 
 def in_order(terms: np.ndarray) -> np.ndarray:
@@ -50,7 +52,7 @@ def weights(name: str, x: np.ndarray, importance: np.ndarray | None) -> np.ndarr
     if importance is None:
         return (F(ref.plain) * sigma2 + blocks * blocks).reshape(x.shape)
     m = np.broadcast_to(importance, x.shape).reshape(len(x), -1, ref.sub_len)
-    if name != "IQ4_NL":
+    if name not in UPSTREAM:
         subs = x.reshape(m.shape)
         sums = (in_order(m * m), in_order(subs * subs), in_order(m * np.abs(subs)))
         dead = np.any([s <= F(ref.sub_len * 1e-18) for s in sums], axis=0)
@@ -152,17 +154,17 @@ def reference_values(name: str, x: np.ndarray, importance: np.ndarray | None) ->
     subs = rows.reshape(w.shape)
     base = np.array(ref.table, F)
     best = _partitions(ref, subs, w) if name == "IQ2_KS" else _search(ref, subs, w)
-    if ref.shift is None:
+    if name == "IQ4_NL":
         d = best.scale
         codes = nearest(base, subs * _ratio(np.ones_like(d), d)[..., None])
         return (d.astype(np.float16).astype(F)[..., None] * base[codes]).reshape(x.shape)
-    shifted = base + F(ref.shift)
+    shifted = base + F(ref.shift or 0)
     twin = best.twin[..., None]
     if name == "IQ5_K":  # one more turn with the codes of the winner
         z = subs * _ratio(np.ones_like(best.scale), best.scale)[..., None]
         v = np.where(twin, shifted[nearest(shifted, z)], base[nearest(base, z)]).astype(F)
         best.scale = np.where(best.scale == 0, F(0), _ratio(in_order(w * v * subs), in_order(w * v * v)))
-    group = 16 if name in {"IQ4_K", "IQ5_K"} else subs.shape[1]
+    group = 16 if name in {"IQ4_K", "IQ5_K"} else 8 if name == "IQ4_XS" else subs.shape[1]
     scale = best.scale.reshape(-1, group)
     extreme = np.take_along_axis(scale, np.abs(scale).argmax(axis=-1)[:, None], axis=-1)[:, 0]
     if name == "IQ2_KS":
@@ -181,7 +183,7 @@ def reference_values(name: str, x: np.ndarray, importance: np.ndarray | None) ->
         v = np.where(step[..., None] == 0, np.where(twin, shifted[0], base[0]), v)
     sv = (s.reshape(subs.shape[:2])[..., None] * v).astype(F).reshape(len(scale), -1)
     wg, xg = w.reshape(sv.shape), subs.reshape(sv.shape)
-    d = _ratio(in_order(wg * sv * xg), in_order(wg * sv * sv))
+    d = d0 if name == "IQ4_XS" else _ratio(in_order(wg * sv * xg), in_order(wg * sv * sv))
     if name == "IQ2_KS":
         d = d * F(1.03)
     if name != "IQ4_KS":
