@@ -205,9 +205,9 @@ def codebook_search(
                     top = magnitude if magnitude > top else top
                 if top == np.uint32(0):
                     for k in range(n_sub):
-                        scales[k], flags[k] = zero_index, 0
+                        scales[k], kept[k] = zero_index, 0
                     codes[:] = positive
-                    store(out[r], g, np.uint32(0), scales, flags, codes)
+                    store(out[r], g, np.uint32(0), scales, kept, codes)
                     continue
                 down, up = _exponent_scale(top)
                 weigh(row, offset, length, down, up, importance, mse, x, m, w, wx, terms)
@@ -278,9 +278,13 @@ def codebook_search(
                         for k in range(n_sub):
                             scales[k] = np.int32((chosen[k] - f_low) / f_step)
                             kept[k] = flags[k]
+                if half and step > 1 and least > zero:  # the least binary16 is too much, and no scale is 0
+                    final = zero
                 for k in range(n_sub):
-                    s = f_low + f_step * np.float32(scales[k])
-                    back = zero if s == zero else one / (final * s)
+                    if final == zero:
+                        scales[k], kept[k] = zero_index, 0
+                    s = final * (f_low + f_step * np.float32(scales[k]))
+                    back = zero if s == zero else one / s
                     nearest(x, w, k * sub_len, sub_len, back, f_shift if kept[k] else zero, codes)
                 value = final * up
                 bits = np.uint32(float_to_half(value)) if half else float_to_bits(value)

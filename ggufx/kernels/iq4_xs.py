@@ -58,6 +58,6 @@ search = codebook_search(
     half=True,
     sigma=2.0,
     plain=0.0,
-    starts=(90.0, 150.0),
+    starts=(88.0, 146.0),
     store=_store,
 )
