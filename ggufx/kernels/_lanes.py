@@ -18,11 +18,10 @@ from numba.extending import intrinsic
 from ggufx.kernels._vector import Vector
 
 __all__ = [
-    "BYTES",
     "CHUNK",
-    "MAGIC",
     "Frame",
     "best_of_kinds",
+    "join",
     "lane_sums",
     "midpoints",
     "model_cost",
@@ -111,7 +110,8 @@ class Frame:
         return self.builder.extract_element(vector.value, _INT(0))
 
 
-def _join(parts: list[Vector]) -> Vector:
+def join(parts: list[Vector]) -> Vector:
+    """Return one vector of a power of two of them."""
     while len(parts) > 1:
         parts = [a.take(range(2 * a.lanes), b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
@@ -125,7 +125,7 @@ def staged_bytes(f: Frame, scaled: list[Vector], off: Vector) -> Vector:
         z = f.larger(z, f.constant(MAGIC - 128, z.lanes))
         z = f.smaller(z, f.constant(MAGIC + 127, z.lanes))
         parts.append(z.cast(_INT, z.lanes).narrow(8))
-    return _join(parts)
+    return join(parts)
 
 
 def nearest_bytes(f: Frame, rounded: Vector, table: tuple[int, ...], off: Vector) -> Vector:
@@ -160,7 +160,7 @@ def lane_sums(table: tuple[int, ...], lanes: int, *, staged: bool) -> Any:
     def staged_values(f: Frame, scaled: list[Vector], off: Vector) -> list[Vector]:
         codes = staged_bytes(f, scaled, off)
         off8 = Vector(f.builder, f.builder.fptosi(off.value, ir.VectorType(_BYTE, lanes)))
-        return staged_floats(nearest_bytes(f, codes, table, _join([off8] * unroll)), lanes)
+        return staged_floats(nearest_bytes(f, codes, table, join([off8] * unroll)), lanes)
 
     def float_values(f: Frame, scaled: list[Vector], off: Vector) -> list[Vector]:
         values = []
