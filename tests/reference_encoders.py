@@ -1,4 +1,4 @@
-"""The reference encoders of the codebook types in NumPy, ported from FORMATS.md 6.0, 6.6 and 6.7 (IQ4_NL, IQ4_XS: llama.cpp).
+"""The reference encoders of most codebook types in NumPy, ported from FORMATS.md 6.0, 6.6 and 6.7 (IQ4_NL, IQ4_XS: llama.cpp).
 
 They give decoded values, not bytes: what a search must beat on data that has no vectors. Float32 with sequential sums, no
 fused operations; the C libraries fuse some, so last bits of scales and ties differ.
@@ -25,6 +25,8 @@ class Reference(NamedTuple):
     sigma: float
     plain: float
     mean_over: int = 256
+    root: bool = False
+    ported: bool = True
 
 
 REFERENCES = {
@@ -35,8 +37,18 @@ REFERENCES = {
     "IQ5_K": Reference(tables.IQ5, 2, 16, 5, 2.0, 0.25),
     "IQ4_NL": Reference(tables.IQ4, None, 32, 7, 2.0, 0.0, 32),
     "IQ4_XS": Reference(tables.IQ4, None, 32, 7, 2.0, 0.0),
+    "IQ5_KS": Reference(tables.IQ5, 2, 32, 5, 2.0, 0.0),
+    "IQ2_K": Reference(tables.IQ2, 5, 16, 0, 1.5, 0.25, ported=False),
+    "IQ3_K": Reference(tables.IQ3, 4, 16, 0, 1.5, 0.25, ported=False),
+    "IQ6_K": Reference(tables.IQ6, 1, 16, 0, 2.0, 0.25, ported=False),
+    "IQ4_KSS": Reference(tables.IQ4, 4, 32, 0, 2.0, 0.0, ported=False),
+    "IQ2_KL": Reference(tables.IQ3, None, 32, 0, 2.25, 0.0, root=True, ported=False),
 }
+"""Those that are not ported have weights only."""
+PORTED = tuple(name for name, reference in REFERENCES.items() if reference.ported)
 UPSTREAM = frozenset({"IQ4_NL", "IQ4_XS"})
+HEADERS = frozenset({"IQ4_KS", "IQ5_KS"})
+"""With a float32 scale per row, whose last bits depend on the order of sums, and odd sub-scales of 7 bits."""
 
 
 def in_order(terms: np.ndarray) -> np.ndarray:
@@ -50,7 +62,8 @@ def weights(name: str, x: np.ndarray, importance: np.ndarray | None) -> np.ndarr
     blocks = x.reshape(len(x), -1, ref.mean_over)
     sigma2 = (F(ref.sigma) * in_order(blocks * blocks) / F(ref.mean_over))[..., None]
     if importance is None:
-        return (F(ref.plain) * sigma2 + blocks * blocks).reshape(x.shape)
+        plain = F(ref.plain) * sigma2 + blocks * blocks
+        return (np.sqrt(plain) if ref.root else plain).reshape(x.shape)
     m = np.broadcast_to(importance, x.shape).reshape(len(x), -1, ref.sub_len)
     if name not in UPSTREAM:
         subs = x.reshape(m.shape)
@@ -169,7 +182,7 @@ def reference_values(name: str, x: np.ndarray, importance: np.ndarray | None) ->
     extreme = np.take_along_axis(scale, np.abs(scale).argmax(axis=-1)[:, None], axis=-1)[:, 0]
     if name == "IQ2_KS":
         s, d0 = _fit_integers(scale, in_order(w).reshape(scale.shape))
-    elif name == "IQ4_KS":
+    elif name in HEADERS:
         d0 = np.abs(extreme) / F(127)
         s = F(2) * np.rint((_ratio(scale, d0[:, None] + 0 * scale) + F(127)) / F(2)).clip(0, 127) - F(127)
     else:
@@ -186,6 +199,6 @@ def reference_values(name: str, x: np.ndarray, importance: np.ndarray | None) ->
     d = d0 if name == "IQ4_XS" else _ratio(in_order(wg * sv * xg), in_order(wg * sv * sv))
     if name == "IQ2_KS":
         d = d * F(1.03)
-    if name != "IQ4_KS":
+    if name not in HEADERS:
         d = d.astype(np.float16).astype(F)
     return (d[:, None] * sv).reshape(x.shape)

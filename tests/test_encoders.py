@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from oracle import VECTORS
-from reference_encoders import REFERENCES, reference_values, weights
+from reference_encoders import HEADERS, PORTED, REFERENCES, reference_values, weights
 
 from ggufx import types
 from ggufx.types import ImportanceWarning
@@ -25,12 +25,16 @@ TINY_ROW = 4
 
 BARS = {
     "IQ2_KS": 0.935, "IQ3_KS": 0.962, "IQ4_KS": 0.987, "IQ4_K": 0.952, "IQ5_K": 0.812, "IQ4_NL": 0.945, "IQ4_XS": 0.936,
+    "IQ5_KS": 0.954, "IQ2_K": 0.908, "IQ3_K": 0.918, "IQ6_K": 0.735, "IQ4_KSS": 0.849, "IQ2_KL": 0.871,
 }  # fmt: skip
 """Error of effort normal over the reference's, with importance: geometric mean over rows 0, 1, 4..11 of the vectors."""
 FAST_BARS = {
     "IQ2_KS": 0.937, "IQ3_KS": 0.964, "IQ4_KS": 0.992, "IQ4_K": 0.95, "IQ5_K": 0.83, "IQ4_NL": 0.945, "IQ4_XS": 0.938,
+    "IQ5_KS": 0.962, "IQ2_K": 0.911, "IQ3_K": 0.92, "IQ6_K": 0.792, "IQ4_KSS": 0.853, "IQ2_KL": 0.872,
 }  # fmt: skip
 WORST_ROW = 1.02
+ODD = ("IQ4_KS", "IQ5_KS", "IQ4_KSS", "IQ3_K")
+"""Their sub-scales are odd: no exact zero beside others."""
 
 every_type = pytest.mark.parametrize("name", NAMES)
 every_effort = pytest.mark.parametrize("effort", EFFORTS)
@@ -92,14 +96,15 @@ def test_more_effort_means_less_error_on_data_that_tuned_nothing(name: str) -> N
     x, importance = sample(1000)
     codec = types.get(name)
     found = {e: errors(name, x, codec.decode(codec.encode(x, importance, effort=e)), importance).sum() for e in EFFORTS}
-    reference = errors(name, x, reference_values(name, x, importance), importance).sum()
-    assert found["fast"] < reference
-    assert found["normal"] < 0.99 * reference
+    if name in PORTED:
+        reference = errors(name, x, reference_values(name, x, importance), importance).sum()
+        assert found["fast"] < reference
+        assert found["normal"] < 0.99 * reference
     assert found["fast"] * 1.0005 >= found["normal"] >= found["high"] * 0.9995
 
 
 @pytest.mark.parametrize("case", ["", "_imatrix"])
-@every_type
+@pytest.mark.parametrize("name", PORTED)
 def test_the_port_of_the_reference_encoder_agrees_with_the_vectors(name: str, case: str) -> None:
     data = vector(name)
     x, importance = data["x"], data["imatrix"] if case else None
@@ -110,7 +115,7 @@ def test_the_port_of_the_reference_encoder_agrees_with_the_vectors(name: str, ca
     rows = REALISTIC
     ported, original = errors(name, x, y, importance)[rows], errors(name, x, expected, importance)[rows]
     assert np.allclose(ported, original, rtol=0.01)
-    if name != "IQ4_KS":  # its float32 scale differs in the last bits
+    if name not in HEADERS:  # their float32 scale differs in the last bits
         assert (y[rows] == expected[rows]).all(axis=1).mean() >= 0.7
 
 
@@ -250,7 +255,7 @@ def test_zero_rows_decode_to_zeros(name: str, effort: str) -> None:
         assert not np.signbit(y).any()
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "IQ4_KS"])  # its scales are odd: no exact zero beside others
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ODD])
 @every_effort
 def test_zero_sub_blocks_beside_others_decode_to_zeros(name: str, effort: str) -> None:
     x, importance = sample(9, 4, 512)
