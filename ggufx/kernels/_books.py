@@ -52,6 +52,7 @@ class Book(NamedTuple):
 
     key: str
     sums: Any
+    exact: Any
     codes: Any
     positive: int
 
@@ -96,7 +97,9 @@ def _positive(table: tuple[float, ...]) -> int:
 def table_book(table: tuple[int, ...], *, staged: bool) -> Book:
     """Return the book of a table of ascending integers; ``staged`` as in :func:`ggufx.kernels._lanes.lane_sums`."""
     key = repr((table, staged))
-    return Book(key, lane_sums(table, CHUNK, staged=staged), _nearest(table), _positive(table))
+    sums = lane_sums(table, CHUNK, staged=staged)
+    exact = lane_sums(table, CHUNK, staged=False) if staged else sums
+    return Book(key, sums, exact, _nearest(table), _positive(table))
 
 
 def _sums(step: int, emit: Callable[[Frame, Any, Vector, Vector], list[tuple[Vector, Vector]]]) -> Any:
@@ -167,7 +170,8 @@ def cubic_book() -> Book:
         value = (((code * a3 + a2) * code + a1) * code + a0) + off
         return [(f.spread_element(1, at) * value, f.spread_element(2, at) * value * value)]
 
-    return Book("cubic", _sums(1, emit), _nearest(table), _positive(table))
+    sums = _sums(1, emit)
+    return Book("cubic", sums, sums, _nearest(table), _positive(table))
 
 
 # IQ4_KSS ---------------------------------------------------------------------------------------------------------------
@@ -244,7 +248,8 @@ def even_book(table: tuple[int, ...]) -> Book:
         for part, place in enumerate((at, _after(f, at, CHUNK))):
             f.store(6, place, found[2 * part].take(in_turn, found[2 * part + 1]).narrow(8))
 
-    return Book(f"even {table}", _sums(4, emit), _codes(codes, 2 * CHUNK), _positive(table))
+    sums = _sums(4, emit)
+    return Book(f"even {table}", sums, sums, _codes(codes, 2 * CHUNK), _positive(table))
 
 
 # IQ2_KL ----------------------------------------------------------------------------------------------------------------
@@ -304,4 +309,5 @@ def pair_book(points: tuple[tuple[int, int], ...]) -> Book:
         f.store(6, f.builder.lshr(at, ir.Constant(at.type, 1)), number.narrow(8))
 
     positive = next(code for code, point in enumerate(points) if min(point) > 0)
-    return Book(f"pairs {points}", _sums(2, emit), _codes(codes, 2 * CHUNK), positive)
+    sums = _sums(2, emit)
+    return Book(f"pairs {points}", sums, sums, _codes(codes, 2 * CHUNK), positive)

@@ -108,12 +108,13 @@ def codebook_search(
     """
     # Kinds of candidates: the signs, times two where there is a twin.
     kinds = 4 if shift else 2
-    sums16, nearest = book.sums, book.codes
+    sums16, exact16, nearest = book.sums, book.exact, book.codes
+    careful = exact16 is not sums16
     best16, best32, best64 = best_of_kinds(16, kinds), best_of_kinds(32, kinds), best_of_kinds(64, kinds)
     total_of = survey(sub_len)
     window_of, pick, model = windows(low, step, count, kinds), pick_lane(), model_cost(low, step, count, kinds)
     extreme = np.float32(max(abs(low), abs(low + step * (count - 1))))
-    f_low, f_step = np.float32(low), np.float32(step)
+    f_low, f_step, f_high = np.float32(low), np.float32(step), np.float32(low + step * (count - 1))
     symmetric = low == -(low + step * (count - 1))
     f_shift = np.float32(shift)
     sigma32, plain32 = np.float32(sigma), np.float32(plain * sigma)
@@ -174,6 +175,7 @@ def codebook_search(
         n_sub = length // sub_len
         width = smaller(4 * window // kinds, count * kinds // 4)
         lanes = kinds * width
+        again = 1 if careful and tries > 1 else 0
         x, w, wx = np.empty(length, np.float32), np.empty(length, np.float32), np.empty(length, np.float32)
         m, terms = np.empty(length, np.float32), np.empty(256, np.float32)
         inverse, units, shifts = (
@@ -183,6 +185,7 @@ def codebook_search(
         )
         sum1, sum2 = np.empty(_MAX_LANES * n_sub, np.float32), np.empty(_MAX_LANES * n_sub, np.float32)
         legals = np.empty(_MAX_LANES * n_sub, np.float32)
+        shift_here = np.empty(16, np.float32)
         scale, curve = np.empty(4 * n_sub, np.float32), np.empty(4 * n_sub, np.float32)
         energy, total = np.empty(4 * n_sub, np.float32), np.empty(n_sub, np.float32)
         d_try, d_inverse = np.empty(n_values, np.float32), np.empty(n_values, np.float32)
@@ -250,16 +253,30 @@ def codebook_search(
                             at = j
                     d = d_try[at]
                     cost[at] = huge
-                    for _ in range(turns):
+                    n = lanes
+                    for turn in range(turns + again):
+                        n = 16 if turn == turns else lanes
                         for k in range(n_sub):
                             to = lanes * k
+                            if turn == turns:
+                                lane = pick(legals, sum1, sum2, to, lanes, d, total[k])
+                                flags[k] = 1 if kinds == 4 and lane & 2 else 0
+                                s = legals[to + lane]
+                                for c in range(n):
+                                    legal = s + f_step * np.float32(c - 8)
+                                    legal = smaller(larger(legal, f_low), f_high)
+                                    legals[to + c] = legal
+                                    inverse[c] = zero if legal == zero else one / (d * legal)
+                                    shift_here[c] = f_shift if flags[k] else zero
+                                exact16(x, wx, w, k * sub_len, sub_len, inverse, shift_here, 0, sum1, sum2, to)
+                                continue
                             for c in range(0, lanes, 16):
                                 window_of(scale, kinds * k, d, c // kinds, width, legals, inverse, to + c, c)
                             sums(x, wx, w, k * sub_len, lanes, inverse, shifts, sum1, sum2, to)
                         for _ in range(3):
                             top_sum, bottom_sum = zero, zero
                             for k in range(n_sub):
-                                lane = lanes * k + pick(legals, sum1, sum2, lanes * k, lanes, d, total[k])
+                                lane = lanes * k + pick(legals, sum1, sum2, lanes * k, n, d, total[k])
                                 s = legals[lane]
                                 top_sum += s * sum1[lane]
                                 bottom_sum += s * s * sum2[lane]
@@ -267,8 +284,9 @@ def codebook_search(
                                 d = stored(top_sum / bottom_sum, up, down)
                     error = zero
                     for k in range(n_sub):
-                        lane = pick(legals, sum1, sum2, lanes * k, lanes, d, total[k])
-                        flags[k] = 1 if kinds == 4 and lane & 2 else 0
+                        lane = pick(legals, sum1, sum2, lanes * k, n, d, total[k])
+                        if n == lanes:
+                            flags[k] = 1 if kinds == 4 and lane & 2 else 0
                         lane += lanes * k
                         chosen[k] = legals[lane]
                         step_ = d * chosen[k]
