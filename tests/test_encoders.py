@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from oracle import VECTORS
-from reference_encoders import HEADERS, PORTED, REFERENCES, reference_values, weights
+from reference_encoders import HEADERS, REFERENCES, reference_values, weights
 
 from ggufx import types
 from ggufx.types import ImportanceWarning
@@ -96,15 +96,14 @@ def test_more_effort_means_less_error_on_data_that_tuned_nothing(name: str) -> N
     x, importance = sample(1000)
     codec = types.get(name)
     found = {e: errors(name, x, codec.decode(codec.encode(x, importance, effort=e)), importance).sum() for e in EFFORTS}
-    if name in PORTED:
-        reference = errors(name, x, reference_values(name, x, importance), importance).sum()
-        assert found["fast"] < reference
-        assert found["normal"] < 0.99 * reference
+    reference = errors(name, x, reference_values(name, x, importance), importance).sum()
+    assert found["fast"] < reference
+    assert found["normal"] < 0.99 * reference
     assert found["fast"] * 1.0005 >= found["normal"] >= found["high"] * 0.9995
 
 
 @pytest.mark.parametrize("case", ["", "_imatrix"])
-@pytest.mark.parametrize("name", PORTED)
+@every_type
 def test_the_port_of_the_reference_encoder_agrees_with_the_vectors(name: str, case: str) -> None:
     data = vector(name)
     x, importance = data["x"], data["imatrix"] if case else None
@@ -114,7 +113,7 @@ def test_the_port_of_the_reference_encoder_agrees_with_the_vectors(name: str, ca
     # Rows 2 and 3 are zero and constant: ties, which fused multiply-adds break differently.
     rows = REALISTIC
     ported, original = errors(name, x, y, importance)[rows], errors(name, x, expected, importance)[rows]
-    assert np.allclose(ported, original, rtol=0.01)
+    assert np.allclose(ported, original, rtol=0.02)
     if name not in HEADERS:  # their float32 scale differs in the last bits
         assert (y[rows] == expected[rows]).all(axis=1).mean() >= 0.7
 

@@ -6,7 +6,7 @@ Errors are weighted squared errors over those of the reference encoder, with the
 libraries' own for the codebook types, like theirs for the others. They are taken on the vectors of the C libraries (geometric
 mean over rows 0, 1, 4..11; the tiny row, whose scale the references round to zero, counts as 1), on fresh Gaussian and Student
 t4 data, and on tensors of a real model (geometric mean, and the worst of them). References beyond the vectors: libgguf,
-llama.cpp's C code, or for codebook types a port in NumPy (``tests/reference_encoders.py``); some have neither. Importance
+llama.cpp's C code, or for the codebook types a port in NumPy (``tests/reference_encoders.py``); Q6_0 has neither. Importance
 columns of fresh and real data are drawn, uniform^2 + 0.001.
 
 The model is gemma3-270m of PyPI, which ``tools/demo_real.py DIRECTORY`` leaves in DIRECTORY.
@@ -28,7 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import test_encoders_scalar
 from oracle import VECTORS
-from reference_encoders import PORTED, REFERENCES, reference_values
+from reference_encoders import REFERENCES, reference_values
 from reference_encoders import weights as codebook_weights
 
 import ggufx
@@ -83,7 +83,7 @@ def c_encoder(name: str) -> Callable[[np.ndarray, np.ndarray | None], np.ndarray
 
 def reference(name: str, x: np.ndarray, m: np.ndarray | None) -> np.ndarray | None:
     """Return what the reference encoder makes of ``x``, decoded; ``None`` where there is none."""
-    if name in PORTED:
+    if name in REFERENCES:
         with np.errstate(all="ignore"):
             return reference_values(name, x, m)
     theirs = c_encoder(name)
