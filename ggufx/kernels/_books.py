@@ -7,7 +7,7 @@ nearest codes under one. All of it is generic LLVM IR with the order of every su
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +43,8 @@ class Book(NamedTuple):
         Tells books apart.
     sums
         As :func:`ggufx.kernels._lanes.lane_sums` for 16 lanes.
+    exact
+        The same without comparing rounded values; ``sums`` itself where that does not.
     codes
         ``codes(x, w, start, n, inverse, shift, out)`` writes the nearest codes of the ``n`` elements from ``start`` on,
         times ``inverse`` and less ``shift``, where ``w`` are their weights.
@@ -136,15 +138,9 @@ def _after(f: Frame, place: Any, offset: int) -> Any:
     return f.builder.add(place, ir.Constant(place.type, offset))
 
 
-# IQ6_K -----------------------------------------------------------------------------------------------------------------
-
-
-def _code_of_cubic() -> tuple[float, ...]:
-    """Return coefficients of 1, t, t^3, t^5 and t^7 for the code of ``128 t`` above the cubic's centre, before rounding.
-
-    Fitted to be right at the midpoints to a twentieth of a code: a value so near to one costs the same with either code.
-    """
-    return (31.234182, 45.950529, -31.594347, 30.229667, -12.725878)
+_CODE_OF_CUBIC = (31.234182, 45.950529, -31.594347, 30.229667, -12.725878)
+"""Coefficients of 1, t, t^3, t^5 and t^7: the code, before rounding, of a value ``128 t`` above the cubic's centre. Fitted to
+be right at the midpoints to a twentieth of a code: values so near to one cost the same with either code."""
 
 
 def cubic_book() -> Book:
@@ -156,7 +152,7 @@ def cubic_book() -> Book:
     table = tuple(float(v) for v in np.array(tables.P6_BITS, np.uint32).view(np.float32))
     turn = -a2 / (3 * a3)
     centre = a0 + turn * (a1 + turn * (a2 + turn * a3))
-    constant, *odd = _code_of_cubic()
+    constant, *odd = _CODE_OF_CUBIC
 
     def emit(f: Frame, at: Any, inv: Vector, off: Vector) -> list[tuple[Vector, Vector]]:
         value = f.spread_element(0, at) * inv - off
@@ -172,9 +168,6 @@ def cubic_book() -> Book:
 
     sums = _sums(1, emit)
     return Book("cubic", sums, sums, _nearest(table), _positive(table))
-
-
-# IQ4_KSS ---------------------------------------------------------------------------------------------------------------
 
 
 def even_book(table: tuple[int, ...]) -> Book:
@@ -205,7 +198,7 @@ def even_book(table: tuple[int, ...]) -> Book:
         return [mask ^ turn for mask, turn in zip(masks, turns, strict=True)]
 
     def emit(f: Frame, at: Any, inv: Vector, off: Vector) -> list[tuple[Vector, Vector]]:
-        # ``at`` counts 4 elements a word, 8 words a sub-block.
+        # Steps of 4 elements, 8 to a sub-block: a word each, two elements wide in either half of the sub-block.
         builder = f.builder
         local = builder.sub(at, f.args[3])
         block = builder.and_(local, ir.Constant(at.type, -32))
@@ -252,9 +245,6 @@ def even_book(table: tuple[int, ...]) -> Book:
     return Book(f"even {table}", sums, sums, _codes(codes, 2 * CHUNK), _positive(table))
 
 
-# IQ2_KL ----------------------------------------------------------------------------------------------------------------
-
-
 def pair_book(points: tuple[tuple[int, int], ...]) -> Book:
     """Return IQ2_KL's book: ascending pairs of values. Its codes, one for two elements, start at half the first element.
 
@@ -273,11 +263,10 @@ def pair_book(points: tuple[tuple[int, int], ...]) -> Book:
         for a, seconds in levels:
             second = f.constant(float(seconds[0]), lanes)
             number = f.constant(code, lanes, _INT)
-            for mid, (low, high) in zip(midpoints(tuple(seconds)), pairwise(seconds), strict=True):
+            for mid, value in zip(midpoints(tuple(seconds)), seconds[1:], strict=True):
                 above = f.greater(z[1], f.constant(mid, lanes))
-                second = above.choose(f.constant(float(high), lanes), second)
+                second = above.choose(f.constant(float(value), lanes), second)
                 number = number + above.widen(32)
-                assert low < high
             first = f.constant(float(a), lanes)
             off0, off1 = z[0] - first, z[1] - second
             error = w[0] * off0 * off0 + w[1] * off1 * off1

@@ -258,7 +258,7 @@ def codebook_search(
                         n = 16 if turn == turns else lanes
                         for k in range(n_sub):
                             to = lanes * k
-                            if turn == turns:
+                            if turn == turns:  # again, exactly, round the best: the most flattered of many tries wins
                                 lane = pick(legals, sum1, sum2, to, lanes, d, total[k])
                                 flags[k] = 1 if kinds == 4 and lane & 2 else 0
                                 s = legals[to + lane]
@@ -285,7 +285,7 @@ def codebook_search(
                     error = zero
                     for k in range(n_sub):
                         lane = pick(legals, sum1, sum2, lanes * k, n, d, total[k])
-                        if n == lanes:
+                        if again == 0:
                             flags[k] = 1 if kinds == 4 and lane & 2 else 0
                         lane += lanes * k
                         chosen[k] = legals[lane]
