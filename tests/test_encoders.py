@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from oracle import VECTORS
-from reference_encoders import REFERENCES, reference_values, weights
+from reference_encoders import HEADERS, REFERENCES, reference_values, weights
 
 from ggufx import types
 from ggufx.types import ImportanceWarning
@@ -23,10 +23,18 @@ REALISTIC = [0, 1, *range(4, 12)]
 TINY_ROW = 4
 """Row of about 1e-6: the references round its scale to zero, so the ratio says nothing about the search."""
 
-BARS = {"IQ2_KS": 0.935, "IQ3_KS": 0.962, "IQ4_KS": 0.987, "IQ4_K": 0.952, "IQ5_K": 0.812, "IQ4_NL": 0.945}
+BARS = {
+    "IQ2_KS": 0.935, "IQ3_KS": 0.962, "IQ4_KS": 0.987, "IQ4_K": 0.952, "IQ5_K": 0.812, "IQ4_NL": 0.945, "IQ4_XS": 0.936,
+    "IQ5_KS": 0.954, "IQ2_K": 0.908, "IQ3_K": 0.918, "IQ6_K": 0.735, "IQ4_KSS": 0.849, "IQ2_KL": 0.871,
+}  # fmt: skip
 """Error of effort normal over the reference's, with importance: geometric mean over rows 0, 1, 4..11 of the vectors."""
-FAST_BARS = {"IQ2_KS": 0.937, "IQ3_KS": 0.964, "IQ4_KS": 0.992, "IQ4_K": 0.95, "IQ5_K": 0.83, "IQ4_NL": 0.945}
+FAST_BARS = {
+    "IQ2_KS": 0.937, "IQ3_KS": 0.964, "IQ4_KS": 0.992, "IQ4_K": 0.95, "IQ5_K": 0.83, "IQ4_NL": 0.945, "IQ4_XS": 0.938,
+    "IQ5_KS": 0.962, "IQ2_K": 0.911, "IQ3_K": 0.92, "IQ6_K": 0.792, "IQ4_KSS": 0.853, "IQ2_KL": 0.872,
+}  # fmt: skip
 WORST_ROW = 1.02
+ODD = ("IQ4_KS", "IQ5_KS", "IQ4_KSS", "IQ3_K")
+"""Their sub-scales are odd: no exact zero beside others."""
 
 every_type = pytest.mark.parametrize("name", NAMES)
 every_effort = pytest.mark.parametrize("effort", EFFORTS)
@@ -105,8 +113,8 @@ def test_the_port_of_the_reference_encoder_agrees_with_the_vectors(name: str, ca
     # Rows 2 and 3 are zero and constant: ties, which fused multiply-adds break differently.
     rows = REALISTIC
     ported, original = errors(name, x, y, importance)[rows], errors(name, x, expected, importance)[rows]
-    assert np.allclose(ported, original, rtol=0.01)
-    if name != "IQ4_KS":  # its float32 scale differs in the last bits
+    assert np.allclose(ported, original, rtol=0.02)
+    if name not in HEADERS:  # their float32 scale differs in the last bits
         assert (y[rows] == expected[rows]).all(axis=1).mean() >= 0.7
 
 
@@ -249,7 +257,7 @@ def test_zero_rows_decode_to_zeros(name: str, effort: str) -> None:
         assert not np.signbit(y).any()
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "IQ4_KS"])  # its scales are odd: no exact zero beside others
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ODD])
 @every_effort
 def test_zero_sub_blocks_beside_others_decode_to_zeros(name: str, effort: str) -> None:
     x, importance = sample(9, 4, 512)

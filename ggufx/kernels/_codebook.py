@@ -1,7 +1,7 @@
 """Search of the codebook encoders: integer scales under one shared scale, codes into a table that may be shifted.
 
-A *group* (a row, or 256 elements) shares one real scale ``D``; each of its sub-blocks has a legal integer scale ``s`` and a
-flag that picks the table or its shifted twin. Three stages, candidates always in vector lanes:
+A *group* (a row, or 256 elements) shares one real scale ``D``; each of its sub-blocks has a legal integer scale ``s`` and,
+where the table has a shifted twin, a flag that picks one of them. Three stages, candidates always in vector lanes:
 
 1. per sub-block, real scales of both signs and both tables: sums ``S1 = sum w v x`` and ``S2 = sum w v v`` of the nearest
    codes. Such a pair is a parabola, the error under any other scale with these codes.
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ggufx.kernels._books import Book
 from ggufx.kernels._jit import (
     bits_to_float,
     float_to_bits,
@@ -72,7 +73,7 @@ def _keeper(half: bool, ceiling: float, floor: float) -> Any:
 
 
 def codebook_search(
-    table: tuple[int, ...],
+    book: Book,
     *,
     shift: int,
     sub_len: int,
@@ -84,36 +85,36 @@ def codebook_search(
     sigma: float,
     plain: float,
     starts: tuple[float, float],
-    staged: bool,
     store: Any,
+    root: bool = False,
 ) -> Any:
     """Return the search kernel of one type.
 
     Parameters
     ----------
-    table, shift
-        Codebook, and what its twin adds.
+    book, shift
+        Codebook, and what its twin adds; 0 without a twin.
     sub_len, low, step, count
         Elements per scale; legal scales are ``low + step * i`` for ``i < count``.
     whole_row, half
         Whether ``D`` belongs to the row (else to 256 elements) and is stored as binary16 (else float32).
     sigma, plain
-        Reference weights: ``m sqrt(sigma mean + x^2)``, or ``plain sigma mean + x^2`` without importance, where ``mean``
-        is the mean of ``x^2`` over 256 elements.
+        Reference weights: ``m sqrt(sigma mean + x^2)``, or ``plain sigma mean + x^2`` (its square root if ``root``) without
+        importance, where ``mean`` is the mean of ``x^2`` over 256 elements.
     starts
         Range of the table's units that the largest element of a sub-block may take.
-    staged
-        Whether the search compares bytes; see :func:`lane_sums`.
     store
         ``store(row, group, d_bits, scales, flags, codes)`` writes the bytes of a group.
     """
-    sums16 = lane_sums(table, 16, staged=staged)
-    best16, best32, best64 = best_of_kinds(16), best_of_kinds(32), best_of_kinds(64)
+    # Kinds of candidates: the signs, times two where there is a twin.
+    kinds = 4 if shift else 2
+    sums16, exact16, nearest = book.sums, book.exact, book.codes
+    careful = exact16 is not sums16
+    best16, best32, best64 = best_of_kinds(16, kinds), best_of_kinds(32, kinds), best_of_kinds(64, kinds)
     total_of = survey(sub_len)
-    window_of, pick, model = windows(low, step, count), pick_lane(), model_cost(low, step, count)
-    nearest16 = nearest_codes(table)
+    window_of, pick, model = windows(low, step, count, kinds), pick_lane(), model_cost(low, step, count, kinds)
     extreme = np.float32(max(abs(low), abs(low + step * (count - 1))))
-    f_low, f_step = np.float32(low), np.float32(step)
+    f_low, f_step, f_high = np.float32(low), np.float32(step), np.float32(low + step * (count - 1))
     symmetric = low == -(low + step * (count - 1))
     f_shift = np.float32(shift)
     sigma32, plain32 = np.float32(sigma), np.float32(plain * sigma)
@@ -122,7 +123,7 @@ def codebook_search(
     zero, one, two = np.float32(0), np.float32(1), np.float32(2)
     huge = np.float32(3e38)
     stored = _keeper(half, 65504 if half else 3.4e38 / 127 / 127, 2.0**-24 if half else 2.0**-149)
-    positive = sum(v < 0 for v in table)  # so that zeros come out without a sign
+    positive = book.positive
     zero_index = -low // step if step == 1 else count // 2
 
     @inline
@@ -158,7 +159,8 @@ def codebook_search(
             else:
                 level = plain32 * mean + np.float32(1e-12)
                 for i in range(begin, begin + 256):
-                    w[i] = level + x[i] * x[i]
+                    weight = level + x[i] * x[i]
+                    w[i] = np.sqrt(weight) if root else weight
         for i in range(length):
             wx[i] = w[i] * x[i]
 
@@ -171,7 +173,9 @@ def codebook_search(
         row_len = values.shape[1]
         length = row_len if whole_row else 256
         n_sub = length // sub_len
-        lanes = 4 * window
+        width = smaller(4 * window // kinds, count * kinds // 4)
+        lanes = kinds * width
+        again = 1 if careful and tries > 1 else 0
         x, w, wx = np.empty(length, np.float32), np.empty(length, np.float32), np.empty(length, np.float32)
         m, terms = np.empty(length, np.float32), np.empty(256, np.float32)
         inverse, units, shifts = (
@@ -181,17 +185,18 @@ def codebook_search(
         )
         sum1, sum2 = np.empty(_MAX_LANES * n_sub, np.float32), np.empty(_MAX_LANES * n_sub, np.float32)
         legals = np.empty(_MAX_LANES * n_sub, np.float32)
+        shift_here = np.empty(16, np.float32)
         scale, curve = np.empty(4 * n_sub, np.float32), np.empty(4 * n_sub, np.float32)
         energy, total = np.empty(4 * n_sub, np.float32), np.empty(n_sub, np.float32)
         d_try, d_inverse = np.empty(n_values, np.float32), np.empty(n_values, np.float32)
         cost = np.empty(n_values, np.float32)
         scales, flags, codes = np.empty(n_sub, np.int32), np.empty(n_sub, np.uint8), np.empty(length, np.uint8)
         chosen, kept = np.empty(n_sub, np.float32), np.empty(n_sub, np.uint8)
-        # Lanes are 4 candidates x kinds: table, table under a negative scale, twin, twin under a negative scale.
+        # Lanes are candidates x kinds: table, table under a negative scale, twin, twin under a negative scale.
         for lane in range(_MAX_LANES):
             shifts[lane] = f_shift if lane & 2 else zero
         for lane in range(4 * n_starts):
-            t = start_low + (start_high - start_low) * np.float32(lane // 4) / np.float32(n_starts - 1)
+            t = start_low + (start_high - start_low) * np.float32(lane // kinds) / np.float32(4 * n_starts // kinds - 1)
             units[lane] = -t if lane & 1 else t
         for r in range(values.shape[0]):
             row = values[r]
@@ -203,9 +208,9 @@ def codebook_search(
                     top = magnitude if magnitude > top else top
                 if top == np.uint32(0):
                     for k in range(n_sub):
-                        scales[k], flags[k] = zero_index, 0
+                        scales[k], kept[k] = zero_index, 0
                     codes[:] = positive
-                    store(out[r], g, np.uint32(0), scales, flags, codes)
+                    store(out[r], g, np.uint32(0), scales, kept, codes)
                     continue
                 down, up = _exponent_scale(top)
                 weigh(row, offset, length, down, up, importance, mse, x, m, w, wx, terms)
@@ -218,12 +223,12 @@ def codebook_search(
                         inverse[lane] = units[lane] * back
                     sums(x, wx, w, k * sub_len, 4 * n_starts, inverse, shifts, sum1, sum2, 0)
                     if n_starts == 4:
-                        best16(sum1, sum2, scale, curve, energy, 4 * k)
+                        best16(sum1, sum2, scale, curve, energy, kinds * k)
                     elif n_starts == 8:
-                        best32(sum1, sum2, scale, curve, energy, 4 * k)
+                        best32(sum1, sum2, scale, curve, energy, kinds * k)
                     else:
-                        best64(sum1, sum2, scale, curve, energy, 4 * k)
-                    for p in range(4 * k, 4 * k + 4):
+                        best64(sum1, sum2, scale, curve, energy, kinds * k)
+                    for p in range(kinds * k, kinds * k + kinds):
                         widest = larger(widest, abs(scale[p]))
                 # 2: D by the model.
                 base = larger(widest / extreme, np.float32(1e-30))
@@ -248,16 +253,30 @@ def codebook_search(
                             at = j
                     d = d_try[at]
                     cost[at] = huge
-                    for _ in range(turns):
+                    n = lanes
+                    for turn in range(turns + again):
+                        n = 16 if turn == turns else lanes
                         for k in range(n_sub):
                             to = lanes * k
-                            for c in range(0, window, 4):
-                                window_of(scale, 4 * k, d, c, window, legals, inverse, to + 4 * c, 4 * c)
+                            if turn == turns:  # again, exactly, round the best: the most flattered of many tries wins
+                                lane = pick(legals, sum1, sum2, to, lanes, d, total[k])
+                                flags[k] = 1 if kinds == 4 and lane & 2 else 0
+                                s = legals[to + lane]
+                                for c in range(n):
+                                    legal = s + f_step * np.float32(c - 8)
+                                    legal = smaller(larger(legal, f_low), f_high)
+                                    legals[to + c] = legal
+                                    inverse[c] = zero if legal == zero else one / (d * legal)
+                                    shift_here[c] = f_shift if flags[k] else zero
+                                exact16(x, wx, w, k * sub_len, sub_len, inverse, shift_here, 0, sum1, sum2, to)
+                                continue
+                            for c in range(0, lanes, 16):
+                                window_of(scale, kinds * k, d, c // kinds, width, legals, inverse, to + c, c)
                             sums(x, wx, w, k * sub_len, lanes, inverse, shifts, sum1, sum2, to)
                         for _ in range(3):
                             top_sum, bottom_sum = zero, zero
                             for k in range(n_sub):
-                                lane = lanes * k + pick(legals, sum1, sum2, lanes * k, lanes, d, total[k])
+                                lane = lanes * k + pick(legals, sum1, sum2, lanes * k, n, d, total[k])
                                 s = legals[lane]
                                 top_sum += s * sum1[lane]
                                 bottom_sum += s * s * sum2[lane]
@@ -265,8 +284,9 @@ def codebook_search(
                                 d = stored(top_sum / bottom_sum, up, down)
                     error = zero
                     for k in range(n_sub):
-                        lane = pick(legals, sum1, sum2, lanes * k, lanes, d, total[k])
-                        flags[k] = 1 if lane & 2 else 0
+                        lane = pick(legals, sum1, sum2, lanes * k, n, d, total[k])
+                        if again == 0:
+                            flags[k] = 1 if kinds == 4 and lane & 2 else 0
                         lane += lanes * k
                         chosen[k] = legals[lane]
                         step_ = d * chosen[k]
@@ -276,17 +296,20 @@ def codebook_search(
                         for k in range(n_sub):
                             scales[k] = np.int32((chosen[k] - f_low) / f_step)
                             kept[k] = flags[k]
+                if half and step > 1 and least > zero:  # the least binary16 is too much, and no scale is 0
+                    final = zero
                 for k in range(n_sub):
-                    s = f_low + f_step * np.float32(scales[k])
-                    back = zero if s == zero else one / (final * s)
-                    for i in range(k * sub_len, (k + 1) * sub_len, 16):
-                        nearest16(x, i, back, f_shift if kept[k] else zero, codes, i)
+                    if final == zero:
+                        scales[k], kept[k] = zero_index, 0
+                    s = final * (f_low + f_step * np.float32(scales[k]))
+                    back = zero if s == zero else one / s
+                    nearest(x, w, k * sub_len, sub_len, back, f_shift if kept[k] else zero, codes)
                 value = final * up
                 bits = np.uint32(float_to_half(value)) if half else float_to_bits(value)
                 store(out[r], g, bits, scales, kept, codes)
 
     key = repr(
-        (table, shift, sub_len, low, step, count, whole_row, half, sigma, plain, starts, staged, store.__module__)
+        (book.key, shift, sub_len, low, step, count, whole_row, half, sigma, plain, starts, root, store.__module__)
     )
     return kernel(search, key)
 

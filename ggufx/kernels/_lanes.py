@@ -18,13 +18,19 @@ from numba.extending import intrinsic
 from ggufx.kernels._vector import Vector
 
 __all__ = [
+    "CHUNK",
+    "Frame",
     "best_of_kinds",
+    "join",
     "lane_sums",
     "midpoints",
     "model_cost",
+    "nearest_bytes",
     "nearest_codes",
     "pick_lane",
     "planes",
+    "staged_bytes",
+    "staged_floats",
     "survey",
     "windows",
 ]
@@ -39,12 +45,12 @@ MAGIC = float(3 << 22)
 _FLOAT, _BYTE, _INT = ir.FloatType(), ir.IntType(8), ir.IntType(32)
 
 
-def midpoints(table: tuple[int, ...]) -> tuple[float, ...]:
+def midpoints(table: tuple[float, ...]) -> tuple[float, ...]:
     """Return where the nearest entry changes."""
     return tuple((a + b) / 2 for a, b in pairwise(table))
 
 
-class _Frame:
+class Frame:
     """Arguments of an intrinsic as pointers and vectors."""
 
     def __init__(self, context: Any, builder: Any, signature: Any, args: Any) -> None:
@@ -104,10 +110,37 @@ class _Frame:
         return self.builder.extract_element(vector.value, _INT(0))
 
 
-def _join(parts: list[Vector]) -> Vector:
+def join(parts: list[Vector]) -> Vector:
+    """Return one vector of a power of two of them."""
     while len(parts) > 1:
         parts = [a.take(range(2 * a.lanes), b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
+
+
+def staged_bytes(f: Frame, scaled: list[Vector], off: Vector) -> Vector:
+    """Round ``scaled - off`` to signed bytes, one vector after the other."""
+    parts = []
+    for z in scaled:
+        z = z + (f.constant(MAGIC, z.lanes) - off)
+        z = f.larger(z, f.constant(MAGIC - 128, z.lanes))
+        z = f.smaller(z, f.constant(MAGIC + 127, z.lanes))
+        parts.append(z.cast(_INT, z.lanes).narrow(8))
+    return join(parts)
+
+
+def nearest_bytes(f: Frame, rounded: Vector, table: tuple[int, ...], off: Vector) -> Vector:
+    """Return the entries of ``table`` nearest to bytes, plus ``off``."""
+    value = off + table[0]
+    for mid, (a, b) in zip(midpoints(table), pairwise(table), strict=True):
+        above = f.builder.icmp_signed(">", rounded.value, f.constant(math.floor(mid), rounded.lanes, _BYTE).value)
+        value = Vector(f.builder, above).choose(value + (b - a), value)
+    return value
+
+
+def staged_floats(values: Vector, lanes: int) -> list[Vector]:
+    """Widen signed bytes to vectors of ``lanes`` floats."""
+    parts = (values.take(range(at, at + lanes)) for at in range(0, values.lanes, lanes))
+    return [part.mask_of(32).floats() for part in parts]
 
 
 def lane_sums(table: tuple[int, ...], lanes: int, *, staged: bool) -> Any:
@@ -124,25 +157,12 @@ def lane_sums(table: tuple[int, ...], lanes: int, *, staged: bool) -> Any:
     unroll = BYTES // lanes if staged else 1
     steps = list(zip(midpoints(table), [b - a for a, b in pairwise(table)], strict=True))
 
-    def staged_values(f: _Frame, scaled: list[Vector], off: Vector) -> list[Vector]:
-        parts = []
-        for z in scaled:
-            z = z + (f.constant(MAGIC, lanes) - off)
-            z = f.larger(z, f.constant(MAGIC - 128, lanes))
-            z = f.smaller(z, f.constant(MAGIC + 127, lanes))
-            parts.append(z.cast(_INT, lanes).narrow(8))
-        codes = _join(parts)
+    def staged_values(f: Frame, scaled: list[Vector], off: Vector) -> list[Vector]:
+        codes = staged_bytes(f, scaled, off)
         off8 = Vector(f.builder, f.builder.fptosi(off.value, ir.VectorType(_BYTE, lanes)))
-        value = _join([off8] * unroll) + table[0]
-        for mid, jump in steps:
-            above = f.builder.icmp_signed(">", codes.value, f.constant(math.floor(mid), BYTES, _BYTE).value)
-            value = Vector(f.builder, above).choose(value + jump, value)
-        return [
-            Vector(f.builder, f.builder.sext(part.value, ir.VectorType(_INT, lanes))).floats()
-            for part in (value.take(range(u * lanes, (u + 1) * lanes)) for u in range(unroll))
-        ]
+        return staged_floats(nearest_bytes(f, codes, table, join([off8] * unroll)), lanes)
 
-    def float_values(f: _Frame, scaled: list[Vector], off: Vector) -> list[Vector]:
+    def float_values(f: Frame, scaled: list[Vector], off: Vector) -> list[Vector]:
         values = []
         for z in scaled:
             z = z - off
@@ -155,7 +175,7 @@ def lane_sums(table: tuple[int, ...], lanes: int, *, staged: bool) -> Any:
     @intrinsic
     def sums(typing_context, x, wx, w, start, n, inverse, shift, at, s1, s2, to):
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            f = _Frame(context, builder, signature, args)
+            f = Frame(context, builder, signature, args)
             inv, off = f.load(5, args[7], lanes), f.load(6, args[7], lanes)
             acc1, acc2 = f.variable(f.constant(0.0, lanes)), f.variable(f.constant(0.0, lanes))
             step = ir.Constant(args[4].type, unroll)
@@ -179,8 +199,8 @@ def lane_sums(table: tuple[int, ...], lanes: int, *, staged: bool) -> Any:
     return sums
 
 
-def best_of_kinds(lanes: int) -> Any:
-    """Return an intrinsic: of ``lanes`` candidates, lane ``4 f + kind``, the best of each kind.
+def best_of_kinds(lanes: int, kinds: int = 4) -> Any:
+    """Return an intrinsic: of ``lanes`` candidates, lane ``kinds f + kind``, the best of each kind.
 
     ``best(s1, s2, scale, curve, energy, to)`` keeps the highest explained energy ``s1^2 / s2`` and writes the optimal
     scale ``s1 / s2``, the curvature ``s2`` and the energy at ``to + kind``.
@@ -189,13 +209,13 @@ def best_of_kinds(lanes: int) -> Any:
     @intrinsic
     def best(typing_context, s1, s2, scale, curve, energy, to):
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            f = _Frame(context, builder, signature, args)
+            f = Frame(context, builder, signature, args)
             zero = ir.Constant(ir.IntType(64), 0)
             top, bottom = f.load(0, zero, lanes), f.load(1, zero, lanes)
             none = f.constant(0.0, lanes)
             centre = f.greater(bottom, none).choose(f.divide(top, bottom), none)
             fields = [centre * top, centre, bottom]
-            while fields[0].lanes > 4:
+            while fields[0].lanes > kinds:
                 n = fields[0].lanes // 2
                 lower, upper = ([v.take(range(at, at + n)) for v in fields] for at in (0, n))
                 better = f.greater(upper[0], lower[0])
@@ -215,7 +235,7 @@ def survey(length: int) -> Any:
     @intrinsic
     def total(typing_context, x, wx, start):
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            f = _Frame(context, builder, signature, args)
+            f = Frame(context, builder, signature, args)
             values = f.load(0, args[2], length)
             terms = values * f.load(1, args[2], length)
             sizes = (values.cast(_INT, length) & 0x7FFFFFFF).float_bits()
@@ -230,10 +250,10 @@ def survey(length: int) -> Any:
     return total
 
 
-def windows(low: int, step: int, count: int) -> Any:
-    """Return an intrinsic that fills 16 lanes, ``4 c + kind``, with legal scales near four optima.
+def windows(low: int, step: int, count: int, kinds: int = 4) -> Any:
+    """Return an intrinsic that fills 16 lanes, ``kinds c + kind``, with legal scales near an optimum of each kind.
 
-    ``window(scale, at, d, c, width, legal, inverse, to, inverse_to)``: lane ``4 j + kind`` gets the legal scale number
+    ``window(scale, at, d, c, width, legal, inverse, to, inverse_to)``: lane ``kinds j + kind`` gets the legal scale number
     ``c + j`` of the ``width`` ones round ``scale[at + kind] / d``, and its
     product with ``d`` inverted (0 for a scale of 0).
     """
@@ -241,16 +261,16 @@ def windows(low: int, step: int, count: int) -> Any:
     @intrinsic
     def window(typing_context, scale, at, d, c, width, legal, inverse, to, inverse_to):
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            f = _Frame(context, builder, signature, args)
+            f = Frame(context, builder, signature, args)
             unit = f.spread(args[2])
-            optimum = f.load(0, args[1], 4).take([lane % 4 for lane in range(CHUNK)])
+            optimum = f.load(0, args[1], kinds).take([lane % kinds for lane in range(CHUNK)])
             index = (f.divide(optimum, unit) - float(low)) * (1 / step)
             zero, top = f.constant(0.0), f.constant(float(count - 1))
             index = f.rounded(f.smaller(f.larger(index, zero), top))
             width_ = f.spread(builder.sitofp(args[4], _FLOAT))
             half = f.spread(builder.sitofp(builder.ashr(args[4], ir.Constant(args[4].type, 1)), _FLOAT))
             index = f.larger(f.smaller(index - half, (top - width_) + 1.0), zero)
-            place = f.spread(builder.sitofp(args[3], _FLOAT)) + [float(lane // 4) for lane in range(CHUNK)]
+            place = f.spread(builder.sitofp(args[3], _FLOAT)) + [float(lane // kinds) for lane in range(CHUNK)]
             index = f.smaller(index + place, top)
             s = index * float(step) + float(low)
             back = f.divide(f.constant(1.0), unit * s)
@@ -279,7 +299,7 @@ def pick_lane() -> Any:
     @intrinsic
     def pick(typing_context, s, s1, s2, at, lanes, d, energy):
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            f = _Frame(context, builder, signature, args)
+            f = Frame(context, builder, signature, args)
             unit, rest = f.spread(args[5]), f.spread(args[6])
 
             def less(a: Vector, b: Vector) -> Vector:
@@ -307,24 +327,24 @@ def pick_lane() -> Any:
     return pick
 
 
-def model_cost(low: int, step: int, count: int) -> Any:
+def model_cost(low: int, step: int, count: int, kinds: int = 4) -> Any:
     """Return an intrinsic: what 16 values of D cost, judged by parabolas.
 
-    ``model(scale, curve, energy, n_sub, d, inverse, cost, at)`` sums ``min over the four parabolas of
+    ``model(scale, curve, energy, n_sub, d, inverse, cost, at)`` sums ``min over the parabolas of all kinds of
     curve (d s - scale)^2 - energy`` over sub-blocks, ``s`` being the legal scale nearest to the parabola's optimum.
     """
 
     @intrinsic
     def model(typing_context, scale, curve, energy, n_sub, d, inverse, cost, at):
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            f = _Frame(context, builder, signature, args)
+            f = Frame(context, builder, signature, args)
             unit, back = f.load(4, args[7]), f.load(5, args[7])
             zero, top = f.constant(0.0), f.constant(float(count - 1))
             total = f.variable(zero)
             with cgutils.for_range(builder, args[3], intp=args[3].type) as loop:
-                base = builder.mul(loop.index, ir.Constant(args[3].type, 4))
+                base = builder.mul(loop.index, ir.Constant(args[3].type, kinds))
                 least = None
-                for kind in range(4):
+                for kind in range(kinds):
                     p = builder.add(base, ir.Constant(base.type, kind))
                     centre = f.spread_element(0, p)
                     index = (centre * back - float(low)) * (1 / step)
@@ -348,7 +368,7 @@ def nearest_codes(table: tuple[int, ...]) -> Any:
     @intrinsic
     def nearest16(typing_context, x, at, inverse, shift, codes, to):
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            f = _Frame(context, builder, signature, args)
+            f = Frame(context, builder, signature, args)
             value = f.load(0, args[1]) * f.spread(args[2]) - f.spread(args[3])
             code = f.constant(0, CHUNK, _INT)
             for mid in midpoints(table):
@@ -372,7 +392,7 @@ def planes(count: int, n_bits: int, shift: int, run: int) -> Any:
     @intrinsic
     def store(typing_context, codes, at, out, start):
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            f = _Frame(context, builder, signature, args)
+            f = Frame(context, builder, signature, args)
 
             def where(argument: int, base: Any, offset: int) -> Any:
                 pointer = f.pointer(argument, builder.add(base, ir.Constant(base.type, offset)))

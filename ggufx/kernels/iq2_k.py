@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from ggufx import tables
-from ggufx.kernels._jit import half_at, kernel
+from ggufx.kernels._books import table_book
+from ggufx.kernels._codebook import codebook_search
+from ggufx.kernels._jit import half_at, kernel, subroutine
+from ggufx.kernels._lanes import planes
 from ggufx.kernels._vector import Block, block_intrinsic
 
 _NBYTES = 76
@@ -21,3 +24,35 @@ def decode(rows, out, block_len):
         row, y = rows[r], out[r]
         for b in range(y.shape[0] // block_len):
             _block(row, b * _NBYTES, half_at(row, b * _NBYTES), y, b * block_len)
+
+
+_store_low = planes(256, 2, 0, 32)
+
+
+@subroutine
+def _store(row, group, d_bits, scales, flags, codes):
+    block = row[group * _NBYTES : (group + 1) * _NBYTES]
+    extra = 0
+    for k in range(16):
+        extra |= flags[k] << k
+    block[0], block[1] = d_bits & 255, d_bits >> 8
+    block[2], block[3] = extra & 255, extra >> 8
+    for k in range(0, 16, 2):
+        block[4 + k // 2] = scales[k] | scales[k + 1] << 4
+    _store_low(codes, 0, block, 12)
+
+
+search = codebook_search(
+    table_book(tables.IQ2, staged=False),
+    shift=tables.SHIFTS[2],
+    sub_len=16,
+    low=-8,
+    step=1,
+    count=16,
+    whole_row=False,
+    half=True,
+    sigma=1.5,
+    plain=0.25,
+    starts=(12.0, 46.0),
+    store=_store,
+)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from ggufx import tables
-from ggufx.kernels._jit import half_at, kernel
+from ggufx.kernels._books import pair_book
+from ggufx.kernels._codebook import codebook_search
+from ggufx.kernels._jit import half_at, kernel, subroutine
+from ggufx.kernels._lanes import planes
 from ggufx.kernels._vector import LANES, Block, block_intrinsic
 
 _NBYTES = 86
@@ -29,3 +32,40 @@ def decode(rows, out, block_len):
         d = half_at(row, 0)
         for b in range(y.shape[0] // block_len):
             _block(row, 2 + b * _NBYTES, d, y, b * block_len)
+
+
+_store_low = planes(128, 4, 0, 16)
+_store_high = planes(128, 1, 4, 16)
+
+
+@subroutine
+def _store(row, group, d_bits, scales, flags, codes):
+    row[0], row[1] = d_bits & 255, d_bits >> 8
+    for b in range(scales.shape[0] // 8):
+        block = row[2 + b * _NBYTES : 2 + (b + 1) * _NBYTES]
+        at = 8 * b
+        high = 0
+        for k in range(8):
+            high |= scales[at + k] >> 4 << 2 * k
+        block[0], block[1] = high & 255, high >> 8
+        for k in range(4):
+            block[2 + k] = (scales[at + k] & 15) | (scales[at + k + 4] & 15) << 4
+        _store_low(codes, 128 * b, block, 6)
+        _store_high(codes, 128 * b, block, 70)
+
+
+search = codebook_search(
+    pair_book(tables.KL_PAIRS),
+    shift=0,
+    sub_len=32,
+    low=-32,
+    step=1,
+    count=64,
+    whole_row=True,
+    half=True,
+    sigma=2.25,
+    plain=0.0,
+    starts=(26.0, 76.0),
+    store=_store,
+    root=True,
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ggufx import tables
+from ggufx.kernels._books import table_book
 from ggufx.kernels._codebook import codebook_search
 from ggufx.kernels._jit import half_at, kernel, subroutine
 from ggufx.kernels._lanes import planes
@@ -47,7 +48,7 @@ def _store(row, group, d_bits, scales, flags, codes):
 
 
 search = codebook_search(
-    tables.IQ2,
+    table_book(tables.IQ2, staged=False),
     shift=tables.SHIFTS[2],
     sub_len=32,
     low=-16,
@@ -58,6 +59,5 @@ search = codebook_search(
     sigma=1.5,
     plain=0.25,
     starts=(14.0, 46.0),
-    staged=False,
     store=_store,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ggufx import tables
+from ggufx.kernels._books import table_book
 from ggufx.kernels._codebook import codebook_search
 from ggufx.kernels._jit import half_at, kernel, subroutine
 from ggufx.kernels._lanes import planes
@@ -50,7 +51,7 @@ def _store(row, group, d_bits, scales, flags, codes):
 
 
 search = codebook_search(
-    tables.IQ3,
+    table_book(tables.IQ3, staged=False),
     shift=tables.SHIFTS[3],
     sub_len=32,
     low=-16,
@@ -61,6 +62,5 @@ search = codebook_search(
     sigma=2.0,
     plain=0.0,
     starts=(40.0, 76.0),
-    staged=False,
     store=_store,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ggufx import tables
+from ggufx.kernels._books import table_book
 from ggufx.kernels._codebook import codebook_search
 from ggufx.kernels._jit import half_at, kernel, subroutine
 from ggufx.kernels._lanes import planes
@@ -44,7 +45,7 @@ def _store(row, group, d_bits, scales, flags, codes):
 
 
 search = codebook_search(
-    tables.IQ4,
+    table_book(tables.IQ4, staged=True),
     shift=tables.SHIFTS[4],
     sub_len=16,
     low=-32,
@@ -55,6 +56,5 @@ search = codebook_search(
     sigma=2.0,
     plain=0.0,
     starts=(100.0, 146.0),
-    staged=True,
     store=_store,
 )

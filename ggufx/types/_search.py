@@ -12,11 +12,19 @@ from ggufx.types.codec import F32, U8, Effort, Search
 __all__ = ["search_blocks", "search_codebook"]
 
 # Real scales per table and sign to start from (4, 8 or 16), values of D that the model judges, their range around the widest
-# sub-block's, legal scales per table and sign tried exactly (at most 32), how often, under how many of the best D.
+# sub-block's, legal scales per table and sign tried exactly (at most 32), how often, under how many of the best D. Twice
+# as many scales where the table has no twin.
 _CODEBOOK: Final[dict[Effort, tuple[Any, ...]]] = {
     "fast": (4, 128, 0.5, 1.2, 8, 1, 1),
     "normal": (8, 256, 0.5, 1.3, 16, 1, 1),
     "high": (16, 256, 0.5, 1.4, 32, 1, 4),
+}
+# Of 5 bits on codes are so many that the explained energy has a maximum every few percent of the scale: more starts pay, and
+# wide windows less.
+_FINE: Final[dict[Effort, tuple[Any, ...]]] = {
+    **_CODEBOOK,
+    "fast": (8, 128, 0.5, 1.2, 8, 1, 1),
+    "normal": (16, 128, 0.5, 1.2, 8, 1, 1),
 }
 # Real scales per half of a sign, rounds of trying stored scales.
 _BLOCKS: Final[dict[Effort, tuple[int, ...]]] = {"fast": (16, 1), "normal": (16, 2), "high": (64, 3)}
@@ -37,12 +45,15 @@ def _weights(importance: F32 | None, sub_len: int) -> F32:
     return scaled
 
 
-def search_codebook(name: str, sub_len: int, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
-    """Run the search kernel of a type with one scale per group and integer sub-scales."""
+def search_codebook(
+    name: str, sub_len: int, values: F32, out: U8, importance: F32 | None, search: Search, *, fine: bool = False
+) -> None:
+    """Run the search kernel of a type with one scale per group and integer sub-scales; ``fine``: with many codes."""
     module = kernels.find(name)
     assert module is not None
     mse = search.objective == "mse"
-    module.search(values, out, _weights(importance, sub_len), mse, *_CODEBOOK[search.effort])
+    efforts = _FINE if fine else _CODEBOOK
+    module.search(values, out, _weights(importance, sub_len), mse, *efforts[search.effort])
 
 
 def search_blocks(name: str, sub_len: int, values: F32, out: U8, importance: F32 | None, search: Search) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types._search import search_codebook
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import fields, scaled, twin
 
 
@@ -30,3 +31,11 @@ class IQ2_K(Codec):  # noqa: N801 (upstream's spelling)
         scales = fields(blocks["scales"], 4).astype(np.float32) - np.float32(8)
         values = twin(tables.IQ2, fields(blocks["qs"], 2, 32), fields(blocks["extra"][..., None], 1))
         scaled(blocks["d"], scales, values, out)
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search scales, tables and codes for the least ``sum w (x - y)^2``.
+
+        Reference weights: ``w = m * sqrt(sigma2 + x^2)`` with importance m, ``0.25*sigma2 + x^2`` without; sigma2 is
+        1.5 times the mean of x^2 over 256 elements.
+        """
+        search_codebook(self.name, 16, values, out, importance, search)

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types._search import search_codebook
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import fields, scaled
 
 
@@ -34,3 +35,11 @@ class IQ2_KL(Codec):  # noqa: N801 (upstream's spelling)
         codes = fields(blocks["qs"], 4, 16) | fields(blocks["qh"], 1, 16) << 4
         values = np.array(tables.KL_PAIRS, np.float32)[codes].reshape(*blocks.shape, 256)
         scaled(headers["d"], scales, values, out)
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search scales and codes for the least ``sum w (x - y)^2``.
+
+        Reference weights: ``w = m * sqrt(sigma2 + x^2)`` with importance m, ``abs(x)`` without; sigma2 is
+        2.25 times the mean of x^2 over 256 elements.
+        """
+        search_codebook(self.name, 32, values, out, importance, search)

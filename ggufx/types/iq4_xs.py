@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types._search import search_codebook
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import fields, widen
 
 BLOCK_LEN = 256
@@ -39,3 +40,11 @@ class IQ4_XS(Codec):  # noqa: N801 (upstream's spelling)
         with np.errstate(invalid="ignore"):
             scaled = widen(blocks["d"]) * scales
             out.reshape(values.shape)[...] = scaled[..., None] * values
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search scales and codes for the least ``sum w (x - y)^2``.
+
+        Reference weights: ``w = m * sqrt(sigma2 + x^2)`` with importance m, ``x^2`` without; sigma2 is
+        2 times the mean of x^2 over 256 elements.
+        """
+        search_codebook(self.name, 32, values, out, importance, search)

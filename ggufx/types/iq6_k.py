@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types._search import search_codebook
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import fields, scaled
 
 
@@ -32,3 +33,11 @@ class IQ6_K(Codec):  # noqa: N801 (upstream's spelling)
         flags = np.repeat(fields(blocks["extra"][..., None], 1), 16, axis=-1)
         values = np.array(tables.P6_BITS, np.uint32).view(np.float32)[codes] + flags.astype(np.float32)
         scaled(blocks["d"], blocks["scales"], values, out)
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search scales, tables and codes for the least ``sum w (x - y)^2``.
+
+        Reference weights: ``w = m * sqrt(sigma2 + x^2)`` with importance m, ``0.25*sigma2 + x^2`` without; sigma2 is
+        2 times the mean of x^2 over 256 elements.
+        """
+        search_codebook(self.name, 16, values, out, importance, search, fine=True)
