@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import ggufx
-from ggufx import transforms
+from ggufx import quantize, transforms
 from ggufx.checkpoint import Checkpoint
 from ggufx.convert import convert, plan_convert
 from ggufx.types.f8_e4m3_b128 import decode_scaled, exponents
@@ -440,3 +440,16 @@ def test_quantize_from_the_checkpoint(target: str, path_of: Callable[[str], Path
             values = np.ascontiguousarray(expected[name])
             assert (tensor.type, tensor.shape) == (kind, values.shape)
             assert np.array_equal(tensor.numpy(), codec.decode(codec.encode(values), values.shape))
+
+
+@pytest.mark.parametrize("target", ["llama.cpp", "ik_llama.cpp"])
+def test_mixes_choose_for_a_checkpoint_as_for_its_gguf(
+    target: str, path_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, out = path_of("float"), tmp_path / "out.gguf"
+    convert(source, out, target=target)
+    for mix in ("q4_k_m", "q3_k_l", "q2_k_s"):
+        of_both = [quantize.prepare(path, default=mix, target=target).choices for path in (source, out)]
+        ours, theirs = ({choice.source.name: choice.type for choice in choices} for choices in of_both)
+        assert ours == theirs
+        assert ours["output.weight"] == "Q6_K"
