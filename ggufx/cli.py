@@ -989,11 +989,16 @@ def recipe_show(
     ] = None,
     form: Annotated[Form, typer.Option("--as", help="Spelling to print.")] = _RECIPE_FORM,
     target: Annotated[Target | None, typer.Option(help="Take the first alternative that this dialect holds.")] = None,
+    dialect: DialectOption = None,
 ) -> None:
     """Print a recipe's rules, or a mix's for a model: as a recipe, ik_llama.cpp's --custom-q, or --tensor-type arguments."""
     if model is not None:
         rules = quantize_module.mix_recipe(
-            model, recipe, imatrix=imatrix, target=None if target is None else target.value
+            model,
+            recipe,
+            imatrix=imatrix,
+            target=None if target is None else target.value,
+            dialect=None if dialect is None else dialect.value,
         )
     elif imatrix is not None:
         raise PlanError("--imatrix goes with --for")

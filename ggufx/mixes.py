@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
 
+import numpy as np
+
 from ggufx import types
 
 __all__ = ["MIXES", "Mix", "Model", "assign", "find"]
@@ -36,8 +38,8 @@ class Model:
         Blocks, those of multi-token prediction among them.
     n_experts
         Routed experts of a layer; 0 for a dense model.
-    n_sharing
-        Heads of queries that share one of keys and values in the first layer (upstream's ``n_gqa``); 0 without attention.
+    n_heads, n_value_heads
+        Heads of queries, and of keys and values, in the first layer; 0 without attention.
     n_predicting
         Blocks that predict further tokens.
     """
@@ -45,7 +47,8 @@ class Model:
     architecture: str = ""
     n_layers: int = 0
     n_experts: int = 0
-    n_sharing: int = 0
+    n_heads: int = 0
+    n_value_heads: int = 0
     n_predicting: int = 0
 
     @classmethod
@@ -63,23 +66,28 @@ class Model:
 
         def number(key: str, missing: int) -> int:
             value = keys.get(f"{architecture}.{key}", missing)
-            # A number for each layer, in some models: the first layer's counts.
-            return int(value) if isinstance(value, int) else int(value[0]) if len(value) else missing
+            if isinstance(value, Sequence | np.ndarray) and len(value):
+                value = value[0]  # a number for each layer, in some models: the first layer's counts
+            return int(value) if isinstance(value, int | np.integer) else missing
 
         n_heads = number("attention.head_count", 0)
-        n_shared = number("attention.head_count_kv", n_heads)
         counted = 1 + max((_layer(name) for name in names), default=-1)
         return cls(
-            architecture, number("block_count", counted), number("expert_count", 0),
-            n_heads // n_shared if n_shared else 0, number("nextn_predict_layers", 0),
+            architecture, number("block_count", counted), number("expert_count", 0), n_heads,
+            number("attention.head_count_kv", n_heads), number("nextn_predict_layers", 0),
         )  # fmt: skip
+
+    @property
+    def n_sharing(self) -> int:
+        """Heads of queries that share one of keys and values (upstream's ``n_gqa``)."""
+        return self.n_heads // self.n_value_heads if self.n_value_heads else 0
 
     @property
     def is_70b(self) -> bool:
         """Whether upstream takes it for a model of 70 billion weights: by its family and the number of its layers."""
         n_layers = self.n_layers - self.n_predicting
         if self.architecture in ("llama", "llama-embed"):
-            return n_layers == 80 and self.n_experts != 8 and self.n_sharing != 1
+            return n_layers == 80 and self.n_experts != 8 and self.n_heads != self.n_value_heads
         return n_layers == {"qwen2": 80, "deci": 80, "olmo": 80, "jais2": 68}.get(self.architecture)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from oracle import FIXTURES
 
@@ -74,12 +75,19 @@ def test_a_mix_names_types_only() -> None:
 
 
 def test_facts_of_a_model() -> None:
-    keys = {"general.architecture": "deci", "deci.block_count": 80, "deci.attention.head_count": [64, 8]}
+    keys = {"general.architecture": "deci", "deci.block_count": 80, "deci.attention.head_count": np.array([64, 8])}
     model = mixes.Model.from_keys(keys | {"deci.attention.head_count_kv": [16, 8]})
     assert (model.n_layers, model.n_sharing, model.n_experts, model.is_70b) == (80, 4, 0, True)
     # Without attention, and without any key.
     assert mixes.Model.from_keys({"general.architecture": "mamba", "mamba.attention.head_count": 0}).n_sharing == 0
     assert mixes.Model.from_keys({}, ["blk.6.attn_q.weight", "output.weight"]) == mixes.Model(n_layers=7)
+    # Keys of a damaged file count as none.
+    odd = {
+        "general.architecture": "llama",
+        "llama.block_count": "many",
+        "llama.attention.head_count": np.array([], "u4"),
+    }
+    assert mixes.Model.from_keys(odd | {"llama.expert_count": 1.5}) == mixes.Model("llama")
     # Blocks that predict further tokens are none of the 80; in 8 experts upstream sees another model.
     llama = {"general.architecture": "llama", "llama.block_count": 81, "llama.attention.head_count": 64}
     more = {"llama.attention.head_count_kv": 8, "llama.nextn_predict_layers": 1}
