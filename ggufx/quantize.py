@@ -788,7 +788,7 @@ class _Decider:
             return None
         if source.name in _EMBEDDINGS and self.embedding_type is not None:
             return self.embedding_type
-        if head and self.output_type is not None:
+        if (head or (self.tied and source.name in _EMBEDDINGS)) and self.output_type is not None:
             return self.output_type
         if self.mixed is not None:
             its = self.mixed.get(source.name)

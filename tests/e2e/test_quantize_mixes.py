@@ -112,6 +112,21 @@ def test_rules_and_options_win_over_the_mix(model: Path) -> None:
     assert decided(model, "q4_k_m", leave_output=True) == Q4_K_M | {"output.weight": "F32"}
 
 
+def test_embeddings_that_are_the_head(tmp_path: Path) -> None:
+    path = tmp_path / "tied.gguf"
+    writer = gguf.GGUFWriter(path, "gemma3n")
+    for name in ("token_embd.weight", "per_layer_token_embd.weight", "blk.0.attn_q.weight"):
+        writer.add_tensor(name, np.zeros((8, 256), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert list(decided(path, "q4_k_m").values()) == ["Q6_K", "Q6_K", "Q4_K"]
+    assert list(decided(path, "q4_k_m", output_type="q8_0", embedding_type="q5_0").values()) == ["Q5_0", "Q5_0", "Q4_K"]
+    assert list(decided(path, "q4_k", embedding_type="q5_0").values()) == ["Q5_0", "Q5_0", "Q4_K"]
+    assert list(decided(path, "q4_k_m", output_type="q8_0").values()) == ["Q8_0", "Q8_0", "Q4_K"]
+
+
 def test_a_file_says_which_mix_it_is(model: Path, tmp_path: Path) -> None:
     for name, number in (("q4_k_s", 14), ("q5_k_m", 17), ("q3_k_l", 13), ("q2_k_s", 21), ("mxfp4_moe", 38)):
         prepared = quantize.prepare(model, default=name)

@@ -73,7 +73,7 @@ def test_every_mix_of_a_model(label, all_encoders, matrix, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "label", ["80 layers, 8 heads of values to 64", "8 experts, 32 layers", "qwen2, 24 layers, tied"]
+    "label", ["80 layers, 8 heads of values to 64", "8 experts, 32 layers", "two tables of embeddings"]
 )
 def test_options_and_rules(label, all_encoders, tmp_path):
     path = write(KINDS[label], tmp_path / "model.gguf")
