@@ -33,7 +33,7 @@ from rich.progress import (
 from rich.table import Table
 
 import ggufx
-from ggufx import catalog, dialects, execute, testing, types
+from ggufx import catalog, dialects, execute, mixes, testing, types
 from ggufx import convert as convert_module
 from ggufx import diff as diff_module
 from ggufx import edit as edit_module
@@ -754,10 +754,20 @@ def set_command(
 @app.command()
 def quantize(
     source: Annotated[Path, typer.Argument(help="A GGUF (any member of a split), or a checkpoint's directory.")],
-    default: Annotated[
-        str | None, typer.Argument(metavar="[TYPE]", help="Type of what no rule decides. Default: it keeps its bits.")
+    # llama-quantize's order; any of the three may be left out.
+    first: Annotated[str | None, typer.Argument(metavar="OUT.gguf", help="As --outfile.")] = None,
+    second: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TYPE",
+            help="Type of what no rule decides, or the mix that has types for it, such as Q4_K_M. Default: it keeps its bits.",
+        ),
     ] = None,
+    third: Annotated[str | None, typer.Argument(metavar="NTHREADS", help="As --threads.")] = None,
     outfile: Annotated[Path | None, typer.Option(help="Output; may hold {ftype}. Needed but with --dry-run.")] = None,
+    mix: Annotated[
+        bool, typer.Option("--mix", help="TYPE is llama-quantize's mix where the name is a type's, too: Q2_K, IQ2_XXS.")
+    ] = False,
     recipe: Annotated[str | None, typer.Option(help="Recipe file, or a shipped one (ggufx recipe list).")] = None,
     custom_q: Annotated[
         list[str] | None, typer.Option(help="Rules RE=TYPE,RE=TYPE before the recipe's; the first wins. Repeatable.")
@@ -779,9 +789,13 @@ def quantize(
     objective: Annotated[
         ObjectiveChoice, typer.Option(help="Error to minimise: with the reference's weights, or plain (mse).")
     ] = _REFERENCE,
-    pure: Annotated[bool, typer.Option("--pure", help="TYPE for the embeddings and the head, too.")] = False,
+    pure: Annotated[
+        bool, typer.Option("--pure", help="TYPE for the embeddings and the head, too; a mix's main type for all.")
+    ] = False,
     output_tensor_type: Annotated[str | None, typer.Option(help="Type of output.weight.")] = None,
-    token_embedding_type: Annotated[str | None, typer.Option(help="Type of token_embd.weight.")] = None,
+    token_embedding_type: Annotated[
+        str | None, typer.Option(help="Type of token_embd.weight and per_layer_token_embd.weight.")
+    ] = None,
     leave_output_tensor: Annotated[
         bool, typer.Option("--leave-output-tensor", help="Leave output.weight as it is.")
     ] = False,
@@ -816,7 +830,8 @@ def quantize(
     as_json: AsJson = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line per tensor.")] = False,
 ) -> None:
-    """Quantize a GGUF or a checkpoint by a recipe, in one pass."""
+    """Quantize a GGUF or a checkpoint by a recipe, a mix such as Q4_K_M, or to a type, in one pass."""
+    default, outfile, threads = _quantize_words([w for w in (first, second, third) if w is not None], outfile, threads)
     if as_json and not dry_run:
         raise PlanError("--json goes with --dry-run")
     if outfile is None and not dry_run:
@@ -830,6 +845,7 @@ def quantize(
         source,
         recipe=rules,
         default=default,
+        mix=mix,
         imatrix=imatrix,
         target=None if target is None else target.value,
         effort=effort.value,  # type: ignore[arg-type]
@@ -877,6 +893,40 @@ def quantize(
             report.write_text(_json(tally.report()), encoding="utf-8")
         except OSError as error:
             raise DiskError(f"--report {report}: {error.strerror}; the model itself is finished") from None
+
+
+def _quantize_words(
+    words: list[str], outfile: Path | None, threads: int | None
+) -> tuple[str | None, Path | None, int | None]:
+    """Read ``[OUT.gguf] [TYPE] [NTHREADS]``; return (type, output, threads), which options may have given, too."""
+    left = list(words)
+    if left and left[-1].isdecimal():
+        count = int(left.pop())
+        if threads is not None:
+            raise PlanError(f"the number of threads is given twice: {count} and --threads {threads}")
+        if count < 1:
+            raise PlanError(f"NTHREADS {count}: expected at least 1")
+        threads = count
+    out: str | None = None
+    if len(left) == 2 and all(_is_type_or_mix(word) for word in left):
+        raise PlanError(f"{left[0]} and {left[1]} are two types; the output is named before the type, or by --outfile")
+    if len(left) == 2 or (left and _is_file_name(left[0])):
+        out = left.pop(0)
+    if len(left) > 1 or (left and _is_file_name(left[0])):
+        raise PlanError(f"{' '.join(words)}: expected [OUT.gguf] [TYPE] [NTHREADS] after the source, in this order")
+    if out is not None:
+        if outfile is not None:
+            raise PlanError(f"the output is given twice: {out} and --outfile {outfile}")
+        outfile = Path(out)
+    return (left[0] if left else None), outfile, threads
+
+
+def _is_file_name(word: str) -> bool:
+    return word.lower().endswith(".gguf") or "/" in word or os.sep in word
+
+
+def _is_type_or_mix(word: str) -> bool:
+    return mixes.find(word) is not None or word.upper() in {codec.name.upper() for codec in types.all_codecs()}
 
 
 def _refuse(prepared: quantize_module.Quantization, *, as_json: bool) -> NoReturn:
@@ -949,12 +999,35 @@ _RECIPE_FORM = Form("recipe")
 
 @recipe_app.command("show")
 def recipe_show(
-    recipe: Annotated[str, typer.Argument(help="Recipe file or script, or a shipped recipe's name.")],
+    recipe: Annotated[
+        str, typer.Argument(help="Recipe file or script, a shipped recipe's name, or with --for a mix: Q4_K_M.")
+    ],
+    model: Annotated[
+        Path | None, typer.Option("--for", help="GGUF or checkpoint to write a mix of llama-quantize's out for.")
+    ] = None,
+    imatrix: Annotated[
+        str | None,
+        typer.Option(help="With --for: importance matrix that will be used; some mixes hang on there being one."),
+    ] = None,
     form: Annotated[Form, typer.Option("--as", help="Spelling to print.")] = _RECIPE_FORM,
     target: Annotated[Target | None, typer.Option(help="Take the first alternative that this dialect holds.")] = None,
+    dialect: DialectOption = None,
 ) -> None:
-    """Print a recipe's rules: as a recipe, as ik_llama.cpp's --custom-q or as upstream's --tensor-type arguments."""
-    rules = recipe_module.load(recipe)
+    """Print a recipe's rules, or a mix's for a model: as a recipe, ik_llama.cpp's --custom-q, or --tensor-type arguments."""
+    if model is not None:
+        rules = quantize_module.mix_recipe(
+            model,
+            recipe,
+            imatrix=imatrix,
+            target=None if target is None else target.value,
+            dialect=None if dialect is None else dialect.value,
+        )
+    elif imatrix is not None:
+        raise PlanError("--imatrix goes with --for")
+    elif mixes.find(recipe) is not None and not Path(recipe).is_file():
+        raise PlanError(f"{recipe} is a mix: which types it has hangs on the model, so name one with --for MODEL")
+    else:
+        rules = recipe_module.load(recipe)
     if target is not None:
         rules = rules.narrowed({c.name: dialects.get(target.value).type_id(c) is not None for c in types.all_codecs()})
     if form.value == "recipe":

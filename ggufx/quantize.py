@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from ggufx import convert, dialects, execute, offload, plan, types
+from ggufx import convert, dialects, execute, mixes, offload, plan, types
 from ggufx import imatrix as imatrix_module
 from ggufx import recipe as recipe_module
 from ggufx.architectures.base import FP8_TILE
@@ -26,7 +26,7 @@ from ggufx.architectures.deepseek_v4_file import DeepSeekV4File
 from ggufx.checkpoint import Checkpoint
 from ggufx.container import Value
 from ggufx.dialects import Dialect
-from ggufx.errors import FallbackError, PlanError, RecipeError
+from ggufx.errors import FallbackError, PlanError, RecipeError, UnknownType
 from ggufx.execute import Progress, TileDone
 from ggufx.file import File, Tensor, open
 from ggufx.imatrix import ImportanceMatrix, Place
@@ -41,6 +41,7 @@ __all__ = [
     "Source",
     "Tally",
     "common_file_type",
+    "mix_recipe",
     "plan_quantize",
     "prepare",
     "quantize",
@@ -55,6 +56,7 @@ NATIVE_KINDS: Final = frozenset(
     {"FP8", "FP8_F32", "FP4", "F8_E4M3_B128", "MXFP4", "NVFP4", "F64", "F32", "F16", "BF16"}
 )
 """What models are trained or published in: quantizing these is what quantizing is for."""
+_EMBEDDINGS: Final = ("token_embd.weight", "per_layer_token_embd.weight")
 _INTEGERS: Final = frozenset({"I8", "I16", "I32", "I64"})
 
 # What a type that does not fit a row's length becomes: upstream's table, and ik_llama.cpp's.
@@ -158,6 +160,7 @@ class Quantization:
     source_files: list[str]
     source_states: list[tuple[int, int]] | None
     metadata: Callable[[Sequence[PlannedTensor], int | None], dict[str, Value]]
+    facts: Callable[[], Mapping[str, Any]]
     skipped: Sequence[tuple[str, str]] = ()
     alignment: int = 32
     label: str = ""
@@ -257,6 +260,7 @@ def prepare(
     target: str | None = None,
     effort: types.Effort = "normal",
     objective: types.Objective = "reference",
+    mix: bool = False,
     pure: bool = False,
     output_type: str | None = None,
     embedding_type: str | None = None,
@@ -282,7 +286,8 @@ def prepare(
     recipe
         Rules, a recipe's file, or the name of a shipped one. A tensor that no rule matches becomes ``default``.
     default
-        Type of what no rule decides; without one it keeps its own bits.
+        Type of what no rule decides, or a mix of :mod:`ggufx.mixes` (``Q4_K_M``) that gives each such tensor its type;
+        without one they keep their own bits. A name that is both (``Q2_K``) is the type, unless ``mix`` is set.
     imatrix
         Importance of the columns: a file, or ``"ones"`` or ``"energy"`` (see :data:`ONES`, :data:`ENERGY`).
     target
@@ -290,11 +295,14 @@ def prepare(
         nisparks.
     effort, objective
         As in :meth:`ggufx.types.Codec.encode`; ``reference`` where a type promises the C library's bytes, else ``normal``.
+    mix
+        ``default`` is the mix that llama-quantize makes under that name.
     pure
-        ``default`` for the embeddings and the head, too. Otherwise the head gets at least Q6_K and the embeddings at least
-        Q4_K, as two low-bit ends of a model cost more than they save.
+        ``default`` for the embeddings and the head, too; of a mix, the type of most weights for all. Otherwise the head gets
+        at least Q6_K and the embeddings at least Q4_K, as two low-bit ends of a model cost more than they save.
     output_type, embedding_type, leave_output
-        Types of ``output.weight`` and ``token_embd.weight`` where no rule decides; leave the head as it is.
+        Types of ``output.weight`` and of the embeddings where no rule decides (embeddings that are the head, too, take
+        ``embedding_type`` where both are given); leave the head as it is.
     allow_requantize
         Let lossy types be quantized again.
     fallback
@@ -325,7 +333,11 @@ def prepare(
     if on_device:
         offload.check(str(device))
     rules = _loaded(recipe)
-    wanted = [_codec_name(name) for name in (default, output_type, embedding_type) if name is not None]
+    mixed = None if default is None else _mix(default, asked=mix)
+    if default is None and mix:
+        raise RecipeError("a mix was asked for, but none is named")
+    kind = mixed.type if mixed is not None else None if default is None else _codec_name(default)
+    wanted = [name for name in (kind, *map(_optional_name, (output_type, embedding_type))) if name is not None]
     opened = source if isinstance(source, File | Checkpoint) else _open(source, dialect)
     chosen = _target(rules, wanted, opened, target)
     if isinstance(opened, File):
@@ -337,12 +349,13 @@ def prepare(
     matrix = _matrix(imatrix)
     quantization.effort, quantization.objective, quantization.measure = effort, objective, measure
     quantization.keep_split, quantization.device = keep_split, str(device) if on_device else ""
-    quantization.label = rules.name or (default or "").upper()
-    quantization.asked = "" if default is None or default.lower() == NATIVE else _codec_name(default)
+    quantization.label = rules.name or (mixed.name if mixed is not None else (default or "").upper())
+    quantization.asked = mixed.name if mixed is not None else "" if kind in (None, NATIVE) else str(kind)
+    has_imatrix = isinstance(matrix, ImportanceMatrix)
     decide = _Decider(
-        rules, None if default is None else _codec_name(default), chosen, matrix, pure=pure,
-        output_type=None if output_type is None else _codec_name(output_type),
-        embedding_type=None if embedding_type is None else _codec_name(embedding_type), leave_output=leave_output,
+        rules, kind, chosen, matrix, pure=pure,
+        mixed=None if mixed is None else _assigned(mixed, sources, quantization.facts(), rules, has_imatrix=has_imatrix),
+        output_type=_optional_name(output_type), embedding_type=_optional_name(embedding_type), leave_output=leave_output,
         allow_requantize=allow_requantize, fallback=fallback, tied=all(s.name != "output.weight" for s in sources),
         n_source_files=len(quantization.source_files),
     )  # fmt: skip
@@ -350,7 +363,63 @@ def prepare(
     quantization.findings += recipe_module.lint(rules, {s.name: s.stays for s in sources}) + decide.findings()
     if isinstance(matrix, ImportanceMatrix):
         _add_matrix(quantization, matrix, decide)
+    if default is not None and mixed is None and not pure:
+        # The mix is what the name means to users of llama-quantize.
+        other = mixes.find(default)
+        there = {} if other is None else _assigned(other, sources, quantization.facts(), rules, has_imatrix=has_imatrix)
+        differing = [name for name, its in there.items() if its != kind and name not in (*_EMBEDDINGS, "output.weight")]
+        if differing:
+            quantization.findings.append(
+                Finding(
+                    "note", "mix",
+                    f"{kind} is the type of all weights but the embeddings' and the head's here; --mix takes llama-quantize's "
+                    f"mix of that name, which has others for {len(differing)} tensors", tuple(differing),
+                )
+            )  # fmt: skip
     return quantization
+
+
+def mix_recipe(
+    source: str | Path | Checkpoint | File,
+    name: str,
+    *,
+    imatrix: ImportanceMatrix | str | Path | None = None,
+    target: str | None = None,
+    dialect: str | None = None,
+) -> Recipe:
+    """Write a mix out as a recipe for a model: rules that give each of its tensors the mix's type.
+
+    Parameters
+    ----------
+    source
+        A GGUF (any member of a split), or the directory of a checkpoint.
+    name
+        A mix of :mod:`ggufx.mixes`.
+    imatrix
+        As for :func:`prepare`: some mixes have other types where there is a matrix.
+    target
+        Dialect to write; a checkpoint's tensors are not the same in every one.
+    dialect
+        Of a GGUF source, where ids leave it open.
+
+    Raises
+    ------
+    RecipeError, GGUFError
+        There is no mix of the name, or the source cannot be read.
+    """
+    mixed = _mix(name, asked=True)
+    assert mixed is not None
+    opened = source if isinstance(source, File | Checkpoint) else _open(source, dialect)
+    chosen = _target(Recipe(), [mixed.type], opened, target)
+    if isinstance(opened, File):
+        sources, quantization = _gguf_sources(opened, chosen)
+    else:
+        sources, quantization = _checkpoint_sources(
+            opened, chosen, mtp=False, model_name=None, template=None, skip=(), allow_nan=True
+        )
+    has_imatrix = isinstance(_matrix(imatrix), ImportanceMatrix)
+    taken = _assigned(mixed, sources, quantization.facts(), Recipe(), has_imatrix=has_imatrix)
+    return recipe_module.from_tensors((s.name, s.shape, taken[s.name]) for s in sources if s.name in taken)
 
 
 def plan_quantize(
@@ -424,6 +493,36 @@ def _codec_name(name: str) -> str:
     return rules[0].types[0]
 
 
+def _optional_name(name: str | None) -> str | None:
+    return None if name is None else _codec_name(name)
+
+
+def _mix(name: str, *, asked: bool) -> mixes.Mix | None:
+    """Return the mix of a name: one that is asked for, or a name that is no type's; raises RecipeError for none asked for."""
+    found = mixes.find(name)
+    if found is None and asked:
+        raise RecipeError(f"{name!r} is no mix of llama-quantize's; these are: {', '.join(mixes.MIXES)}")
+    if found is None or asked:
+        return found
+    try:
+        types.get(name.strip())
+    except UnknownType:
+        return found
+    return None
+
+
+def _assigned(
+    mix: mixes.Mix, sources: Sequence[Source], facts: Mapping[str, Any], rules: Recipe, *, has_imatrix: bool
+) -> dict[str, str]:
+    """Return the types that a mix has for what no rule decides and what does not stay as it is."""
+    names = {source.name: _upstream_name(source.name) for source in sources}
+    decided = {names[s.name] for s in sources if s.stays or rules.find(s.name, stays=s.stays) is not None}
+    shapes = {names[source.name]: source.shape for source in sources}
+    model = mixes.Model.from_keys(facts, shapes)
+    found = mixes.assign(mix, model, shapes, has_imatrix=has_imatrix, decided=decided)
+    return {name: found[theirs] for name, theirs in names.items() if theirs in found}
+
+
 def _open(source: str | Path, dialect: str | None) -> File | Checkpoint:
     path = Path(source)
     if path.is_dir():
@@ -479,7 +578,7 @@ def _gguf_sources(file: File, target: Dialect) -> tuple[list[Source], Quantizati
 
     found = Quantization(
         file.path, target, [], _foreign_names(file, target), "normal", "reference", False, "", paths, None, metadata,
-        alignment=file.alignment,
+        lambda: file.metadata, alignment=file.alignment,
     )  # fmt: skip
     return sources, found
 
@@ -589,9 +688,14 @@ def _checkpoint_sources(
     def metadata(tensors: Sequence[PlannedTensor], file_type: int | None) -> dict[str, Value]:
         return conversion.metadata(tensors, file_type)
 
+    def facts() -> dict[str, Any]:
+        keys = conversion.architecture.keys(target.name, mtp=mtp, file_type=0, chat_template="")
+        name = conversion.architecture.name
+        return {"general.architecture": name} | {key: value.data for key, value in keys.items()}
+
     found = Quantization(
         checkpoint.path, target, [], [], "normal", "reference", False, "", [str(path) for path in checkpoint.shards],
-        list(checkpoint.shard_states), metadata, skipped=conversion.skipped, notes=conversion.all_notes,
+        list(checkpoint.shard_states), metadata, facts, skipped=conversion.skipped, notes=conversion.all_notes,
     )  # fmt: skip
     return sources, found
 
@@ -610,6 +714,7 @@ class _Decider:
         matrix: ImportanceMatrix | Literal["energy", "ones"] | None,
         *,
         pure: bool,
+        mixed: Mapping[str, str] | None,
         output_type: str | None,
         embedding_type: str | None,
         leave_output: bool,
@@ -619,7 +724,7 @@ class _Decider:
         n_source_files: int,
     ) -> None:
         self.rules, self.default, self.target, self.matrix = rules, default, target, matrix
-        self.pure, self.leave_output, self.tied = pure, leave_output, tied
+        self.pure, self.mixed, self.leave_output, self.tied = pure, mixed, leave_output, tied
         self.output_type, self.embedding_type = output_type, embedding_type
         self.allow_requantize, self.fallback, self.n_source_files = allow_requantize, fallback, n_source_files
         self.matrix_files: dict[str, int] = {}
@@ -701,10 +806,13 @@ class _Decider:
         head = source.name == "output.weight" or (self.tied and source.name == "token_embd.weight")
         if head and self.leave_output:
             return None
-        if head and self.output_type is not None:
-            return self.output_type
-        if source.name == "token_embd.weight" and self.embedding_type is not None:
+        if source.name in _EMBEDDINGS and self.embedding_type is not None:
             return self.embedding_type
+        if (head or (self.tied and source.name in _EMBEDDINGS)) and self.output_type is not None:
+            return self.output_type
+        if self.mixed is not None:
+            its = self.mixed.get(source.name)
+            return self.default if its is not None and self.pure else its
         if self.default is None or self.default == NATIVE or self.pure:
             return self.default
         if source.name not in ("output.weight", "token_embd.weight"):

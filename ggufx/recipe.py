@@ -20,7 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Final, Literal
 
-from ggufx import types
+from ggufx import mixes, types
 from ggufx.errors import RecipeError, UnknownType
 
 __all__ = ["NATIVE", "Finding", "Recipe", "Rule", "from_tensors", "lint", "load", "read_text", "shipped", "stays"]
@@ -38,7 +38,8 @@ _COMMENT = re.compile(r"(^|\s)#.*$")
 _STAYS = re.compile(
     r"_norm\b|_norm_\d|ffn_gate_inp|exp_probs_b|tid2eid|\bhc_|_hc_|attn_sinks|_ape\b|indexer\.proj|indexer\.[kq]_proj"
     r"|^position_embd|^token_types|altup|laurel|per_layer_model_proj|ssm_conv1d|shortconv\.conv|attn_rel_b|time_mix_(first|lerp"
-    r"|decay_w|[wvag]\d)|rope_freqs|rel_pos|patch_embd|position_embd|codebook"
+    r"|decay_w|[wvag]\d)|rope_freqs|rel_pos|patch_embd|patch_merger|position_embd|codebook|code_embd"
+    r"|sam\.(pos_embd|neck\.|net_)"
 )
 
 
@@ -234,10 +235,12 @@ def _type(text: str, where: str, origin: str) -> str:
 def _close(name: str) -> str:
     import difflib
 
-    mix = re.sub(r"_(S|M|L|XL)$", "", name.upper())
+    mix = mixes.find(name)
+    if mix is not None:
+        return (
+            f"{mix.type} ({name} is a mix of types: `ggufx recipe show {mix.name} --for MODEL` writes it out as rules)"
+        )
     known = [codec.name for codec in types.all_codecs()]
-    if mix in known:
-        return f"{mix} ({name} is a mix of types, which a recipe writes out)"
     return next(iter(difflib.get_close_matches(name.upper(), known, 1)), "")
 
 

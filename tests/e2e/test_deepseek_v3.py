@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import ggufx
-from ggufx import transforms
+from ggufx import quantize, transforms
 from ggufx.checkpoint import Checkpoint
 from ggufx.convert import convert, plan_convert
 from ggufx.types.f8_e4m3_b128 import decode_scaled, exponents
@@ -659,3 +659,16 @@ def test_notes_of_many_layers_are_one(path_of: Callable[[str], Path], tmp_path: 
     assert len(notes) == 2
     assert notes[0].startswith("attn_output.weight of 3 layers (first blk.0.attn_output.weight): not all FP8 scales")
     assert notes[1].startswith("attn_k_b.weight of 3 layers (first blk.0.attn_k_b.weight): tiles of 128x128")
+
+
+@pytest.mark.parametrize("target", ["llama.cpp", "ik_llama.cpp"])
+def test_mixes_choose_for_a_checkpoint_as_for_its_gguf(
+    target: str, path_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, out = path_of("float"), tmp_path / "out.gguf"
+    convert(source, out, target=target)
+    for mix in ("q4_k_m", "q3_k_l", "q2_k_s"):
+        of_both = [quantize.prepare(path, default=mix, target=target).choices for path in (source, out)]
+        ours, theirs = ({choice.source.name: choice.type for choice in choices} for choices in of_both)
+        assert ours == theirs
+        assert ours["output.weight"] == "Q6_K"

@@ -663,7 +663,8 @@ def test_recipe_commands(model: Path, tmp_path: Path, cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to do"), (["q4_0"], "--outfile is missing"), (["q4_k_m", "--dry-run"], "Q4_K"),
+        ([], "nothing to do"), (["q4_0"], "--outfile is missing"),
+        (["--tensor-type", ".=q4_k_m", "--dry-run"], "Q4_K (q4_k_m is a mix of types"),
         (["zzz", "--dry-run"], "Invalid quantization type 'zzz'"),
         (["q4_0", "--outfile", ".", "--dry-run"], "--outfile .: is a directory"),
         (["attn=q4_0", "--dry-run"], "'attn=q4_0' is no type"), (["iq2_ks|q2_k", "--dry-run"], "is no type"),

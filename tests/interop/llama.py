@@ -27,6 +27,22 @@ def _errors_only(level: int, text: bytes, _user: ctypes.c_void_p) -> None:
 llama_cpp.llama_log_set(_errors_only, ctypes.c_void_p(0))
 
 
+@contextmanager
+def recorded_log() -> Iterator[list[str]]:
+    """Collect everything that llama.cpp logs, as the pieces that it logs."""
+    pieces: list[str] = []
+
+    @llama_cpp.llama_log_callback
+    def record(_level: int, text: bytes, _user: ctypes.c_void_p) -> None:
+        pieces.append(text.decode(errors="replace"))
+
+    llama_cpp.llama_log_set(record, ctypes.c_void_p(0))
+    try:
+        yield pieces
+    finally:
+        llama_cpp.llama_log_set(_errors_only, ctypes.c_void_p(0))
+
+
 class Model:
     """A GGUF file opened by llama.cpp on the CPU.
 
