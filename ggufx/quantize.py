@@ -485,12 +485,10 @@ def _loaded(given: Recipe | str | Path | None) -> Recipe:
 
 
 def _codec_name(name: str) -> str:
-    """Return upstream's spelling of a type; raises RecipeError, which also knows mixes and interleaved types."""
-    rules = Recipe.parse(f".={name}", "type").rules
-    # Else a rule given in a type's place would be read as one more pattern, and its type taken for everything.
-    if len(rules) != 1 or rules[0].pattern != "." or len(rules[0].types) != 1:
+    """Return upstream's spelling of a type; raises RecipeError."""
+    if set(name) & set("=,|"):
         raise RecipeError(f"{name!r} is no type; rules go to --custom-q, --tensor-type or --recipe")
-    return rules[0].types[0]
+    return recipe_module.type_named(name, "TYPE")
 
 
 def _optional_name(name: str | None) -> str | None:

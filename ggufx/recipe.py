@@ -23,7 +23,19 @@ from typing import Final, Literal
 from ggufx import mixes, types
 from ggufx.errors import RecipeError, UnknownType
 
-__all__ = ["NATIVE", "Finding", "Recipe", "Rule", "from_tensors", "lint", "load", "read_text", "shipped", "stays"]
+__all__ = [
+    "NATIVE",
+    "Finding",
+    "Recipe",
+    "Rule",
+    "from_tensors",
+    "lint",
+    "load",
+    "read_text",
+    "shipped",
+    "stays",
+    "type_named",
+]
 
 NATIVE: Final = "native"
 """In place of a type: the source's own bits, exactly."""
@@ -210,16 +222,20 @@ def _rule(text: str, origin: str) -> Rule:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise RecipeError(f"{origin}: {pattern!r} is not a regular expression: {error}") from None
-    return Rule(pattern, tuple(_type(name, text, origin) for name in names.split("|")), force, origin)
+    return Rule(pattern, tuple(type_named(name, origin, text) for name in names.split("|")), force, origin)
 
 
-def _type(text: str, where: str, origin: str) -> str:
-    name = text.strip()
+def type_named(text: str, origin: str, rule: str = "") -> str:
+    """Return upstream's spelling of a type, or :data:`NATIVE`.
+
+    Raises RecipeError, told where the name stands and, if in one, the rule; it also knows mixes and interleaved types.
+    """
+    name, where = text.strip(), f" in custom quantization input {rule!r}" if rule else ""
     if name.lower() == NATIVE:
         return NATIVE
     if _INTERLEAVED.search(name.upper()):
         raise RecipeError(
-            f"{origin}: {name!r} in {where!r} is an interleaved type, made for one kind of CPU; quantize to "
+            f"{origin}: {name!r}{where} is an interleaved type, made for one kind of CPU; quantize to "
             f"{_INTERLEAVED.sub('', name.upper())}, which ik_llama.cpp repacks when it loads the model (-rtr)"
         )
     try:
@@ -227,7 +243,7 @@ def _type(text: str, where: str, origin: str) -> str:
     except UnknownType:
         close = _close(name)
         raise RecipeError(
-            f"{origin}: Invalid quantization type {name!r} in custom quantization input {where!r}"
+            f"{origin}: Invalid quantization type {name!r}{where}"
             + (f"; did you mean {close}?" if close else "; see `ggufx types`")
         ) from None
 
