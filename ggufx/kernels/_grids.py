@@ -1,0 +1,560 @@
+"""The exact search of FORMATS 7.1 for all types whose codes are points of a grid, in one kernel.
+
+A grid point g at scale s has the error ``sum w x^2 - 2 s B + s^2 A`` with ``A = sum w g^2`` and ``B = sum w x g``, neither of
+which depends on s. A point is two halves, of which there are at most 81 each, and its error is the sum of theirs: so per left
+half it is the least over the right halves that the grid has beside it, one minimum a point. A wrong sign at element j, which
+parity may force, costs ``4 s w_j x_j g_j``; it is in one half or the other.
+
+The points that win at some scale of a sample are kept as lines (A, B). The block's scale, the sub-scales and then the points
+are fitted on these few; a sweep of the whole grid at the scales found gives the final ones.
+
+Words: a *slot* is a place for a point, 32 or 64 of them a block, side by side in the lanes. A *table* has A, 2 B and the
+cost of a wrong sign of the halves of a grid for 32 slots. A *list* has lines of every slot; there are two where points of one
+kind, with a wrong sign or under the other shift, exclude others elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from ggufx.kernels._jit import float_to_half, half_to_float, inline, kernel, larger, smaller, subroutine
+from ggufx.kernels._lanes import GRID_LANES, GRID_RUN, grid_halves, grid_least, grid_sweep
+from ggufx.kernels._linear import down, exponent_of, floats, mean_square, scratch_of, up
+
+__all__ = ["EITHER", "FREE", "PAIRS", "PARITY", "SAME", "Grid", "grid_of", "searcher"]
+
+FREE = 0
+"""Any point in any slot, any signs."""
+PARITY = 1
+"""The minus signs of every slot are even in number."""
+PAIRS = 2
+"""The minus signs of every two slots are even in number."""
+SAME = 3
+"""Signed points under one of two shifts, the same for all slots of a group."""
+EITHER = 4
+"""Signed points under one of two shifts, for every slot."""
+
+_ZERO = np.float32(0)
+_ONE = np.float32(1)
+_TWO = np.float32(2)
+_INF = np.float32(np.inf)
+_LOW = np.uint32(127)
+_HALVES = 96
+"""Halves that tables have room for."""
+
+_MAGIC = np.float32(12582912)  # 1.5 * 2^23: adding and subtracting it rounds half to even, as rint does
+
+_halves2, _halves4 = grid_halves(2), grid_halves(4)
+_least_line = grid_least()
+_sweep_free = grid_sweep(flips=False)
+_sweep_flips = grid_sweep(flips=True)
+
+
+class Grid(NamedTuple):
+    """A grid as the kernel wants it.
+
+    Attributes
+    ----------
+    halves
+        float32 [shifts, 2, halves, elements of a half]: the left and the right ones.
+    counts
+        int64 [2]: how many there are.
+    starts, members
+        int64: right halves ``members[starts[p] : starts[p + 1]]`` make points with left half p; the last one is repeated.
+    numbers
+        int16 [left, right]: a point's number in the grid.
+    """
+
+    halves: np.ndarray
+    counts: np.ndarray
+    starts: np.ndarray
+    members: np.ndarray
+    numbers: np.ndarray
+
+
+def grid_of(points: np.ndarray, shifts: tuple[int, ...] = (0,), factor: int = 1) -> Grid:
+    """Take the halves of ``points`` [N, 4 or 8], times ``factor``, under each of ``shifts``, apart."""
+    n = points.shape[1] // 2
+    left, left_of, sizes = np.unique(points[:, :n], axis=0, return_inverse=True, return_counts=True)
+    right, right_of = np.unique(points[:, n:], axis=0, return_inverse=True)
+    # Left halves with many partners first: loops of like lengths follow each other, which a CPU predicts.
+    order = np.argsort(-sizes, kind="stable")
+    left, left_of = left[order], np.argsort(order)[left_of.reshape(-1)]
+    halves = np.zeros((len(shifts), 2, _HALVES, n), np.float32)
+    for k, shift in enumerate(shifts):
+        halves[k, 0, : len(left)] = factor * left.astype(np.float32) + np.float32(shift)
+        halves[k, 1, : len(right)] = factor * right.astype(np.float32) + np.float32(shift)
+    numbers = np.zeros((_HALVES, _HALVES), np.int16)
+    numbers[left_of, right_of.reshape(-1)] = np.arange(len(points))
+    partners = [np.sort(right_of.reshape(-1)[left_of == p]) for p in range(len(left))]
+    members = [np.pad(found, (0, -len(found) % GRID_RUN), "edge") for found in partners]
+    starts = np.cumsum([0, *(len(found) for found in members)])
+    return Grid(halves, np.array([len(left), len(right)]), starts, np.concatenate(members), numbers)
+
+
+@subroutine
+def _fill(grid, xs, ws, odd, tables, shifted):
+    """Fill the tables."""
+    halves, counts, _, _, _ = grid
+    n, room, lanes = halves.shape[3], tables.shape[3], tables.shape[4]
+    for t in range(tables.shape[0]):
+        chunk, shift = (0, t) if shifted else (t, 0)
+        points, x, w, table = halves[shift], xs[chunk], ws[chunk], tables[t]
+        for half in range(2):
+            if n == 4:
+                _halves4(points[half], counts[half], x, w, 4 * half, odd, chunk * lanes, table, room, half)
+            else:
+                _halves2(points[half], counts[half], x, w, 2 * half, odd, chunk * lanes, table, room, half)
+
+
+@subroutine
+def _sweep(rule, grid, tables, energy, scale, work, code):
+    """Best points at ``scale`` [slots]: ``code`` uint32 [list, slots], ``128 p + q``, plus 2^14 for the second shift."""
+    _, counts, starts, members, _ = grid
+    keys, value, found, least = work
+    slots, lanes = scale.shape[0], found.shape[1]
+    lefts, rights, room = counts[0], counts[1], tables.shape[3]
+    shifts = 2 if rule >= SAME else 1
+    for at in range(0, slots, lanes):
+        for shift in range(shifts):
+            table = tables[at // lanes + shift]
+            if FREE < rule < SAME:
+                _sweep_flips(table, room, lefts, rights, scale, energy, slots, at, starts, members, keys, value, found)
+            else:
+                _sweep_free(table, room, lefts, rights, scale, energy, slots, at, starts, members, keys, value, found)
+            for i in range(lanes):
+                g, other = found[0, i], found[1, i]
+                if rule == PARITY:
+                    code[0, at + i] = other
+                elif rule == PAIRS:
+                    code[0, at + i], code[1, at + i] = g, other
+                elif rule == SAME:
+                    code[shift, at + i] = g | np.uint32(shift << 14)
+                elif shift == 0 or value[0, i] < least[i]:
+                    least[i] = value[0, i]
+                    code[0, at + i] = g | np.uint32(shift << 14)
+
+
+@subroutine
+def _keep(rule, tables, code, lines, line_a, line_b, line_code):
+    """Add the points of ``code`` to the lists; not those that came last, as happens from one scale to the next."""
+    lanes = tables.shape[4]
+    for part in range(lines.shape[0]):
+        flipped = rule == PARITY or (rule == PAIRS and part == 1)
+        for slot in range(code.shape[1]):
+            g, n = code[part, slot], lines[part, slot]
+            if n == 0 or line_code[part, n - 1, slot] != g:
+                lane = slot % lanes
+                table = tables[slot // lanes + np.int64(g >> np.uint32(14))]
+                p, q = np.int64((g >> np.uint32(7)) & _LOW), np.int64(g & _LOW)
+                b = table[0, 1, p, lane] + table[1, 1, q, lane]
+                if flipped:
+                    b -= smaller(table[0, 2, p, lane], table[1, 2, q, lane])
+                line_code[part, n, slot] = g
+                line_a[part, n, slot] = table[0, 0, p, lane] + table[1, 0, q, lane]
+                line_b[part, n, slot] = b
+                lines[part, slot] = n + 1
+
+
+@subroutine
+def _level(lines, line_a, line_b):
+    """Repeat lines so that every slot has equally many; return how many."""
+    most = 0
+    for part in range(lines.shape[0]):
+        for slot in range(lines.shape[1]):
+            most = larger(most, lines[part, slot])
+    for part in range(lines.shape[0]):
+        for slot in range(lines.shape[1]):
+            for n in range(lines[part, slot], most):
+                line_a[part, n, slot] = line_a[part, 0, slot]
+                line_b[part, n, slot] = line_b[part, 0, slot]
+    return most
+
+
+@subroutine
+def _least(scale, line_a, line_b, most, best, best_a, best_b):
+    """Per list and slot: the line of least error at ``scale``; errors are without ``sum w x^2``."""
+    slots = scale.shape[0]
+    for part in range(best.shape[0]):
+        for at in range(0, slots, GRID_LANES):
+            _least_line(scale, line_a, line_b, line_a.shape[1], most, slots, at, part, best, best_a, best_b)
+
+
+@subroutine
+def _model(d0, unit, last, scales, curvature, tried, model):
+    """Fill ``tried`` with values of d around d0 and ``model`` with what rounding the groups' scales to each would cost."""
+    for k in range(tried.shape[0]):
+        tried[k] = d0 * (np.float32(0.72) + np.float32(0.01) * np.float32(k))
+        model[k] = _ZERO
+    for group in range(scales.shape[0]):
+        scale, curve = scales[group], curvature[group]
+        for k in range(tried.shape[0]):
+            step = tried[k] * unit
+            a = (scale / step - _ONE) * np.float32(0.5)
+            a = a if a > _ZERO else _ZERO
+            a = a if a < last else last
+            a = (a + _MAGIC) - _MAGIC
+            off = step * (_TWO * a + _ONE) - scale
+            model[k] += curve * off * off
+
+
+@inline
+def _list_of(rule, odd, best, first, slot):
+    """Return the list of which ``slot`` of the group or pair from ``first`` takes its point."""
+    if rule == PAIRS:
+        if odd[first] == _ZERO:
+            return 0
+        here = best[1, first] + best[0, first + 1] <= best[0, first] + best[1, first + 1]
+        return 1 if here == (slot == first) else 0
+    return 0
+
+
+@subroutine
+def _group(rule, first, last, odd, best, best_a, best_b):
+    """Error, sum A and sum 2 B of a group's best choice of lines."""
+    error, sum_a, sum_b = _ZERO, _ZERO, _ZERO
+    if rule == SAME:
+        error = _INF
+        for part in range(2):
+            e, a, b = _ZERO, _ZERO, _ZERO
+            for i in range(first, last):
+                e += best[part, i]
+                a += best_a[part, i]
+                b += best_b[part, i]
+            if e < error:
+                error, sum_a, sum_b = e, a, b
+        return error, sum_a, sum_b
+    for i in range(first, last):
+        part = _list_of(rule, odd, best, i - i % 2, i)
+        error += best[part, i]
+        sum_a += best_a[part, i]
+        sum_b += best_b[part, i]
+    return error, sum_a, sum_b
+
+
+@subroutine
+def _evaluate(rule, d, window, unit, last, scales, most, line_a, line_b, odd, slot_scale, picked, chosen, least):
+    """Best sub-scales within ``window`` of the nearest and best lines for d: error, ``sum u B`` and ``sum u^2 A``."""
+    best, best_a, best_b = picked
+    groups = scales.shape[0]
+    each = slot_scale.shape[0] // groups
+    step = d * unit
+    for g in range(groups):
+        least[0, g] = _INF
+    for shift in range(-window, window + 1):
+        for g in range(groups):
+            a = smaller(larger(np.rint((scales[g] / step - _ONE) * np.float32(0.5)), _ZERO), np.float32(last))
+            a = smaller(larger(a + np.float32(shift), _ZERO), np.float32(last))
+            least[4, g] = a
+            for i in range(g * each, g * each + each):
+                slot_scale[i] = step * (_TWO * a + _ONE)
+        _least(slot_scale, line_a, line_b, most, best, best_a, best_b)
+        for g in range(groups):
+            error, a, b = _group(rule, g * each, g * each + each, odd, best, best_a, best_b)
+            if error < least[0, g]:
+                u = unit * (_TWO * least[4, g] + _ONE)
+                least[0, g], least[1, g], least[2, g] = error, u * b, u * u * a
+                chosen[g] = np.int64(least[4, g])
+    total, ub, uua = _ZERO, _ZERO, _ZERO
+    for g in range(groups):
+        total += least[0, g]
+        ub += least[1, g]
+        uua += least[2, g]
+    return total, ub * np.float32(0.5), uua
+
+
+@subroutine
+def _load(x, w, f, rule, length, xs, ws, energy, odd, signs, tops):
+    """Lay a block out: magnitudes and weights of every slot, signs, energies of halves; largest and summed magnitudes."""
+    lanes = xs.shape[2]
+    half = length // 2
+    for slot in range(256 // length):
+        chunk, lane, at = slot // lanes, slot % lanes, slot * length
+        top, left, right, total = _ZERO, _ZERO, _ZERO, _ZERO
+        if at % 8 == 0:
+            signs[at // 8] = np.uint8(0)
+        for j in range(length):
+            v = x[at + j] * f
+            if rule < SAME and v < _ZERO:
+                signs[at // 8] |= np.uint8(1 << ((at + j) % 8))
+                v = -v
+            weight = w[at + j]
+            xs[chunk, j, lane], ws[chunk, j, lane] = v, weight
+            if j < half:
+                left += weight * v * v
+            else:
+                right += weight * v * v
+            size = v if v >= _ZERO else -v
+            top = larger(top, size)
+            total += weight * size
+        # Slightly more, so that no error is negative.
+        energy[0, slot] = left * np.float32(1.001) + np.float32(1e-30)
+        energy[1, slot] = right * np.float32(1.001) + np.float32(1e-30)
+        tops[0, slot], tops[1, slot] = top, total
+    for slot in range(256 // length):
+        octet, parity = signs[slot * length // 8], 0
+        for j in range(8):
+            parity ^= np.int64(octet >> np.uint8(j)) & 1
+        odd[slot] = np.float32(4) if parity and FREE < rule < SAME else _ZERO
+
+
+def searcher(
+    points: np.ndarray, rule: int, groups: int, unit: float, last: int, shifts: tuple[int, ...] = (0,), factor: int = 1
+) -> Callable[..., None]:
+    """Return the search of a type with ``groups`` sub-scales a block; values are ``d unit (2 a + 1)`` times a point's.
+
+    ``search(values, importance, outputs, weights, multiples, effort)``
+
+    - ``outputs``, for every block: uint16 [blocks] d as binary16, uint8 [blocks, groups] sub-scales a, at most ``last``, uint16
+      [blocks, slots] numbers of points, with 2^15 for the second shift, uint8 [blocks, 32] signs.
+    - ``weights`` (c, f, p): w is ``m sqrt(c mean(x^2) + x^2)`` with importance, ``f mean(x^2) + p x^2`` without; if c < 0, m
+      or 1.
+    - ``multiples``: sampled scales of a group, in units of its largest magnitude over the grid's, of points under a shift in
+      units of ``sum w x^2 / sum w |x|``.
+    - ``effort``: sub-scales tried to either side of the nearest one; values of d, of 64 ranked by a quadratic model, that are
+      tried in earnest; refits of each; further rounds with sweeps at the sub-scales found and beside them.
+    """
+    grid = cache(lambda: grid_of(points, shifts, factor))
+    length = points.shape[1]
+    slots = 256 // length
+    tables = slots // GRID_LANES * len(shifts)
+    lists = 2 if rule in (PAIRS, SAME) else 1
+    uint = np.uint32
+
+    def search(
+        values: np.ndarray,
+        importance: np.ndarray,
+        outputs: tuple[np.ndarray, ...],
+        weights: tuple[float, float, float],
+        multiples: np.ndarray,
+        effort: tuple[int, int, int, int],
+    ) -> None:
+        samples = multiples.shape[0]
+        room = samples + 3 * effort[3] + 1
+        layout = scratch_of(
+            *[floats(slots // GRID_LANES, length, GRID_LANES)] * 2,
+            *(floats(2, slots), floats(slots), (np.uint8, (32,)), floats(2, slots), floats(256), floats(64)),
+            *(floats(tables, 2, 3, _HALVES, GRID_LANES), floats(samples + 1, slots)),
+            *((uint, (lists, slots)), (np.int64, (lists, slots))),
+            *(floats(lists, room, slots), floats(lists, room, slots), (uint, (lists, room, slots))),
+        )
+        fit = scratch_of(
+            *(
+                floats(groups),
+                floats(groups),
+                floats(2, 64),
+                (np.int64, (groups,)),
+                (np.int64, (groups,)),
+                floats(5, groups),
+            )
+        )
+        work = scratch_of(
+            (uint, (_HALVES, 2, GRID_LANES)), floats(2, GRID_LANES), (uint, (2, GRID_LANES)), floats(GRID_LANES)
+        )
+        picked = scratch_of(*[floats(lists, slots)] * 3)
+        constants = rule, np.float32(unit), last, tuple(np.float32(v) for v in weights)
+        _search(values, importance, outputs, tuple(grid()), layout, fit, work, picked, *constants, multiples, effort)
+
+    return search
+
+
+@subroutine
+def _typical(rule, tops, energy, largest_point):
+    """The scale of a group that the sampled ones are multiples of."""
+    top, squares, total = np.float32(1e-12), _ZERO, _ZERO
+    for i in range(tops.shape[1]):
+        top = larger(top, tops[0, i])
+        squares += energy[0, i] + energy[1, i]
+        total += tops[1, i]
+    if rule >= SAME and total > _ZERO:
+        # Three values clip the largest ones anyway.
+        return larger(smaller(squares / total, top), np.float32(1e-12))
+    return top / largest_point
+
+
+@kernel
+def _search(values, importance, outputs, grid, layout, fit, work, picked, rule, unit, last, weights, multiples, effort):
+    out_d, out_a, out_points, out_signs = outputs
+    halves, counts, _, _, numbers = grid
+    xs, ws, energy, odd, signs, tops, w, buffer, tables, scale = layout[:10]
+    code, lines, line_a, line_b, line_code = layout[10:]
+    scales, curvature, model, chosen, kept, least = fit
+    best, best_a, best_b = picked
+    by_energy, floor, square = weights
+    window, starts, passes, rounds = effort
+    samples = multiples.shape[0]
+    slots, groups = odd.shape[0], scales.shape[0]
+    each = slots // groups
+    lanes = xs.shape[2]
+    length = xs.shape[1]
+    weighted = importance.shape[0] > 0
+    largest_point = _ZERO
+    for half in range(2):
+        for p in range(counts[half]):
+            for j in range(length // 2):
+                largest_point = larger(largest_point, halves[0, half, p, j])
+    row_blocks = values.shape[1] // 256
+    slot_scale = scale[samples]
+    for block in range(values.shape[0] * row_blocks):
+        r, b = divmod(block, row_blocks)
+        x = values[r, b * 256 : b * 256 + 256]
+        exponent = exponent_of(x)
+        f, factor = down(exponent), up(exponent)
+        mean = mean_square(x, f, buffer)
+        for i in range(256):
+            v = x[i] * f
+            if weighted:
+                m = importance[b * 256 + i]
+                w[i] = m * np.sqrt(by_energy * mean + v * v) if by_energy >= _ZERO else m
+            else:
+                w[i] = floor * mean + square * v * v if by_energy >= _ZERO else _ONE
+        _load(x, w, f, rule, length, xs, ws, energy, odd, signs, tops)
+        _fill(grid, xs, ws, odd, tables, rule >= SAME)
+        for part in range(lines.shape[0]):
+            for slot in range(slots):
+                lines[part, slot] = 0
+        for group in range(groups):
+            first, behind = group * each, group * each + each
+            typical = _typical(rule, tops[:, first:behind], energy[:, first:behind], largest_point)
+            for k in range(samples):
+                for i in range(first, behind):
+                    scale[k, i] = multiples[k] * typical
+        for k in range(samples):
+            _sweep(rule, grid, tables, energy, scale[k], work, code)
+            _keep(rule, tables, code, lines, line_a, line_b, line_code)
+        most = _level(lines, line_a, line_b)
+        # The best of the sampled scales of every group, by the energy that its lines explain at their own best scale.
+        for group in range(groups):
+            least[0, group], scales[group], curvature[group] = _ZERO, _ZERO, _ZERO
+        for k in range(samples):
+            _least(scale[k], line_a, line_b, most, best, best_a, best_b)
+            for group in range(groups):
+                _, sum_a, sum_b = _group(rule, group * each, group * each + each, odd, best, best_a, best_b)
+                sum_b = sum_b * np.float32(0.5)
+                if sum_a > _ZERO and sum_b > _ZERO and sum_b * (sum_b / sum_a) > least[0, group]:
+                    least[0, group] = sum_b * (sum_b / sum_a)
+                    scales[group], curvature[group] = sum_b / sum_a, sum_a
+        largest = _ZERO
+        for group in range(groups):
+            largest = larger(largest, scales[group])
+        d0 = largest / (unit * np.float32(2 * last + 1))
+        stored = _ZERO
+        for turn in range(rounds + 1 if d0 > _ZERO else 0):
+            if turn == 0:
+                _model(d0, unit, np.float32(last), scales, curvature, model[0], model[1])
+            else:
+                for shift in range(-1, 2):
+                    for group in range(groups):
+                        a = smaller(larger(kept[group] + shift, 0), last)
+                        for i in range(group * each, group * each + each):
+                            slot_scale[i] = larger(stored * unit * np.float32(2 * a + 1), np.float32(1e-12))
+                    _sweep(rule, grid, tables, energy, slot_scale, work, code)
+                    _keep(rule, tables, code, lines, line_a, line_b, line_code)
+                most = _level(lines, line_a, line_b)
+            error_kept, before = _INF, stored
+            for _ in range(starts if turn == 0 else 1):
+                d = before
+                if turn == 0:
+                    k = 0
+                    for near in range(1, 64):
+                        k = near if model[1, near] < model[1, k] else k
+                    d = model[0, k]
+                    for near in range(larger(k - 2, 0), smaller(k + 3, 64)):
+                        model[1, near] = _INF
+                for _ in range(passes):
+                    _, ub, uua = _evaluate(
+                        rule,
+                        d,
+                        window,
+                        unit,
+                        last,
+                        scales,
+                        most,
+                        line_a,
+                        line_b,
+                        odd,
+                        slot_scale,
+                        picked,
+                        chosen,
+                        least,
+                    )
+                    d = ub / uua if uua > _ZERO and ub > _ZERO else d
+                bits = smaller(float_to_half(d * factor), np.uint16(0x7BFF))
+                # Half subnormals are far apart: the nearest one need not be the best.
+                reach = 3 if bits < np.uint16(0x0400) else 0
+                for shift in range(-reach, reach + 1):
+                    if np.int64(bits) + shift > 0:
+                        d = half_to_float(np.uint16(np.int64(bits) + shift)) / factor
+                        error, _, _ = _evaluate(
+                            rule,
+                            d,
+                            window,
+                            unit,
+                            last,
+                            scales,
+                            most,
+                            line_a,
+                            line_b,
+                            odd,
+                            slot_scale,
+                            picked,
+                            chosen,
+                            least,
+                        )
+                        if error < error_kept:
+                            error_kept, stored = error, d
+                            for group in range(groups):
+                                kept[group] = chosen[group]
+        if stored <= _ZERO:
+            out_d[block] = np.uint16(0)
+            for group in range(groups):
+                out_a[block, group] = np.uint8(0)
+            for slot in range(slots):
+                out_points[block, slot] = np.uint16(0)
+            for k in range(32):
+                out_signs[block, k] = np.uint8(0)
+            continue
+        out_d[block] = float_to_half(stored * factor)
+        for group in range(groups):
+            out_a[block, group] = np.uint8(kept[group])
+            for i in range(group * each, group * each + each):
+                slot_scale[i] = larger(stored * unit * np.float32(2 * kept[group] + 1), np.float32(1e-12))
+        _sweep(rule, grid, tables, energy, slot_scale, work, code)
+        _keep(rule, tables, code, lines, line_a, line_b, line_code)
+        most = _level(lines, line_a, line_b)
+        _least(slot_scale, line_a, line_b, most, best, best_a, best_b)
+        for k in range(32):
+            out_signs[block, k] = signs[k]
+        for slot in range(slots):
+            group = slot // each
+            part = _list_of(rule, odd, best, slot - slot % 2, slot)
+            if rule == SAME:
+                first, second = _ZERO, _ZERO
+                for i in range(group * each, group * each + each):
+                    first += best[0, i]
+                    second += best[1, i]
+                part = 1 if second < first else 0
+            # The first line with this error: repeated ones come later.
+            n = 0
+            while n + 1 < lines[part, slot] and not (
+                line_a[part, n, slot] == best_a[part, slot] and line_b[part, n, slot] == best_b[part, slot]
+            ):
+                n += 1
+            g = line_code[part, n, slot]
+            p, q = np.int64((g >> np.uint32(7)) & _LOW), np.int64(g & _LOW)
+            shift = np.int64(g >> np.uint32(14))
+            out_points[block, slot] = np.uint16(numbers[p, q]) | np.uint16(shift << 15)
+            if odd[slot] > _ZERO and (rule == PARITY or part == 1):
+                chunk, lane = slot // lanes, slot % lanes
+                where, lowest = 0, _INF
+                for j in range(length):
+                    point = halves[0, j // (length // 2), p if j < length // 2 else q, j % (length // 2)]
+                    cost = ws[chunk, j, lane] * xs[chunk, j, lane] * point
+                    if cost < lowest:
+                        where, lowest = j, cost
+                bit = (slot * length + where) % 8
+                out_signs[block, slot * length // 8] ^= np.uint8(1 << bit)
