@@ -45,6 +45,10 @@ _INF = np.float32(np.inf)
 _LOW = np.uint32(127)
 _HALVES = 96
 """Halves that tables have room for."""
+_KEYS = 192
+"""Right halves, joined ones included, that there is room for."""
+_COMMON = 4
+"""Left halves that two right ones must share to be joined: taking the least once, and storing it, costs about three."""
 
 _MAGIC = np.float32(12582912)  # 1.5 * 2^23: adding and subtracting it rounds half to even, as rint does
 
@@ -63,43 +67,69 @@ class Grid(NamedTuple):
         float32 [shifts, 2, halves, elements of a half]: the left and the right ones.
     counts
         int64 [2]: how many there are.
-    starts, members
-        int64: right halves ``members[starts[p] : starts[p + 1]]`` make points with left half p; the last one is repeated.
+    pairs, starts, members
+        int64 [n, 2], [left + 1] and [m]: how to find the best partner of every left half, see :func:`grid_sweep`.
     numbers
         int16 [left, right]: a point's number in the grid.
     """
 
     halves: np.ndarray
     counts: np.ndarray
+    pairs: np.ndarray
     starts: np.ndarray
     members: np.ndarray
     numbers: np.ndarray
 
 
-def grid_of(points: np.ndarray, shifts: tuple[int, ...] = (0,), factor: int = 1) -> Grid:
+def _joined(partners: np.ndarray) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """Join right halves that many left ones have in common, so that the least of the two is taken once.
+
+    ``partners`` is float32 [left, right] of zeros and ones. Returns the pairs, and ``partners`` with a column for each.
+    """
+    pairs = []
+    while True:
+        common = partners.T @ partners
+        np.fill_diagonal(common, 0)
+        a, b = divmod(int(common.argmax()), len(common))
+        if common[a, b] < _COMMON:
+            return pairs, partners
+        both = partners[:, a] * partners[:, b]
+        partners[:, a] -= both
+        partners[:, b] -= both
+        partners = np.concatenate([partners, both[:, None]], axis=1)
+        pairs.append((a, b))
+
+
+def grid_of(points: np.ndarray, flips: bool, shifts: tuple[int, ...] = (0,), factor: int = 1) -> Grid:
     """Take the halves of ``points`` [N, 4 or 8], times ``factor``, under each of ``shifts``, apart."""
     n = points.shape[1] // 2
-    left, left_of, sizes = np.unique(points[:, :n], axis=0, return_inverse=True, return_counts=True)
+    left, left_of = np.unique(points[:, :n], axis=0, return_inverse=True)
     right, right_of = np.unique(points[:, n:], axis=0, return_inverse=True)
+    left_of, right_of = left_of.reshape(-1), right_of.reshape(-1)
+    partners = np.zeros((len(left), len(right)), np.float32)
+    partners[left_of, right_of] = 1
+    pairs, partners = _joined(partners)
     # Left halves with many partners first: loops of like lengths follow each other, which a CPU predicts.
-    order = np.argsort(-sizes, kind="stable")
-    left, left_of = left[order], np.argsort(order)[left_of.reshape(-1)]
+    order = np.argsort(-partners.sum(axis=1), kind="stable")
+    left, left_of = left[order], np.argsort(order)[left_of]
     halves = np.zeros((len(shifts), 2, _HALVES, n), np.float32)
     for k, shift in enumerate(shifts):
         halves[k, 0, : len(left)] = factor * left.astype(np.float32) + np.float32(shift)
         halves[k, 1, : len(right)] = factor * right.astype(np.float32) + np.float32(shift)
     numbers = np.zeros((_HALVES, _HALVES), np.int16)
-    numbers[left_of, right_of.reshape(-1)] = np.arange(len(points))
-    partners = [np.sort(right_of.reshape(-1)[left_of == p]) for p in range(len(left))]
-    members = [np.pad(found, (0, -len(found) % GRID_RUN), "edge") for found in partners]
-    starts = np.cumsum([0, *(len(found) for found in members)])
-    return Grid(halves, np.array([len(left), len(right)]), starts, np.concatenate(members), numbers)
+    numbers[left_of, right_of] = np.arange(len(points))
+    found = [np.flatnonzero(row) for row in partners[order]]
+    members = [np.pad(row, (0, -len(row) % GRID_RUN), "edge") for row in found]
+    starts = np.cumsum([0, *(len(row) for row in members)])
+    stride = GRID_LANES * (2 if flips else 1)
+    joined = stride * np.array(pairs, np.int64).reshape(-1, 2)
+    return Grid(halves, np.array([len(left), len(right)]), joined, starts, stride * np.concatenate(members), numbers)
 
 
 @subroutine
 def _fill(grid, xs, ws, odd, tables, shifted):
     """Fill the tables."""
-    halves, counts, _, _, _ = grid
+    halves, counts, _, _, _, _ = grid
     n, room, lanes = halves.shape[3], tables.shape[3], tables.shape[4]
     for t in range(tables.shape[0]):
         chunk, shift = (0, t) if shifted else (t, 0)
@@ -114,18 +144,50 @@ def _fill(grid, xs, ws, odd, tables, shifted):
 @subroutine
 def _sweep(rule, grid, tables, energy, scale, work, code):
     """Best points at ``scale`` [slots]: ``code`` uint32 [list, slots], ``128 p + q``, plus 2^14 for the second shift."""
-    _, counts, starts, members, _ = grid
+    _, counts, pairs, starts, members, _ = grid
     keys, value, found, least = work
     slots, lanes = scale.shape[0], found.shape[1]
-    lefts, rights, room = counts[0], counts[1], tables.shape[3]
+    lefts, rights, room, joined = counts[0], counts[1], tables.shape[3], pairs.shape[0]
     shifts = 2 if rule >= SAME else 1
     for at in range(0, slots, lanes):
         for shift in range(shifts):
             table = tables[at // lanes + shift]
             if FREE < rule < SAME:
-                _sweep_flips(table, room, lefts, rights, scale, energy, slots, at, starts, members, keys, value, found)
+                _sweep_flips(
+                    table,
+                    room,
+                    lefts,
+                    rights,
+                    scale,
+                    energy,
+                    slots,
+                    at,
+                    pairs,
+                    joined,
+                    starts,
+                    members,
+                    keys,
+                    value,
+                    found,
+                )
             else:
-                _sweep_free(table, room, lefts, rights, scale, energy, slots, at, starts, members, keys, value, found)
+                _sweep_free(
+                    table,
+                    room,
+                    lefts,
+                    rights,
+                    scale,
+                    energy,
+                    slots,
+                    at,
+                    pairs,
+                    joined,
+                    starts,
+                    members,
+                    keys,
+                    value,
+                    found,
+                )
             for i in range(lanes):
                 g, other = found[0, i], found[1, i]
                 if rule == PARITY:
@@ -318,7 +380,7 @@ def searcher(
     - ``effort``: sub-scales tried to either side of the nearest one; values of d, of 64 ranked by a quadratic model, that are
       tried in earnest; refits of each; further rounds with sweeps at the sub-scales found and beside them.
     """
-    grid = cache(lambda: grid_of(points, shifts, factor))
+    grid = cache(lambda: grid_of(points, FREE < rule < SAME, shifts, factor))
     length = points.shape[1]
     slots = 256 // length
     tables = slots // GRID_LANES * len(shifts)
@@ -353,7 +415,7 @@ def searcher(
             )
         )
         work = scratch_of(
-            (uint, (_HALVES, 2, GRID_LANES)), floats(2, GRID_LANES), (uint, (2, GRID_LANES)), floats(GRID_LANES)
+            (uint, (_KEYS, 2, GRID_LANES)), floats(2, GRID_LANES), (uint, (2, GRID_LANES)), floats(GRID_LANES)
         )
         picked = scratch_of(*[floats(lists, slots)] * 3)
         constants = rule, np.float32(unit), last, tuple(np.float32(v) for v in weights)
@@ -379,7 +441,7 @@ def _typical(rule, tops, energy, largest_point):
 @kernel
 def _search(values, importance, outputs, grid, layout, fit, work, picked, rule, unit, last, weights, multiples, effort):
     out_d, out_a, out_points, out_signs = outputs
-    halves, counts, _, _, numbers = grid
+    halves, counts, _, _, _, numbers = grid
     xs, ws, energy, odd, signs, tops, w, buffer, tables, scale = layout[:10]
     code, lines, line_a, line_b, line_code = layout[10:]
     scales, curvature, model, chosen, kept, least = fit

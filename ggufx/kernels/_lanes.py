@@ -42,7 +42,7 @@ CHUNK = 16
 """Lanes of everything else."""
 GRID_LANES = 32
 """Points of a grid that are looked for at a time."""
-GRID_RUN = 4
+GRID_RUN = 2
 """Right halves that are looked at in one turn."""
 MAGIC = float(3 << 22)
 """Adding it to a small float32 rounds that to an integer, ties to even; the low bits of the sum are the integer."""
@@ -407,21 +407,40 @@ def planes(count: int, n_bits: int, shift: int, run: int) -> Any:
 def grid_sweep(flips: bool) -> Any:
     """Return an intrinsic: the point of a grid of least error, for :data:`GRID_LANES` lanes.
 
-    ``sweep(table, room, lefts, rights, scale, energy, slots, at, starts, members, keys, value, code)``: a point is a left half
-    ``p < lefts`` and a right half ``q``, one of ``members[starts[p] : starts[p + 1]]``, a multiple
-    of :data:`GRID_RUN` long. ``table`` [2, 3, room, lanes] has
-    A, 2 B and 4 C of left and right halves; the error of a half over its scale s is ``s A - 2 B + energy / s``, with one wrong
-    sign 4 C more. Lanes are the ``slots`` from ``at`` on of ``scale`` [slots] and of ``energy`` [2, slots], which are such that
-    no error is negative. Writes the least sum to ``value[0]`` and ``128 p + q`` to ``code[0]``.
+    ``sweep(table, room, lefts, rights, scale, energy, slots, at, pairs, joined, starts, members, keys, value, code)``: a point
+    is a left half ``p < lefts`` and a right half ``q < rights``. ``table`` [2, 3, room, lanes] has A, 2 B and 4 C of left and
+    right halves; the error of a half over its scale s is ``s A - 2 B + energy / s``, with one wrong sign 4 C more. Lanes are
+    the ``slots`` from ``at`` on of ``scale`` [slots] and of ``energy`` [2, slots], which are such that no error is negative.
+    Writes the least sum to ``value[0]`` and ``128 p + q`` to ``code[0]``.
 
     ``flips``: ``value[1]`` and ``code[1]`` get the best point with one wrong sign, in whichever half costs less.
 
-    Errors of right halves are kept in ``keys`` as integers that sort like them, with ``q`` in place of the lowest seven bits.
+    Errors of right halves are kept in ``keys`` as integers that sort like them, ``q`` in place of the lowest seven bits: a row
+    of lanes each, with ``flips`` a second one for the wrong sign. ``joined`` more rows are the least of two earlier ones, which
+    ``pairs`` [joined, 2] names; the best partner of p is the least of ``members[starts[p] : starts[p + 1]]``, a multiple of
+    :data:`GRID_RUN`. Pairs and members tell where in ``keys`` a row starts.
     """
     lanes, low = GRID_LANES, 127
 
     @intrinsic
-    def sweep(typing_context, table, room, lefts, rights, scale, energy, slots, at, starts, members, keys, value, code):
+    def sweep(
+        typing_context,
+        table,
+        room,
+        lefts,
+        rights,
+        scale,
+        energy,
+        slots,
+        at,
+        pairs,
+        joined,
+        starts,
+        members,
+        keys,
+        value,
+        code,
+    ):
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             f = _Frame(context, builder, signature, args)
             size = ir.Constant(ir.IntType(64), lanes)
@@ -434,9 +453,9 @@ def grid_sweep(flips: bool) -> Any:
             def less(a: Vector, b: Vector) -> Vector:
                 return Vector(builder, builder.icmp_unsigned("<", a.value, b.value)).choose(a, b)
 
-            def load_keys(q: Any, part: int) -> Vector:
-                row = builder.add(builder.mul(q, number(lanes * sets)), number(lanes * part))
-                pointer = builder.bitcast(f.pointer(10, row), ints.as_pointer())
+            def load_keys(start: Any, part: int) -> Vector:
+                pointer = f.pointer(12, builder.add(start, number(lanes * part)))
+                pointer = builder.bitcast(pointer, ints.as_pointer())
                 return Vector(builder, builder.load(pointer, align=4))
 
             s = f.load(4, args[7], lanes)
@@ -459,21 +478,29 @@ def grid_sweep(flips: bool) -> Any:
                     positive = f.larger(error, f.constant(0.0, lanes)).cast(_INT, lanes)
                     key = (positive & ~low) | f.spread(builder.trunc(loop.index, _INT), lanes)
                     row = builder.add(builder.mul(loop.index, number(lanes * sets)), number(lanes * part))
-                    f.store(10, row, key)
+                    f.store(12, row, key)
+
+            with cgutils.for_range(builder, args[9], intp=args[9].type) as loop:
+                double = builder.mul(loop.index, number(2))
+                first, second = (builder.load(f.pointer(8, builder.add(double, number(k)))) for k in range(2))
+                for part in range(sets):
+                    row = builder.mul(builder.add(loop.index, args[3]), number(lanes * sets))
+                    key = less(load_keys(first, part), load_keys(second, part))
+                    f.store(12, builder.add(row, number(lanes * part)), key)
 
             values = [f.variable(f.constant(float("inf"), lanes)) for _ in range(sets)]
             codes = [f.variable(f.constant(0, lanes, _INT)) for _ in range(sets)]
             least = [f.variable(f.constant(-1, lanes, _INT)) for _ in range(sets)]
             with cgutils.for_range(builder, args[2], intp=args[2].type) as outer:
                 p = outer.index
-                first, last = (builder.load(f.pointer(8, i)) for i in (p, builder.add(p, number(1))))
+                first, last = (builder.load(f.pointer(10, i)) for i in (p, builder.add(p, number(1))))
                 for where in least:
                     f.write(where, f.constant(-1, lanes, _INT))
                 turns = builder.udiv(builder.sub(last, first), number(GRID_RUN))
                 with cgutils.for_range(builder, turns, intp=first.type) as inner:
                     here = builder.add(first, builder.mul(inner.index, number(GRID_RUN)))
                     for u in range(GRID_RUN):
-                        q = builder.load(f.pointer(9, builder.add(here, number(u))))
+                        q = builder.load(f.pointer(11, builder.add(here, number(u))))
                         for part, where in enumerate(least):
                             f.write(where, less(load_keys(q, part), f.read(where)))
                 here = f.spread(builder.trunc(builder.shl(p, number(7)), _INT), lanes)
@@ -490,24 +517,13 @@ def grid_sweep(flips: bool) -> Any:
                     f.write(values[k], better.choose(sums[k], f.read(values[k])))
                     f.write(codes[k], better.choose(found[k], f.read(codes[k])))
             for k in range(sets):
-                f.store(11, number(k * lanes), f.read(values[k]))
-                f.store(12, number(k * lanes), f.read(codes[k]))
+                f.store(13, number(k * lanes), f.read(values[k]))
+                f.store(14, number(k * lanes), f.read(codes[k]))
             return context.get_dummy_value()
 
+        intp = types.intp
         return types.void(
-            table,
-            types.intp,
-            types.intp,
-            types.intp,
-            scale,
-            energy,
-            types.intp,
-            types.intp,
-            starts,
-            members,
-            keys,
-            value,
-            code,
+            table, intp, intp, intp, scale, energy, intp, intp, pairs, intp, starts, members, keys, value, code
         ), codegen
 
     return sweep
