@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ggufx.kernels._jit import float_to_half, half_to_float, inline, kernel, larger, smaller, subroutine
-from ggufx.kernels._lanes import GRID_LANES, GRID_RUN, grid_halves, grid_least, grid_sweep
+from ggufx.kernels._lanes import GRID_LANES, GRID_RUN, grid_halves, grid_least, grid_sweep, peek
 from ggufx.kernels._linear import down, exponent_of, floats, mean_square, scratch_of, up
 
 __all__ = ["EITHER", "FREE", "PAIRS", "PARITY", "SAME", "Grid", "grid_of", "searcher"]
@@ -202,44 +202,29 @@ def _sweep(rule, grid, tables, energy, scale, work, code):
 
 
 @subroutine
-def _keep(rule, tables, code, lines, line_a, line_b, line_code):
-    """Add the points of ``code`` to the lists; not those that came last, as happens from one scale to the next."""
-    lanes = tables.shape[4]
-    for part in range(lines.shape[0]):
+def _keep(rule, tables, code, n, line_a, line_b, line_code):
+    """Make the points of ``code`` line n of every list."""
+    plane, lanes = tables.shape[3] * tables.shape[4], tables.shape[4]
+    for part in range(code.shape[0]):
         flipped = rule == PARITY or (rule == PAIRS and part == 1)
-        for slot in range(code.shape[1]):
-            g, n = code[part, slot], lines[part, slot]
-            if n == 0 or line_code[part, n - 1, slot] != g:
-                lane = slot % lanes
-                table = tables[slot // lanes + np.int64(g >> np.uint32(14))]
-                p, q = np.int64((g >> np.uint32(7)) & _LOW), np.int64(g & _LOW)
-                b = table[0, 1, p, lane] + table[1, 1, q, lane]
-                if flipped:
-                    b -= smaller(table[0, 2, p, lane], table[1, 2, q, lane])
-                line_code[part, n, slot] = g
-                line_a[part, n, slot] = table[0, 0, p, lane] + table[1, 0, q, lane]
-                line_b[part, n, slot] = b
-                lines[part, slot] = n + 1
+        a, b, codes, found = line_a[part, n], line_b[part, n], line_code[part, n], code[part]
+        for slot in range(found.shape[0]):
+            g = found[slot]
+            codes[slot] = g
+            table = 6 * plane * (slot // lanes + np.int64(g >> np.uint32(14))) + slot % lanes
+            left = table + lanes * np.int64((g >> np.uint32(7)) & _LOW)
+            right = table + lanes * np.int64(g & _LOW) + 3 * plane
+            a[slot] = peek(tables, left) + peek(tables, right)
+            twice = peek(tables, left + plane) + peek(tables, right + plane)
+            if flipped:
+                twice -= smaller(peek(tables, left + 2 * plane), peek(tables, right + 2 * plane))
+            b[slot] = twice
 
 
 @subroutine
-def _level(lines, line_a, line_b):
-    """Repeat lines so that every slot has equally many; return how many."""
-    most = 0
-    for part in range(lines.shape[0]):
-        for slot in range(lines.shape[1]):
-            most = larger(most, lines[part, slot])
-    for part in range(lines.shape[0]):
-        for slot in range(lines.shape[1]):
-            for n in range(lines[part, slot], most):
-                line_a[part, n, slot] = line_a[part, 0, slot]
-                line_b[part, n, slot] = line_b[part, 0, slot]
-    return most
-
-
-@subroutine
-def _least(scale, line_a, line_b, most, best, best_a, best_b):
+def _least(scale, line_a, line_b, most, picked):
     """Per list and slot: the line of least error at ``scale``; errors are without ``sum w x^2``."""
+    best, best_a, best_b = picked
     slots = scale.shape[0]
     for part in range(best.shape[0]):
         for at in range(0, slots, GRID_LANES):
@@ -265,43 +250,51 @@ def _model(d0, unit, last, scales, curvature, tried, model):
 
 
 @inline
-def _list_of(rule, odd, best, first, slot):
-    """Return the list of which ``slot`` of the group or pair from ``first`` takes its point."""
-    if rule == PAIRS:
-        if odd[first] == _ZERO:
-            return 0
-        here = best[1, first] + best[0, first + 1] <= best[0, first] + best[1, first + 1]
-        return 1 if here == (slot == first) else 0
-    return 0
+def _first_wrong(best, slots, slot):
+    """Whether the wrong sign of the pair of slots from ``slot`` is better off in the first."""
+    here, there = peek(best, slots + slot) + peek(best, slot + 1), peek(best, slot) + peek(best, slots + slot + 1)
+    return here <= there
 
 
 @subroutine
-def _group(rule, first, last, odd, best, best_a, best_b):
-    """Error, sum A and sum 2 B of a group's best choice of lines."""
-    error, sum_a, sum_b = _ZERO, _ZERO, _ZERO
-    if rule == SAME:
-        error = _INF
-        for part in range(2):
-            e, a, b = _ZERO, _ZERO, _ZERO
-            for i in range(first, last):
-                e += best[part, i]
-                a += best_a[part, i]
-                b += best_b[part, i]
-            if e < error:
-                error, sum_a, sum_b = e, a, b
-        return error, sum_a, sum_b
-    for i in range(first, last):
-        part = _list_of(rule, odd, best, i - i % 2, i)
-        error += best[part, i]
-        sum_a += best_a[part, i]
-        sum_b += best_b[part, i]
-    return error, sum_a, sum_b
-
-
-@subroutine
-def _evaluate(rule, d, window, unit, last, scales, most, line_a, line_b, odd, slot_scale, picked, chosen, least):
-    """Best sub-scales within ``window`` of the nearest and best lines for d: error, ``sum u B`` and ``sum u^2 A``."""
+def _groups(rule, odd, picked, sums):
+    """Fill ``sums`` [error, A, 2 B] of every group with those of its best choice of lines."""
     best, best_a, best_b = picked
+    slots, groups = odd.shape[0], sums.shape[1]
+    each = slots // groups
+    for g in range(groups):
+        error, sum_a, sum_b = _ZERO, _ZERO, _ZERO
+        at = g * each
+        if rule == PAIRS:
+            for i in range(at, at + each, 2):
+                first, second = i, i + 1
+                if peek(odd, i) > _ZERO:
+                    if _first_wrong(best, slots, i):
+                        first += slots
+                    else:
+                        second += slots
+                error += peek(best, first) + peek(best, second)
+                sum_a += peek(best_a, first) + peek(best_a, second)
+                sum_b += peek(best_b, first) + peek(best_b, second)
+        else:
+            for i in range(at, at + each):
+                error += peek(best, i)
+                sum_a += peek(best_a, i)
+                sum_b += peek(best_b, i)
+        if rule == SAME:
+            other, other_a, other_b = _ZERO, _ZERO, _ZERO
+            for i in range(slots + at, slots + at + each):
+                other += peek(best, i)
+                other_a += peek(best_a, i)
+                other_b += peek(best_b, i)
+            if other < error:
+                error, sum_a, sum_b = other, other_a, other_b
+        sums[0, g], sums[1, g], sums[2, g] = error, sum_a, sum_b
+
+
+@subroutine
+def _evaluate(rule, d, window, unit, last, scales, most, line_a, line_b, odd, slot_scale, picked, chosen, sums, least):
+    """Best sub-scales within ``window`` of the nearest and best lines for d: error, ``sum u B`` and ``sum u^2 A``."""
     groups = scales.shape[0]
     each = slot_scale.shape[0] // groups
     step = d * unit
@@ -311,16 +304,16 @@ def _evaluate(rule, d, window, unit, last, scales, most, line_a, line_b, odd, sl
         for g in range(groups):
             a = smaller(larger(np.rint((scales[g] / step - _ONE) * np.float32(0.5)), _ZERO), np.float32(last))
             a = smaller(larger(a + np.float32(shift), _ZERO), np.float32(last))
-            least[4, g] = a
+            sums[3, g] = a
             for i in range(g * each, g * each + each):
                 slot_scale[i] = step * (_TWO * a + _ONE)
-        _least(slot_scale, line_a, line_b, most, best, best_a, best_b)
+        _least(slot_scale, line_a, line_b, most, picked)
+        _groups(rule, odd, picked, sums)
         for g in range(groups):
-            error, a, b = _group(rule, g * each, g * each + each, odd, best, best_a, best_b)
-            if error < least[0, g]:
-                u = unit * (_TWO * least[4, g] + _ONE)
-                least[0, g], least[1, g], least[2, g] = error, u * b, u * u * a
-                chosen[g] = np.int64(least[4, g])
+            if sums[0, g] < least[0, g]:
+                u = unit * (_TWO * sums[3, g] + _ONE)
+                least[0, g], least[1, g], least[2, g] = sums[0, g], u * sums[2, g], u * u * sums[1, g]
+                chosen[g] = np.int64(sums[3, g])
     total, ub, uua = _ZERO, _ZERO, _ZERO
     for g in range(groups):
         total += least[0, g]
@@ -401,7 +394,7 @@ def searcher(
             *[floats(slots // GRID_LANES, length, GRID_LANES)] * 2,
             *(floats(2, slots), floats(slots), (np.uint8, (32,)), floats(2, slots), floats(256), floats(64)),
             *(floats(tables, 2, 3, _HALVES, GRID_LANES), floats(samples + 1, slots)),
-            *((uint, (lists, slots)), (np.int64, (lists, slots))),
+            *((uint, (lists, slots)),),
             *(floats(lists, room, slots), floats(lists, room, slots), (uint, (lists, room, slots))),
         )
         fit = scratch_of(
@@ -411,7 +404,8 @@ def searcher(
                 floats(2, 64),
                 (np.int64, (groups,)),
                 (np.int64, (groups,)),
-                floats(5, groups),
+                floats(4, groups),
+                floats(3, groups),
             )
         )
         work = scratch_of(
@@ -443,8 +437,8 @@ def _search(values, importance, outputs, grid, layout, fit, work, picked, rule, 
     out_d, out_a, out_points, out_signs = outputs
     halves, counts, _, _, _, numbers = grid
     xs, ws, energy, odd, signs, tops, w, buffer, tables, scale = layout[:10]
-    code, lines, line_a, line_b, line_code = layout[10:]
-    scales, curvature, model, chosen, kept, least = fit
+    code, line_a, line_b, line_code = layout[10:]
+    scales, curvature, model, chosen, kept, sums, least = fit
     best, best_a, best_b = picked
     by_energy, floor, square = weights
     window, starts, passes, rounds = effort
@@ -476,9 +470,6 @@ def _search(values, importance, outputs, grid, layout, fit, work, picked, rule, 
                 w[i] = floor * mean + square * v * v if by_energy >= _ZERO else _ONE
         _load(x, w, f, rule, length, xs, ws, energy, odd, signs, tops)
         _fill(grid, xs, ws, odd, tables, rule >= SAME)
-        for part in range(lines.shape[0]):
-            for slot in range(slots):
-                lines[part, slot] = 0
         for group in range(groups):
             first, behind = group * each, group * each + each
             typical = _typical(rule, tops[:, first:behind], energy[:, first:behind], largest_point)
@@ -487,16 +478,16 @@ def _search(values, importance, outputs, grid, layout, fit, work, picked, rule, 
                     scale[k, i] = multiples[k] * typical
         for k in range(samples):
             _sweep(rule, grid, tables, energy, scale[k], work, code)
-            _keep(rule, tables, code, lines, line_a, line_b, line_code)
-        most = _level(lines, line_a, line_b)
+            _keep(rule, tables, code, k, line_a, line_b, line_code)
+        most = samples
         # The best of the sampled scales of every group, by the energy that its lines explain at their own best scale.
         for group in range(groups):
             least[0, group], scales[group], curvature[group] = _ZERO, _ZERO, _ZERO
         for k in range(samples):
-            _least(scale[k], line_a, line_b, most, best, best_a, best_b)
+            _least(scale[k], line_a, line_b, most, picked)
+            _groups(rule, odd, picked, sums)
             for group in range(groups):
-                _, sum_a, sum_b = _group(rule, group * each, group * each + each, odd, best, best_a, best_b)
-                sum_b = sum_b * np.float32(0.5)
+                sum_a, sum_b = sums[1, group], sums[2, group] * np.float32(0.5)
                 if sum_a > _ZERO and sum_b > _ZERO and sum_b * (sum_b / sum_a) > least[0, group]:
                     least[0, group] = sum_b * (sum_b / sum_a)
                     scales[group], curvature[group] = sum_b / sum_a, sum_a
@@ -515,8 +506,8 @@ def _search(values, importance, outputs, grid, layout, fit, work, picked, rule, 
                         for i in range(group * each, group * each + each):
                             slot_scale[i] = larger(stored * unit * np.float32(2 * a + 1), np.float32(1e-12))
                     _sweep(rule, grid, tables, energy, slot_scale, work, code)
-                    _keep(rule, tables, code, lines, line_a, line_b, line_code)
-                most = _level(lines, line_a, line_b)
+                    _keep(rule, tables, code, most, line_a, line_b, line_code)
+                    most += 1
             error_kept, before = _INF, stored
             for _ in range(starts if turn == 0 else 1):
                 d = before
@@ -542,6 +533,7 @@ def _search(values, importance, outputs, grid, layout, fit, work, picked, rule, 
                         slot_scale,
                         picked,
                         chosen,
+                        sums,
                         least,
                     )
                     d = ub / uua if uua > _ZERO and ub > _ZERO else d
@@ -565,6 +557,7 @@ def _search(values, importance, outputs, grid, layout, fit, work, picked, rule, 
                             slot_scale,
                             picked,
                             chosen,
+                            sums,
                             least,
                         )
                         if error < error_kept:
@@ -586,23 +579,24 @@ def _search(values, importance, outputs, grid, layout, fit, work, picked, rule, 
             for i in range(group * each, group * each + each):
                 slot_scale[i] = larger(stored * unit * np.float32(2 * kept[group] + 1), np.float32(1e-12))
         _sweep(rule, grid, tables, energy, slot_scale, work, code)
-        _keep(rule, tables, code, lines, line_a, line_b, line_code)
-        most = _level(lines, line_a, line_b)
-        _least(slot_scale, line_a, line_b, most, best, best_a, best_b)
+        _keep(rule, tables, code, most, line_a, line_b, line_code)
+        most += 1
+        _least(slot_scale, line_a, line_b, most, picked)
         for k in range(32):
             out_signs[block, k] = signs[k]
         for slot in range(slots):
             group = slot // each
-            part = _list_of(rule, odd, best, slot - slot % 2, slot)
+            part = 0
+            if rule == PAIRS and odd[slot] > _ZERO:
+                part = 1 if _first_wrong(best, slots, slot - slot % 2) == (slot % 2 == 0) else 0
             if rule == SAME:
                 first, second = _ZERO, _ZERO
                 for i in range(group * each, group * each + each):
                     first += best[0, i]
                     second += best[1, i]
                 part = 1 if second < first else 0
-            # The first line with this error: repeated ones come later.
             n = 0
-            while n + 1 < lines[part, slot] and not (
+            while n + 1 < most and not (
                 line_a[part, n, slot] == best_a[part, slot] and line_b[part, n, slot] == best_b[part, slot]
             ):
                 n += 1

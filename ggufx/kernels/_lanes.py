@@ -30,6 +30,7 @@ __all__ = [
     "midpoints",
     "model_cost",
     "nearest_codes",
+    "peek",
     "pick_lane",
     "planes",
     "survey",
@@ -600,3 +601,14 @@ def grid_halves(n: int) -> Any:
         return types.void(points, intp, xs, ws, intp, odd, intp, table, intp, intp), codegen
 
     return halves
+
+
+@intrinsic
+def peek(typing_context: Any, array: Any, index: Any) -> Any:
+    """Read element ``index`` of the flattened array, which must be there: no axes, no negative indices, no checks."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.load(builder.gep(data, [args[1]]))
+
+    return array.dtype(array, types.intp), codegen
