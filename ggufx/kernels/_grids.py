@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ggufx.kernels._jit import float_to_half, half_to_float, inline, kernel, larger, smaller, subroutine
-from ggufx.kernels._lanes import GRID_LANES, GRID_RUN, grid_halves, grid_least, grid_sweep, peek
+from ggufx.kernels._lanes import GRID_LANES, GRID_RUN, grid_halves, grid_least, grid_slots, grid_sweep, peek
 from ggufx.kernels._linear import down, exponent_of, floats, mean_square, scratch_of, up
 
 __all__ = ["EITHER", "FREE", "PAIRS", "PARITY", "SAME", "Grid", "grid_of", "searcher"]
@@ -52,6 +52,7 @@ _COMMON = 4
 
 _MAGIC = np.float32(12582912)  # 1.5 * 2^23: adding and subtracting it rounds half to even, as rint does
 
+_slots4, _slots8 = grid_slots(4), grid_slots(8)
 _halves2, _halves4 = grid_halves(2), grid_halves(4)
 _least_line = grid_least()
 _sweep_free = grid_sweep(flips=False)
@@ -86,7 +87,7 @@ def _joined(partners: np.ndarray) -> tuple[list[tuple[int, int]], np.ndarray]:
 
     ``partners`` is float32 [left, right] of zeros and ones. Returns the pairs, and ``partners`` with a column for each.
     """
-    pairs = []
+    pairs: list[tuple[int, int]] = []
     while True:
         common = partners.T @ partners
         np.fill_diagonal(common, 0)
@@ -325,36 +326,24 @@ def _evaluate(rule, d, window, unit, last, scales, most, line_a, line_b, odd, sl
 @subroutine
 def _load(x, w, f, rule, length, xs, ws, energy, odd, signs, tops):
     """Lay a block out: magnitudes and weights of every slot, signs, energies of halves; largest and summed magnitudes."""
-    lanes = xs.shape[2]
-    half = length // 2
-    for slot in range(256 // length):
-        chunk, lane, at = slot // lanes, slot % lanes, slot * length
-        top, left, right, total = _ZERO, _ZERO, _ZERO, _ZERO
-        if at % 8 == 0:
-            signs[at // 8] = np.uint8(0)
-        for j in range(length):
-            v = x[at + j] * f
-            if rule < SAME and v < _ZERO:
-                signs[at // 8] |= np.uint8(1 << ((at + j) % 8))
-                v = -v
-            weight = w[at + j]
-            xs[chunk, j, lane], ws[chunk, j, lane] = v, weight
-            if j < half:
-                left += weight * v * v
-            else:
-                right += weight * v * v
-            size = v if v >= _ZERO else -v
-            top = larger(top, size)
-            total += weight * size
-        # Slightly more, so that no error is negative.
-        energy[0, slot] = left * np.float32(1.001) + np.float32(1e-30)
-        energy[1, slot] = right * np.float32(1.001) + np.float32(1e-30)
-        tops[0, slot], tops[1, slot] = top, total
-    for slot in range(256 // length):
-        octet, parity = signs[slot * length // 8], 0
-        for j in range(8):
-            parity ^= np.int64(octet >> np.uint8(j)) & 1
-        odd[slot] = np.float32(4) if parity and FREE < rule < SAME else _ZERO
+    slots = odd.shape[0]
+    for at in range(0, slots, GRID_LANES):
+        if length == 4:
+            _slots4(x, w, at, f, rule >= SAME, xs, ws, energy, slots, tops, signs)
+        else:
+            _slots8(x, w, at, f, rule >= SAME, xs, ws, energy, slots, tops, signs)
+    for half in range(2):
+        for slot in range(slots):
+            # Slightly more, so that no error is negative.
+            energy[half, slot] = energy[half, slot] * np.float32(1.001) + np.float32(1e-30)
+    for octet in range(32):
+        bits = np.int64(signs[octet])
+        parity = bits ^ (bits >> 4)
+        parity ^= parity >> 2
+        parity ^= parity >> 1
+        wrong = np.float32(4) if parity & 1 and FREE < rule < SAME else _ZERO
+        for slot in range(octet * slots // 32, (octet + 1) * slots // 32):
+            odd[slot] = wrong
 
 
 def searcher(
@@ -508,7 +497,8 @@ def _search(values, importance, outputs, grid, layout, fit, work, picked, rule, 
                     _sweep(rule, grid, tables, energy, slot_scale, work, code)
                     _keep(rule, tables, code, most, line_a, line_b, line_code)
                     most += 1
-            error_kept, before = _INF, stored
+            # Errors are without sum w x^2: 0 is what zeros cost.
+            error_kept, before = _ZERO, stored
             for _ in range(starts if turn == 0 else 1):
                 d = before
                 if turn == 0:
@@ -583,7 +573,7 @@ def _search(values, importance, outputs, grid, layout, fit, work, picked, rule, 
         most += 1
         _least(slot_scale, line_a, line_b, most, picked)
         for k in range(32):
-            out_signs[block, k] = signs[k]
+            out_signs[block, k] = signs[k] if rule < SAME else np.uint8(0)
         for slot in range(slots):
             group = slot // each
             part = 0

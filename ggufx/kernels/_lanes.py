@@ -25,6 +25,7 @@ __all__ = [
     "best_of_kinds",
     "grid_halves",
     "grid_least",
+    "grid_slots",
     "grid_sweep",
     "lane_sums",
     "midpoints",
@@ -562,6 +563,57 @@ def grid_least() -> Any:
         return types.void(scale, line_a, line_b, intp, intp, intp, intp, intp, best, best_a, best_b), codegen
 
     return least
+
+
+def grid_slots(length: int) -> Any:
+    """Return an intrinsic: lay :data:`GRID_LANES` slots of ``length`` elements out side by side.
+
+    ``lay(x, w, at, factor, signed, xs, ws, energy, slots, tops, signs)`` takes the elements of ``x``, times ``factor`` and
+    without their signs unless ``signed``, and of ``w`` for the slots from ``at`` on. Element j of them all goes to
+    ``xs[at / lanes, j]`` and ``ws[at / lanes, j]``. ``energy`` [2, slots] gets ``sum w x^2`` of both halves, ``tops`` likewise
+    the largest ``|x|`` and ``sum w |x|``, ``signs`` a bit an element.
+    """
+    lanes = GRID_LANES
+    total = lanes * length
+
+    @intrinsic
+    def lay(typing_context, x, w, at, factor, signed, xs, ws, energy, slots, tops, signs):
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            f = _Frame(context, builder, signature, args)
+
+            def number(k: int) -> Any:
+                return ir.Constant(ir.IntType(64), k)
+
+            start = builder.mul(args[2], number(length))
+            values = f.load(0, start, total) * f.spread(args[3], total)
+            sizes = (values.cast(_INT, total) & 0x7FFFFFFF).float_bits()
+            below = builder.fcmp_ordered("<", values.value, f.constant(0.0, total).value)
+            byte = builder.udiv(start, number(8))
+            f.store(10, byte, Vector(builder, builder.bitcast(below, ir.VectorType(_BYTE, total // 8))))
+            chosen = Vector(builder, builder.select(args[4], values.value, sizes.value))
+            weights = f.load(1, start, total)
+            halves: list[list[Vector]] = [[], []]
+            picked: list[Vector] = []
+            weighted: list[Vector] = []
+            for j in range(length):
+                picks = range(j, total, length)
+                u, v, size = weights.take(picks), chosen.take(picks), sizes.take(picks)
+                row = builder.add(start, number(j * lanes))
+                f.store(5, row, v)
+                f.store(6, row, u)
+                halves[2 * j // length].append(u * size * size)
+                picked.append(size)
+                weighted.append(u * size)
+            for half, terms in enumerate(halves):
+                f.store(7, builder.add(args[2], builder.mul(args[8], number(half))), reduce(add, terms))
+            for half, vector in enumerate((reduce(f.larger, picked), reduce(add, weighted))):
+                f.store(9, builder.add(args[2], builder.mul(args[8], number(half))), vector)
+            return context.get_dummy_value()
+
+        intp = types.intp
+        return types.void(x, w, intp, types.float32, types.boolean, xs, ws, energy, intp, tops, signs), codegen
+
+    return lay
 
 
 def grid_halves(n: int) -> Any:
