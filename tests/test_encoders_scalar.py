@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from oracle import VECTORS
 
-from ggufx import types
+from ggufx import tables, types
 from ggufx.errors import CodecError
 from ggufx.types import Codec
 from ggufx.types import codec as codec_module
 from ggufx.types.mxfp4 import ROUNDED_UP
+from ggufx.types.packing import fields
 
 ROOT = Path(__file__).parent.parent
 REALISTIC = [0, 1, *range(4, 12)]
@@ -166,6 +167,61 @@ def test_objective_mse_is_the_better_one_in_its_own_measure(name: str) -> None:
         w = weights(name, x, m, "mse")
         plain, default = (error(codec, codec.encode(x, m, objective=o), x, w).sum() for o in ("mse", "reference"))
         assert plain <= default * 1.0001
+
+
+def grid_scales(codec: Codec, packed: np.ndarray) -> np.ndarray:
+    """Scale of every group of a grid type, [rows, blocks, groups]."""
+    blocks = codec.layout.split(packed)[1]
+    if codec.name == "IQ1_M":
+        words = blocks["scales"].view("<u2")
+        d = np.bitwise_or.reduce(words >> 12 << np.arange(0, 16, 4, dtype=np.uint16), axis=-1).view(np.float16)
+        a = (words[..., None] >> np.arange(0, 12, 3) & 7).reshape(*d.shape, 16)
+        return d.astype(np.float64)[..., None] * (2 * a + 1)
+    if codec.name == "IQ3_XXS":
+        a, unit = blocks["qs"][..., 64:].copy().view("<u4") >> 28, 0.25
+    elif codec.name == "IQ1_S":
+        a, unit = blocks["qh"] >> 12 & 7, 1
+    else:
+        a, unit = fields(blocks["scales"], 4, 1), 1 if codec.name == "IQ3_S" else 0.125
+    return blocks["d"].astype(np.float64)[..., None] * unit * (2 * a.astype(np.float64) + 1)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_points_are_the_best_of_the_whole_grid(name: str) -> None:
+    # By trying them all, under the scales that were found.
+    codec = types.get(name)
+    x, importance = fresh(rows=2)
+    packed = codec.encode(x, importance, objective="mse")
+    points = getattr(tables, f"GRID_{name[:3] if name.startswith('IQ1') else name}").astype(np.float64)
+    length = points.shape[1]
+    scales = grid_scales(codec, packed)
+    each = 256 // length // scales.shape[-1]
+    s = np.repeat(scales.reshape(-1), each)[:, None]
+    v = x.astype(np.float64).reshape(-1, length)
+    w = np.broadcast_to(importance.astype(np.float64), x.shape).reshape(-1, length)
+
+    def errors(signed: np.ndarray, grid: np.ndarray) -> np.ndarray:
+        return ((w * v * v).sum(axis=1)[:, None] - 2 * s * (w * signed) @ grid.T) + s * s * (w @ (grid**2).T)
+
+    if name.startswith("IQ1"):
+        plus, minus = (errors(v, points + shift).min(axis=1) for shift in (0.125, -0.125))
+        if name == "IQ1_S":
+            plus, minus = plus.reshape(-1, each).sum(axis=1), minus.reshape(-1, each).sum(axis=1)
+        least = np.minimum(plus, minus).sum()
+    else:
+        right = errors(np.abs(v), points)
+        wrong = right + 4 * s * ((w * np.abs(v))[:, None, :] * points).min(axis=2)
+        right, wrong = right.min(axis=1), wrong.min(axis=1)
+        odd = (v.reshape(-1, 8) < 0).sum(axis=1) % 2 == 1
+        if name == "IQ2_XS":
+            right = np.where(odd, wrong, right)
+        elif name == "IQ3_XXS":
+            first, second = (part.reshape(-1, 2) for part in (right, wrong))
+            flipped = np.minimum(first[:, 0] + second[:, 1], first[:, 1] + second[:, 0])
+            right = np.where(odd, flipped, first.sum(axis=1))
+        least = right.sum()
+    found = error(codec, packed, x, np.broadcast_to(importance, x.shape)).sum()
+    assert 0.99999 * least <= found <= 1.0001 * least
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "F8_E4M3_B128"])

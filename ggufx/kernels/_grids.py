@@ -294,8 +294,10 @@ def _groups(rule, odd, picked, sums):
 
 
 @subroutine
-def _evaluate(rule, d, window, unit, last, scales, most, line_a, line_b, odd, slot_scale, picked, chosen, sums, least):
-    """Best sub-scales within ``window`` of the nearest and best lines for d: error, ``sum u B`` and ``sum u^2 A``."""
+def _evaluate(fixed, d, most, space):
+    """Best sub-scales within the window of the nearest and best lines for d: error, ``sum u B`` and ``sum u^2 A``."""
+    rule, unit, last, window = fixed
+    scales, line_a, line_b, odd, slot_scale, picked, chosen, sums, least = space
     groups = scales.shape[0]
     each = slot_scale.shape[0] // groups
     step = d * unit
@@ -444,6 +446,8 @@ def _search(values, importance, outputs, grid, layout, fit, work, picked, rule, 
                 largest_point = larger(largest_point, halves[0, half, p, j])
     row_blocks = values.shape[1] // 256
     slot_scale = scale[samples]
+    fixed = rule, unit, last, window
+    space = scales, line_a, line_b, odd, slot_scale, picked, chosen, sums, least
     for block in range(values.shape[0] * row_blocks):
         r, b = divmod(block, row_blocks)
         x = values[r, b * 256 : b * 256 + 256]
@@ -486,6 +490,8 @@ def _search(values, importance, outputs, grid, layout, fit, work, picked, rule, 
         d0 = largest / (unit * np.float32(2 * last + 1))
         stored = _ZERO
         for turn in range(rounds + 1 if d0 > _ZERO else 0):
+            if turn > 0 and stored <= _ZERO:
+                break
             if turn == 0:
                 _model(d0, unit, np.float32(last), scales, curvature, model[0], model[1])
             else:
@@ -509,23 +515,7 @@ def _search(values, importance, outputs, grid, layout, fit, work, picked, rule, 
                     for near in range(larger(k - 2, 0), smaller(k + 3, 64)):
                         model[1, near] = _INF
                 for _ in range(passes):
-                    _, ub, uua = _evaluate(
-                        rule,
-                        d,
-                        window,
-                        unit,
-                        last,
-                        scales,
-                        most,
-                        line_a,
-                        line_b,
-                        odd,
-                        slot_scale,
-                        picked,
-                        chosen,
-                        sums,
-                        least,
-                    )
+                    _, ub, uua = _evaluate(fixed, d, most, space)
                     d = ub / uua if uua > _ZERO and ub > _ZERO else d
                 bits = smaller(float_to_half(d * factor), np.uint16(0x7BFF))
                 # Half subnormals are far apart: the nearest one need not be the best.
@@ -533,23 +523,7 @@ def _search(values, importance, outputs, grid, layout, fit, work, picked, rule, 
                 for shift in range(-reach, reach + 1):
                     if np.int64(bits) + shift > 0:
                         d = half_to_float(np.uint16(np.int64(bits) + shift)) / factor
-                        error, _, _ = _evaluate(
-                            rule,
-                            d,
-                            window,
-                            unit,
-                            last,
-                            scales,
-                            most,
-                            line_a,
-                            line_b,
-                            odd,
-                            slot_scale,
-                            picked,
-                            chosen,
-                            sums,
-                            least,
-                        )
+                        error, _, _ = _evaluate(fixed, d, most, space)
                         if error < error_kept:
                             error_kept, stored = error, d
                             for group in range(groups):
