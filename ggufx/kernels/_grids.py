@@ -85,20 +85,28 @@ class Grid(NamedTuple):
 def _joined(partners: np.ndarray) -> tuple[list[tuple[int, int]], np.ndarray]:
     """Join right halves that many left ones have in common, so that the least of the two is taken once.
 
-    ``partners`` is float32 [left, right] of zeros and ones. Returns the pairs, and ``partners`` with a column for each.
+    ``partners`` is int16 [left, right] of zeros and ones. Returns the pairs, and ``partners`` with a column for each.
     """
+    n = partners.shape[1]
+    partners = np.pad(partners, ((0, 0), (0, _KEYS - n)))
+    common = np.stack([(partners * column[:, None]).sum(axis=0) for column in partners.T])
+    np.fill_diagonal(common, 0)
     pairs: list[tuple[int, int]] = []
-    while True:
-        common = partners.T @ partners
-        np.fill_diagonal(common, 0)
-        a, b = divmod(int(common.argmax()), len(common))
+    while n < _KEYS:
+        a, b = divmod(int(common.argmax()), _KEYS)
         if common[a, b] < _COMMON:
-            return pairs, partners
-        both = partners[:, a] * partners[:, b]
-        partners[:, a] -= both
-        partners[:, b] -= both
-        partners = np.concatenate([partners, both[:, None]], axis=1)
+            break
+        both = partners[:, a] & partners[:, b]
+        partners[:, a] ^= both
+        partners[:, b] ^= both
+        partners[:, n] = both
+        for k in (a, b, n):
+            common[k] = (partners * partners[:, k, None]).sum(axis=0)
+            common[k, k] = 0
+            common[:, k] = common[k]
         pairs.append((a, b))
+        n += 1
+    return pairs, partners[:, :n]
 
 
 def grid_of(points: np.ndarray, flips: bool, shifts: tuple[int, ...] = (0,), factor: int = 1) -> Grid:
@@ -107,7 +115,7 @@ def grid_of(points: np.ndarray, flips: bool, shifts: tuple[int, ...] = (0,), fac
     left, left_of = np.unique(points[:, :n], axis=0, return_inverse=True)
     right, right_of = np.unique(points[:, n:], axis=0, return_inverse=True)
     left_of, right_of = left_of.reshape(-1), right_of.reshape(-1)
-    partners = np.zeros((len(left), len(right)), np.float32)
+    partners = np.zeros((len(left), len(right)), np.int16)
     partners[left_of, right_of] = 1
     pairs, partners = _joined(partners)
     # Left halves with many partners first: loops of like lengths follow each other, which a CPU predicts.
