@@ -418,17 +418,23 @@ def searcher(
 
 
 @subroutine
-def _typical(rule, tops, energy, largest_point):
-    """The scale of a group that the sampled ones are multiples of."""
-    top, squares, total = np.float32(1e-12), _ZERO, _ZERO
-    for i in range(tops.shape[1]):
-        top = larger(top, tops[0, i])
-        squares += energy[0, i] + energy[1, i]
-        total += tops[1, i]
-    if rule >= SAME and total > _ZERO:
-        # Three values clip the largest ones anyway.
-        return larger(smaller(squares / total, top), np.float32(1e-12))
-    return top / largest_point
+def _sample(rule, groups, tops, energy, largest_point, multiples, scale):
+    """Fill ``scale`` [samples, slots] with multiples of every group's typical scale."""
+    slots = energy.shape[1]
+    each = slots // groups
+    for group in range(groups):
+        top, squares, total = np.float32(1e-12), _ZERO, _ZERO
+        for i in range(group * each, group * each + each):
+            top = larger(top, peek(tops, i))
+            squares += peek(energy, i) + peek(energy, slots + i)
+            total += peek(tops, slots + i)
+        typical = top / largest_point
+        if rule >= SAME and total > _ZERO:
+            # Three values clip the largest ones anyway.
+            typical = larger(smaller(squares / total, top), np.float32(1e-12))
+        for k in range(multiples.shape[0]):
+            for i in range(group * each, group * each + each):
+                scale[k, i] = multiples[k] * typical
 
 
 @kernel
@@ -471,12 +477,7 @@ def _search(values, importance, outputs, grid, layout, fit, work, picked, rule, 
                 w[i] = floor * mean + square * v * v if by_energy >= _ZERO else _ONE
         _load(x, w, f, rule, length, xs, ws, energy, odd, signs, tops)
         _fill(grid, xs, ws, odd, tables, rule >= SAME)
-        for group in range(groups):
-            first, behind = group * each, group * each + each
-            typical = _typical(rule, tops[:, first:behind], energy[:, first:behind], largest_point)
-            for k in range(samples):
-                for i in range(first, behind):
-                    scale[k, i] = multiples[k] * typical
+        _sample(rule, groups, tops, energy, largest_point, multiples, scale)
         for k in range(samples):
             _sweep(rule, grid, tables, energy, scale[k], work, code)
             _keep(rule, tables, code, k, line_a, line_b, line_code)
