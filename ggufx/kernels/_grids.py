@@ -1,16 +1,17 @@
-"""The exact search of FORMATS 7.1 for all types whose codes are points of a grid, in one kernel.
+"""The exact search of FORMATS 7.1 for types whose codes are points of a grid, in one kernel for all of them.
 
-A grid point g at scale s has the error ``sum w x^2 - 2 s B + s^2 A`` with ``A = sum w g^2`` and ``B = sum w x g``, neither of
-which depends on s. A point is two halves, of which there are at most 81 each, and its error is the sum of theirs: so per left
-half it is the least over the right halves that the grid has beside it, one minimum a point. A wrong sign at element j, which
+For a slot, the elements that one point stands for, a point g at scale s has the error ``sum w x^2 - 2 s B + s^2 A`` with
+``A = sum w g^2`` and ``B = sum w x g``, neither of which depends on s. A point is two halves, of which there are at most 81
+each, and its error is the sum of theirs. So the best point is found by taking, for every left half, the least of the right
+halves that the grid has beside it; what many left halves have in common is compared once. A wrong sign at element j, which
 parity may force, costs ``4 s w_j x_j g_j``; it is in one half or the other.
 
 The points that win at some scale of a sample are kept as lines (A, B). The block's scale, the sub-scales and then the points
 are fitted on these few; a sweep of the whole grid at the scales found gives the final ones.
 
-Words: a *slot* is a place for a point, 32 or 64 of them a block, side by side in the lanes. A *table* has A, 2 B and the
-cost of a wrong sign of the halves of a grid for 32 slots. A *list* has lines of every slot; there are two where points of one
-kind, with a wrong sign or under the other shift, exclude others elsewhere.
+Words: 32 or 64 slots of a block lie side by side in the lanes. A *table* has A, 2 B and the cost of a wrong sign of the halves
+of a grid for 32 slots. A *list* has lines of every slot; there are two where points of one kind, with a wrong sign or under
+the other shift, exclude others elsewhere.
 """
 
 from __future__ import annotations
