@@ -98,9 +98,11 @@ def ratio(name: str, effort: types.Effort, x: np.ndarray, base: float | None, m:
     return None if base is None else float(errors(name, x, encode(name, effort, x, m), m).sum() / base)
 
 
-def on_vectors(name: str, effort: types.Effort, case: str) -> float:
-    """Ratio on the C libraries' vectors."""
+def on_vectors(name: str, effort: types.Effort, case: str) -> float | None:
+    """Ratio on the C libraries' vectors; ``None`` where they have no such case."""
     with np.load(VECTORS / f"{name.lower()}.npz") as archive:
+        if f"dequant{case}" not in archive:
+            return None
         x, m, theirs = archive["x"], archive["imatrix"] if case else None, archive[f"dequant{case}"]
     ratios = errors(name, x, encode(name, effort, x, m), m)[ROWS] / errors(name, x, theirs, m)[ROWS]
     ratios[TINY] = 1

@@ -7,7 +7,9 @@ C-contiguous; floats are float32.
 from __future__ import annotations
 
 import math
+from functools import reduce
 from itertools import pairwise
+from operator import add
 from typing import Any
 
 from llvmlite import ir
@@ -20,13 +22,20 @@ from ggufx.kernels._vector import Vector
 __all__ = [
     "CHUNK",
     "Frame",
+    "GRID_LANES",
+    "GRID_RUN",
     "best_of_kinds",
+    "grid_halves",
+    "grid_least",
+    "grid_slots",
+    "grid_sweep",
     "join",
     "lane_sums",
     "midpoints",
     "model_cost",
     "nearest_bytes",
     "nearest_codes",
+    "peek",
     "pick_lane",
     "planes",
     "staged_bytes",
@@ -39,6 +48,10 @@ BYTES = 64
 """Codes that a staged search compares at a time."""
 CHUNK = 16
 """Lanes of everything else."""
+GRID_LANES = 32
+"""Points of a grid that are looked for at a time."""
+GRID_RUN = 2
+"""Right halves that are looked at in one turn."""
 MAGIC = float(3 << 22)
 """Adding it to a small float32 rounds that to an integer, ties to even; the low bits of the sum are the integer."""
 
@@ -411,3 +424,263 @@ def planes(count: int, n_bits: int, shift: int, run: int) -> Any:
         return types.void(codes, types.intp, out, types.intp), codegen
 
     return store
+
+
+def grid_sweep(flips: bool) -> Any:
+    """Return an intrinsic: the point of a grid of least error, for :data:`GRID_LANES` lanes.
+
+    ``sweep(table, room, lefts, rights, scale, energy, slots, at, pairs, joined, starts, members, keys, value, code)``: a point
+    is a left half ``p < lefts`` and a right half ``q < rights``. ``table`` [2, 3, room, lanes] has A, 2 B and 4 C of left and
+    right halves; the error of a half over its scale s is ``s A - 2 B + energy / s``, with one wrong sign 4 C more. Lanes are
+    the ``slots`` from ``at`` on of ``scale`` [slots] and of ``energy`` [2, slots], which are such that no error is negative.
+    Writes the least sum to ``value[0]`` and ``128 p + q`` to ``code[0]``.
+
+    ``flips``: ``value[1]`` and ``code[1]`` get the best point with one wrong sign, in whichever half costs less.
+
+    Errors of right halves are kept in ``keys`` as integers that sort like them, ``q`` in place of the lowest seven bits: a row
+    of lanes each, with ``flips`` a second one for the wrong sign. ``joined`` more rows are the least of two earlier ones, which
+    ``pairs`` [joined, 2] names; the best partner of p is the least of ``members[starts[p] : starts[p + 1]]``, a multiple of
+    :data:`GRID_RUN`. Pairs and members tell where in ``keys`` a row starts.
+    """
+    lanes, low = GRID_LANES, 127
+
+    @intrinsic
+    def sweep(
+        typing_context,
+        table,
+        room,
+        lefts,
+        rights,
+        scale,
+        energy,
+        slots,
+        at,
+        pairs,
+        joined,
+        starts,
+        members,
+        keys,
+        value,
+        code,
+    ):
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            f = _Frame(context, builder, signature, args)
+            size = ir.Constant(ir.IntType(64), lanes)
+            ints = ir.VectorType(_INT, lanes)
+            sets = 2 if flips else 1
+
+            def number(n: int) -> Any:
+                return ir.Constant(ir.IntType(64), n)
+
+            def less(a: Vector, b: Vector) -> Vector:
+                return Vector(builder, builder.icmp_unsigned("<", a.value, b.value)).choose(a, b)
+
+            def load_keys(start: Any, part: int) -> Vector:
+                pointer = f.pointer(12, builder.add(start, number(lanes * part)))
+                pointer = builder.bitcast(pointer, ints.as_pointer())
+                return Vector(builder, builder.load(pointer, align=4))
+
+            s = f.load(4, args[7], lanes)
+            lifts = [f.divide(f.load(5, builder.add(args[7], skip), lanes), s) for skip in (number(0), args[6])]
+
+            def errors(half: int, row: Any) -> list[Vector]:
+                a, b, c = (
+                    f.load(
+                        0,
+                        builder.mul(builder.add(builder.mul(args[1], number(3 * half + kind)), row), size),
+                        lanes,
+                    )
+                    for kind in range(3)
+                )
+                whole = (s * a - b) + lifts[half]
+                return [whole, whole + c] if flips else [whole]
+
+            with cgutils.for_range(builder, args[3], intp=args[3].type) as loop:
+                for part, error in enumerate(errors(1, loop.index)):
+                    positive = f.larger(error, f.constant(0.0, lanes)).cast(_INT, lanes)
+                    key = (positive & ~low) | f.spread(builder.trunc(loop.index, _INT), lanes)
+                    row = builder.add(builder.mul(loop.index, number(lanes * sets)), number(lanes * part))
+                    f.store(12, row, key)
+
+            with cgutils.for_range(builder, args[9], intp=args[9].type) as loop:
+                double = builder.mul(loop.index, number(2))
+                first, second = (builder.load(f.pointer(8, builder.add(double, number(k)))) for k in range(2))
+                for part in range(sets):
+                    row = builder.mul(builder.add(loop.index, args[3]), number(lanes * sets))
+                    key = less(load_keys(first, part), load_keys(second, part))
+                    f.store(12, builder.add(row, number(lanes * part)), key)
+
+            values = [f.variable(f.constant(float("inf"), lanes)) for _ in range(sets)]
+            codes = [f.variable(f.constant(0, lanes, _INT)) for _ in range(sets)]
+            least = [f.variable(f.constant(-1, lanes, _INT)) for _ in range(sets)]
+            with cgutils.for_range(builder, args[2], intp=args[2].type) as outer:
+                p = outer.index
+                first, last = (builder.load(f.pointer(10, i)) for i in (p, builder.add(p, number(1))))
+                for where in least:
+                    f.write(where, f.constant(-1, lanes, _INT))
+                turns = builder.udiv(builder.sub(last, first), number(GRID_RUN))
+                with cgutils.for_range(builder, turns, intp=first.type) as inner:
+                    here = builder.add(first, builder.mul(inner.index, number(GRID_RUN)))
+                    for u in range(GRID_RUN):
+                        q = builder.load(f.pointer(11, builder.add(here, number(u))))
+                        for part, where in enumerate(least):
+                            f.write(where, less(load_keys(q, part), f.read(where)))
+                here = f.spread(builder.trunc(builder.shl(p, number(7)), _INT), lanes)
+                left = errors(0, p)
+                rests = [f.read(where) for where in least]
+                sums = [left[0] + (key & ~low).float_bits() for key in rests]
+                found = [here | (key & low) for key in rests]
+                if flips:
+                    other = left[1] + (rests[0] & ~low).float_bits()
+                    better = f.greater(sums[1], other)
+                    sums[1], found[1] = better.choose(other, sums[1]), better.choose(found[0], found[1])
+                for k in range(sets):
+                    better = f.greater(f.read(values[k]), sums[k])
+                    f.write(values[k], better.choose(sums[k], f.read(values[k])))
+                    f.write(codes[k], better.choose(found[k], f.read(codes[k])))
+            for k in range(sets):
+                f.store(13, number(k * lanes), f.read(values[k]))
+                f.store(14, number(k * lanes), f.read(codes[k]))
+            return context.get_dummy_value()
+
+        intp = types.intp
+        return types.void(
+            table, intp, intp, intp, scale, energy, intp, intp, pairs, intp, starts, members, keys, value, code
+        ), codegen
+
+    return sweep
+
+
+def grid_least() -> Any:
+    """Return an intrinsic: of lines ``s (s a - b)``, the least one in each of :data:`GRID_LANES` lanes.
+
+    ``least(scale, line_a, line_b, room, count, stride, at, part, best, best_a, best_b)``: s is ``scale[at : at + lanes]``; line
+    n is that of list ``part`` [parts, room, stride] at the same lanes, and so are the results [parts, stride]. ``count`` is at
+    least 1; of equal ones the first is taken.
+    """
+    lanes = GRID_LANES
+
+    @intrinsic
+    def least(typing_context, scale, line_a, line_b, room, count, stride, at, part, best, best_a, best_b):
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            f = _Frame(context, builder, signature, args)
+            s = f.load(0, args[6], lanes)
+            kept = [f.variable(f.constant(number, lanes)) for number in (float("inf"), 0.0, 0.0)]
+            base = builder.mul(args[7], args[3])
+            with cgutils.for_range(builder, args[4], intp=args[4].type) as loop:
+                row = builder.add(builder.mul(builder.add(base, loop.index), args[5]), args[6])
+                a, b = f.load(1, row, lanes), f.load(2, row, lanes)
+                error = s * (s * a - b)
+                better = f.greater(f.read(kept[0]), error)
+                for where, value in zip(kept, (error, a, b), strict=True):
+                    f.write(where, better.choose(value, f.read(where)))
+            row = builder.add(builder.mul(args[7], args[5]), args[6])
+            for argument, where in zip((8, 9, 10), kept, strict=True):
+                f.store(argument, row, f.read(where))
+            return context.get_dummy_value()
+
+        intp = types.intp
+        return types.void(scale, line_a, line_b, intp, intp, intp, intp, intp, best, best_a, best_b), codegen
+
+    return least
+
+
+def grid_slots(length: int) -> Any:
+    """Return an intrinsic: lay :data:`GRID_LANES` slots of ``length`` elements out side by side.
+
+    ``lay(x, w, at, factor, signed, xs, ws, energy, slots, tops, signs)`` takes the elements of ``x``, times ``factor`` and
+    without their signs unless ``signed``, and of ``w`` for the slots from ``at`` on. Element j of them all goes to
+    ``xs[at / lanes, j]`` and ``ws[at / lanes, j]``. ``energy`` [2, slots] gets ``sum w x^2`` of both halves, ``tops`` likewise
+    the largest ``|x|`` and ``sum w |x|``, ``signs`` a bit an element.
+    """
+    lanes = GRID_LANES
+    total = lanes * length
+
+    @intrinsic
+    def lay(typing_context, x, w, at, factor, signed, xs, ws, energy, slots, tops, signs):
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            f = _Frame(context, builder, signature, args)
+
+            def number(k: int) -> Any:
+                return ir.Constant(ir.IntType(64), k)
+
+            start = builder.mul(args[2], number(length))
+            values = f.load(0, start, total) * f.spread(args[3], total)
+            sizes = (values.cast(_INT, total) & 0x7FFFFFFF).float_bits()
+            below = builder.fcmp_ordered("<", values.value, f.constant(0.0, total).value)
+            byte = builder.udiv(start, number(8))
+            f.store(10, byte, Vector(builder, builder.bitcast(below, ir.VectorType(_BYTE, total // 8))))
+            chosen = Vector(builder, builder.select(args[4], values.value, sizes.value))
+            weights = f.load(1, start, total)
+            halves: list[list[Vector]] = [[], []]
+            picked: list[Vector] = []
+            weighted: list[Vector] = []
+            for j in range(length):
+                picks = range(j, total, length)
+                u, v, size = weights.take(picks), chosen.take(picks), sizes.take(picks)
+                row = builder.add(start, number(j * lanes))
+                f.store(5, row, v)
+                f.store(6, row, u)
+                halves[2 * j // length].append(u * size * size)
+                picked.append(size)
+                weighted.append(u * size)
+            for half, terms in enumerate(halves):
+                f.store(7, builder.add(args[2], builder.mul(args[8], number(half))), reduce(add, terms))
+            for half, vector in enumerate((reduce(f.larger, picked), reduce(add, weighted))):
+                f.store(9, builder.add(args[2], builder.mul(args[8], number(half))), vector)
+            return context.get_dummy_value()
+
+        intp = types.intp
+        return types.void(x, w, intp, types.float32, types.boolean, xs, ws, energy, intp, tops, signs), codegen
+
+    return lay
+
+
+def grid_halves(n: int) -> Any:
+    """Return an intrinsic: what halves of ``n`` elements have to do with :data:`GRID_LANES` slots.
+
+    ``halves(points, count, xs, ws, first, odd, at, table, room, half)``: for every row g of ``points`` [count, n] and lane,
+    ``table`` [2, 3, room, lanes] gets ``A = sum w g^2``, ``2 B = 2 sum w x g`` and ``odd min w x g`` of that half. Elements are
+    ``first`` .. ``first + n`` of ``xs`` and ``ws`` [elements, lanes]; ``odd`` is that of the slots from ``at`` on.
+    """
+    lanes = GRID_LANES
+
+    @intrinsic
+    def halves(typing_context, points, count, xs, ws, first, odd, at, table, room, half):
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            f = _Frame(context, builder, signature, args)
+
+            def number(k: int) -> Any:
+                return ir.Constant(ir.IntType(64), k)
+
+            rows = [builder.mul(builder.add(args[4], number(j)), number(lanes)) for j in range(n)]
+            w = [f.load(3, row, lanes) for row in rows]
+            y = [f.load(2, row, lanes) * v for row, v in zip(rows, w, strict=True)]
+            wrong = f.load(5, args[6], lanes)
+            base = builder.mul(builder.mul(args[9], number(3)), args[8])
+            with cgutils.for_range(builder, args[1], intp=args[1].type) as loop:
+                row = builder.mul(loop.index, number(n))
+                g = [f.spread_element(0, builder.add(row, number(j)), lanes) for j in range(n)]
+                squares = [v * (u * u) for u, v in zip(g, w, strict=True)]
+                terms = [u * v for u, v in zip(g, y, strict=True)]
+                a, b, c = reduce(add, squares), reduce(add, terms), reduce(f.smaller, terms)
+                for kind, value in enumerate((a, b + b, c * wrong)):
+                    row = builder.add(builder.add(base, builder.mul(args[8], number(kind))), loop.index)
+                    f.store(7, builder.mul(row, number(lanes)), value)
+            return context.get_dummy_value()
+
+        intp = types.intp
+        return types.void(points, intp, xs, ws, intp, odd, intp, table, intp, intp), codegen
+
+    return halves
+
+
+@intrinsic
+def peek(typing_context: Any, array: Any, index: Any) -> Any:
+    """Read element ``index`` of the flattened array, which must be there: no axes, no negative indices, no checks."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.load(builder.gep(data, [args[1]]))
+
+    return array.dtype(array, types.intp), codegen

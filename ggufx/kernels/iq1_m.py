@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from ggufx import tables
+from ggufx.kernels._grids import EITHER, searcher
 from ggufx.kernels._iq1 import POINTS
 from ggufx.kernels._jit import half_to_float, kernel, load16, load64, scale_signed16
 
 _NBYTES = 56
 _LOW8 = np.uint64(0xFF)
 _HIGH4 = np.uint64(0xF00)
+
+search = searcher(tables.GRID_IQ1, EITHER, groups=16, unit=0.125, last=7, shifts=(1, -1), factor=8)
 
 
 @kernel

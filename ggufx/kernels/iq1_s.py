@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ggufx import tables
+from ggufx.kernels._grids import SAME, searcher
 from ggufx.kernels._iq1 import POINTS
 from ggufx.kernels._jit import half_to_float, kernel, load16, load32, scale_signed16
 
@@ -11,6 +13,8 @@ _NBYTES = 50
 _LOW8 = np.uint64(0xFF)
 _HIGH3 = np.uint64(0x700)
 _SHIFT = np.uint64(0x800)
+
+search = searcher(tables.GRID_IQ1, SAME, groups=8, unit=0.125, last=7, shifts=(1, -1), factor=8)
 
 
 @kernel

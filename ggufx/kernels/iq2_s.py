@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ggufx import tables
+from ggufx.kernels._grids import FREE, searcher
 from ggufx.kernels._jit import half_to_float, kernel, load16, load64, scale_signed16
 
 _GRID = tables.GRID_IQ2_S.view(np.uint64).ravel()
@@ -12,6 +13,8 @@ _NBYTES = 82
 _LOW8 = np.uint64(0xFF)
 _HIGH2 = np.uint64(0x300)
 _EIGHT = np.uint64(8)
+
+search = searcher(tables.GRID_IQ2_S, FREE, groups=16, unit=0.125, last=15)
 
 
 @kernel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ggufx import tables
+from ggufx.kernels._grids import PARITY, searcher
 from ggufx.kernels._jit import half_to_float, kernel, load16, load32, load64, scale_signed16
 
 _GRID = tables.GRID_IQ2_XS.view(np.uint64).ravel()
@@ -12,6 +13,8 @@ _SIGNS = np.array(tables.EVEN_SIGNS, np.uint32)
 _NBYTES = 74
 _INDEX = np.uint32(511)
 _SIGN = np.uint32(127)
+
+search = searcher(tables.GRID_IQ2_XS, PARITY, groups=16, unit=0.125, last=15)
 
 
 @kernel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ggufx import tables
+from ggufx.kernels._grids import FREE, searcher
 from ggufx.kernels._jit import half_to_float, kernel, load16, load32, load64, scale_signed16
 
 _GRID = tables.GRID_IQ3_S.view(np.uint32).ravel().astype(np.uint64)
@@ -12,6 +13,8 @@ _NBYTES = 110
 _LOW8 = np.uint64(0xFF)
 _NINTH = np.uint64(0x100)
 _WORD = np.uint64(32)
+
+search = searcher(tables.GRID_IQ3_S, FREE, groups=8, unit=1, last=15)
 
 
 @kernel

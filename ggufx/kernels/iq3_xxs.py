@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ggufx import tables
+from ggufx.kernels._grids import PAIRS, searcher
 from ggufx.kernels._jit import half_to_float, kernel, load16, load32, load64, scale_signed16
 
 _GRID = tables.GRID_IQ3_XXS.view(np.uint32).ravel().astype(np.uint64)
@@ -13,6 +14,8 @@ _NBYTES = 98
 _INDEX = np.uint64(255)
 _SIGN = np.uint32(127)
 _WORD = np.uint64(32)
+
+search = searcher(tables.GRID_IQ3_XXS, PAIRS, groups=8, unit=0.25, last=15)
 
 
 @kernel

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types._grids import search_grid
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import widen
 
 BLOCK_LEN = 256
+
+# Sampled scales of a group: (least, largest, number), over sum w x^2 / sum w |x|.
+_SPANS: Final = {"fast": (0.11, 0.15, 2), "normal": (0.1, 0.165, 3), "high": (0.09, 0.2, 5)}
 
 SHIFT = np.float32(0.125)
 
@@ -26,6 +30,7 @@ class IQ1_S(Codec):  # noqa: N801 (upstream's spelling)
     """
 
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "u1", (32,)), ("qh", "<u2", (8,))]))
+    needs_importance: ClassVar = True
     ids: ClassVar = {"llama.cpp": 19}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
@@ -38,3 +43,17 @@ class IQ1_S(Codec):  # noqa: N801 (upstream's spelling)
         with np.errstate(invalid="ignore"):
             scales = widen(blocks["d"]) * (2 * (blocks["qh"] >> 12 & 7) + 1).astype(np.float32)
             out.reshape(values.shape)[...] = scales[..., None] * values
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search scales exactly, over the whole grid under both shifts (FORMATS 7.1).
+
+        Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(2 mean + x^2), ``mean`` that of x^2 over
+        the block and m the importance; ``mse``: w = m.
+        """
+        found = search_grid(self, 8, 32, _SPANS, (2.0, 0.0, 0.0), values, importance, search)
+        _, blocks = self.layout.split(out)
+        blocks["d"] = found.d
+        high = (found.points >> 8).reshape(*blocks.shape, 8, 4)
+        qh = np.bitwise_or.reduce(high << np.arange(0, 12, 3, dtype=np.uint16), axis=-1)
+        blocks["qs"] = found.points & 255
+        blocks["qh"] = qh | found.sub_scales.astype(np.uint16) << 12 | found.shifts[..., ::4].astype(np.uint16) << 15

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types._grids import bits, search_grid
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import fields, negated, widen
 
 BLOCK_LEN = 256
+
+# Sampled scales of a group: (least, largest, number), over its largest magnitude / 43.
+_SPANS: Final = {"fast": (0.7, 1.05, 3), "normal": (0.55, 1.2, 5), "high": (0.45, 1.45, 12)}
 
 
 class IQ2_S(Codec):  # noqa: N801 (upstream's spelling)
@@ -37,3 +41,17 @@ class IQ2_S(Codec):  # noqa: N801 (upstream's spelling)
         with np.errstate(invalid="ignore"):
             scales = widen(blocks["d"]) * (np.float32(0.5) + fields(blocks["scales"], 4, 1)) * np.float32(0.25)
             out.reshape(values.shape)[...] = scales[..., None] * values
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search scales exactly, over the whole grid (FORMATS 7.1).
+
+        Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(2 mean + x^2) or mean / 2 + x^2 without
+        importance, ``mean`` that of x^2 over the block and m the importance; ``mse``: w = m, or 1.
+        """
+        found = search_grid(self, 16, 32, _SPANS, (2.0, 0.5, 1.0), values, importance, search)
+        _, blocks = self.layout.split(out)
+        blocks["d"] = found.d
+        blocks["qs"][..., :32] = found.points & 255
+        blocks["qs"][..., 32:] = found.signs
+        blocks["qh"] = bits(found.points >> 8, 2)
+        blocks["scales"] = bits(found.sub_scales, 4)

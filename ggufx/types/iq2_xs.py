@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types._grids import bits, search_grid
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import EVEN_SIGNS, fields, negated, widen
 
 BLOCK_LEN = 256
+
+# Sampled scales of a group: (least, largest, number), over its largest magnitude / 43.
+_SPANS: Final = {"fast": (0.7, 1.05, 3), "normal": (0.55, 1.25, 6), "high": (0.45, 1.5, 12)}
 
 
 class IQ2_XS(Codec):  # noqa: N801 (upstream's spelling)
@@ -24,6 +28,7 @@ class IQ2_XS(Codec):  # noqa: N801 (upstream's spelling)
     """
 
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "<u2", (32,)), ("scales", "u1", (8,))]))
+    needs_importance: ClassVar = True
     ids: ClassVar = {"llama.cpp": 17}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
@@ -35,3 +40,15 @@ class IQ2_XS(Codec):  # noqa: N801 (upstream's spelling)
         with np.errstate(invalid="ignore"):
             scales = widen(blocks["d"]) * (np.float32(0.5) + fields(blocks["scales"], 4, 1)) * np.float32(0.25)
             out.reshape(values.shape)[...] = scales[..., None] * values
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search scales exactly, over the whole grid with the parity of the signs (FORMATS 7.1).
+
+        Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(mean + x^2), ``mean`` that of x^2 over the
+        block and m the importance; ``mse``: w = m.
+        """
+        found = search_grid(self, 16, 32, _SPANS, (1.0, 0.0, 0.0), values, importance, search)
+        _, blocks = self.layout.split(out)
+        blocks["d"] = found.d
+        blocks["qs"] = found.points | (found.signs & np.uint16(127)) << 9
+        blocks["scales"] = bits(found.sub_scales, 4)
