@@ -24,7 +24,7 @@ REALISTIC = [0, 1, *range(4, 12)]
 """Rows of the vectors that are neither zero nor constant. Row 4 has values round 1e-6, where a half is a coarse subnormal."""
 TINY = REALISTIC.index(4)
 
-BLOCK32 = ("Q4_0", "Q5_0", "Q6_0")
+BLOCK32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q6_0")
 SUPER = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 SEARCHES = ("MXFP4", *BLOCK32, "IQ2_XXS", *SUPER)
 EFFORTS = ("fast", "normal", "high")
@@ -35,6 +35,8 @@ BARS = {
     "Q4_0": ((0.97, 0.96, 0.96), (0.88, 0.88, 0.88)),
     "Q5_0": ((0.81, 0.80, 0.80), (0.78, 0.78, 0.78)),
     "Q6_0": ((0.67, 0.67, 0.66), (0.69, 0.68, 0.68)),
+    "Q4_1": ((0.80, 0.79, 0.785), (0.61, 0.61, 0.605)),
+    "Q5_1": ((0.66, 0.65, 0.65), (0.49, 0.485, 0.485)),
     "IQ2_XXS": ((0.66, 0.65, 0.65), None),
     "Q2_K": ((0.86, 0.83, 0.82), (0.73, 0.72, 0.71)),
     "Q3_K": ((0.69, 0.69, 0.69), (0.66, 0.66, 0.66)),
@@ -48,6 +50,8 @@ BARS_WITHOUT_TINY = {
     "Q4_0": ((0.99, 0.985, 0.983), (0.91, 0.91, 0.91)),
     "Q5_0": ((0.98, 0.97, 0.965), (0.915, 0.912, 0.91)),
     "Q6_0": ((1.0, 0.998, 0.99), (0.97, 0.965, 0.96)),
+    "Q4_1": ((0.915, 0.905, 0.902), (0.705, 0.70, 0.70)),
+    "Q5_1": ((0.94, 0.93, 0.927), (0.70, 0.695, 0.693)),
     "IQ2_XXS": ((0.86, 0.85, 0.845), None),
     "Q2_K": ((0.90, 0.875, 0.865), (0.77, 0.755, 0.75)),
     "Q3_K": ((0.99, 0.985, 0.985), (0.96, 0.96, 0.96)),
@@ -113,11 +117,11 @@ def test_error_against_the_reference(name: str, effort: str, case: str) -> None:
     assert np.exp(np.log(ratio).mean()) <= BARS_WITHOUT_TINY[name][case == "plain"][index]
 
 
-@pytest.mark.parametrize("name", ["MXFP4", "Q4_0", "IQ2_XXS"])
+@pytest.mark.parametrize("name", ["MXFP4", "Q4_0", "Q4_1", "Q5_1", "IQ2_XXS"])
 def test_error_against_the_reference_effort_on_fresh_data(name: str) -> None:
     codec = types.get(name)
     x, importance = fresh()
-    bars = {"MXFP4": 0.97, "Q4_0": 0.99, "IQ2_XXS": 0.87}
+    bars = {"MXFP4": 0.97, "Q4_0": 0.99, "Q4_1": 0.96, "Q5_1": 0.96, "IQ2_XXS": 0.87}
     for m in importances(name, importance):
         w = weights(name, x, m)
         ours, theirs = (error(codec, codec.encode(x, m, effort=e), x, w).sum() for e in ("normal", "reference"))
@@ -156,7 +160,7 @@ def test_types_without_a_search_ignore_importance_and_effort(name: str) -> None:
         assert np.array_equal(codec.encode(x, importance, effort=effort), packed)
 
 
-@pytest.mark.parametrize("name", ["MXFP4", "Q4_0"])
+@pytest.mark.parametrize("name", ["MXFP4", "Q4_0", "Q4_1", "Q5_1"])
 def test_the_default_is_not_the_reference(name: str) -> None:
     # Guards the byte tests of test_golden.py: they would prove little if every effort were the reference.
     codec = types.get(name)
@@ -270,7 +274,7 @@ def edge_rows(columns: int) -> np.ndarray:
 
 def halves(codec: Codec, packed: np.ndarray) -> list[np.ndarray]:
     blocks = codec.layout.split(packed)[1]
-    return [blocks[field] for field in ("d", "dmin") if field in (blocks.dtype.names or ())]
+    return [blocks[field] for field in ("d", "dmin", "m") if field in (blocks.dtype.names or ())]
 
 
 @pytest.mark.parametrize("objective", ["reference", "mse"])
@@ -335,7 +339,7 @@ def test_columns_without_importance_are_still_coded_sanely(name: str) -> None:
     assert (unused**2).sum() <= (x[:, ::2] ** 2).sum() * 1.5
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", *SUPER])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_1", "Q8_0", *SUPER])
 def test_scales_beyond_binary16_are_clamped(name: str) -> None:
     codec = types.get(name)
     x = np.full((1, 256), 1e30, np.float32)

@@ -14,7 +14,7 @@ from ggufx.types.codec import F32, U8, Search
 if TYPE_CHECKING:
     from ggufx.types.codec import Codec
 
-__all__ = ["encode_affine", "encode_block32", "encode_plain", "kernel_of", "locked", "relative"]
+__all__ = ["encode_affine", "encode_affine32", "encode_block32", "encode_plain", "kernel_of", "locked", "relative"]
 
 
 def kernel_of(codec: Codec) -> ModuleType:
@@ -76,6 +76,43 @@ def encode_block32(codec: Codec, bits: int, values: F32, out: U8, importance: F3
         np.array(steps, np.float32),
         # Groups: the steps that give the largest element the same level.
         np.append(np.flatnonzero(np.diff(np.rint(steps))) + 1, len(steps)),
+        refits,
+    )
+
+
+# Levels beyond the codes' own that the span of a block is tried as (from, to, step), shares of these at the lower end, refits.
+_AFFINE32: Final = {
+    "fast": ((-1.0, 2.1, 0.5), (0.0, 0.5, 1.0), 1),
+    "normal": ((-1.0, 5.1, 0.5), (0.0, 0.25, 0.5, 0.75, 1.0), 1),
+    "high": ((-1.0, 8.1, 0.25), (0.0, 0.17, 0.33, 0.5, 0.67, 0.83, 1.0), 2),
+}
+
+
+def encode_affine32(codec: Codec, bits: int, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+    """Encode blocks of 32 codes under an f16 scale, from an f16 minimum of any sign on: Q4_1, Q5_1.
+
+    Minimises ``sum w (x - y)^2`` with the weights of :func:`encode_block32`. Effort ``reference`` gives the C library's bytes:
+    ``d = (max - min) / top`` and plain rounding, or with importance the best of 38 least-squares fits whose minimum is never
+    above 0. Only a scale or minimum beyond binary16, which the library stores as infinity, is clamped to 65504. See
+    :mod:`ggufx.kernels._affine` for the search. Source: ``quantize_row_q4_1_ref`` and ``quantize_row_q4_1_impl`` of llama.cpp.
+    """
+    kernel = kernel_of(codec)
+    nbytes = codec.layout.block.itemsize
+    if search.effort == "reference":
+        kernel.encode_reference(locked(values), locked(importance), out, bits, nbytes)
+        return
+    span, places, refits = _AFFINE32[search.effort]
+    steps = [(1 << bits) - 1 + t for t in np.arange(*span)]
+    kernel.encode_affine32(
+        locked(values),
+        relative(importance, 32),
+        out,
+        bits,
+        nbytes,
+        search.objective == "reference",
+        np.array(steps * len(places), np.float32),
+        np.repeat(np.array(places, np.float32), len(steps)),
+        np.arange(1, len(places) + 1) * len(steps),
         refits,
     )
 
