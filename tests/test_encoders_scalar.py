@@ -25,13 +25,16 @@ REALISTIC = [0, 1, *range(4, 12)]
 TINY = REALISTIC.index(4)
 
 BLOCK32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q6_0")
+UNWEIGHTED = ("MXFP4", "NVFP4")
+"""Types whose reference ignores the importance, so that it is the weight itself here."""
 SUPER = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-SEARCHES = ("MXFP4", *BLOCK32, "IQ2_XXS", *SUPER)
+SEARCHES = ("MXFP4", "NVFP4", *BLOCK32, "IQ2_XXS", *SUPER)
 EFFORTS = ("fast", "normal", "high")
 
 # Geometric mean of the ratios to the C library's squared error, with importance and without: fast, normal, high.
 BARS = {
     "MXFP4": ((0.69, 0.69, 0.68), (0.72, 0.72, 0.72)),
+    "NVFP4": ((0.60, 0.585, 0.583), (0.66, 0.65, 0.65)),
     "Q4_0": ((0.97, 0.96, 0.96), (0.88, 0.88, 0.88)),
     "Q5_0": ((0.81, 0.80, 0.80), (0.78, 0.78, 0.78)),
     "Q6_0": ((0.67, 0.67, 0.66), (0.69, 0.68, 0.68)),
@@ -47,6 +50,7 @@ BARS = {
 # The same with the gain on the tiny row left out (a ratio below 1 there counts as 1): it would hide the others.
 BARS_WITHOUT_TINY = {
     "MXFP4": ((0.69, 0.69, 0.68), (0.72, 0.72, 0.72)),
+    "NVFP4": ((0.60, 0.585, 0.583), (0.66, 0.65, 0.65)),
     "Q4_0": ((0.99, 0.985, 0.983), (0.91, 0.91, 0.91)),
     "Q5_0": ((0.98, 0.97, 0.965), (0.915, 0.912, 0.91)),
     "Q6_0": ((1.0, 0.998, 0.99), (0.97, 0.965, 0.96)),
@@ -72,7 +76,7 @@ def weights(name: str, x: np.ndarray, importance: np.ndarray | None, objective: 
     """Weights of the error that the type's docstring states, in float64."""
     x = x.astype(np.float64)
     m = np.ones_like(x) if importance is None else np.broadcast_to(importance.astype(np.float64), x.shape)
-    if objective == "mse" or name == "MXFP4" or (name in BLOCK32 and importance is None):
+    if objective == "mse" or name in UNWEIGHTED or (name in BLOCK32 and importance is None):
         return m
     parts = x.reshape(x.shape[0], -1, x.shape[1] if name in BLOCK32 else 256)
     sigma2 = np.repeat((parts**2).mean(axis=2), parts.shape[2], axis=1)
@@ -117,11 +121,11 @@ def test_error_against_the_reference(name: str, effort: str, case: str) -> None:
     assert np.exp(np.log(ratio).mean()) <= BARS_WITHOUT_TINY[name][case == "plain"][index]
 
 
-@pytest.mark.parametrize("name", ["MXFP4", "Q4_0", "Q4_1", "Q5_1", "IQ2_XXS"])
+@pytest.mark.parametrize("name", ["MXFP4", "NVFP4", "Q4_0", "Q4_1", "Q5_1", "IQ2_XXS"])
 def test_error_against_the_reference_effort_on_fresh_data(name: str) -> None:
     codec = types.get(name)
     x, importance = fresh()
-    bars = {"MXFP4": 0.97, "Q4_0": 0.99, "Q4_1": 0.96, "Q5_1": 0.96, "IQ2_XXS": 0.87}
+    bars = {"MXFP4": 0.97, "NVFP4": 0.85, "Q4_0": 0.99, "Q4_1": 0.96, "Q5_1": 0.96, "IQ2_XXS": 0.87}
     for m in importances(name, importance):
         w = weights(name, x, m)
         ours, theirs = (error(codec, codec.encode(x, m, effort=e), x, w).sum() for e in ("normal", "reference"))
@@ -160,7 +164,7 @@ def test_types_without_a_search_ignore_importance_and_effort(name: str) -> None:
         assert np.array_equal(codec.encode(x, importance, effort=effort), packed)
 
 
-@pytest.mark.parametrize("name", ["MXFP4", "Q4_0", "Q4_1", "Q5_1"])
+@pytest.mark.parametrize("name", ["MXFP4", "NVFP4", "Q4_0", "Q4_1", "Q5_1"])
 def test_the_default_is_not_the_reference(name: str) -> None:
     # Guards the byte tests of test_golden.py: they would prove little if every effort were the reference.
     codec = types.get(name)
@@ -168,9 +172,10 @@ def test_the_default_is_not_the_reference(name: str) -> None:
     assert (codec.encode(x, importance) != codec.encode(x, importance, effort="reference")).any()
 
 
-def test_mxfp4_reference_ignores_importance() -> None:
+@pytest.mark.parametrize("name", UNWEIGHTED)
+def test_a_reference_that_ignores_importance(name: str) -> None:
     x, importance = fresh()
-    codec = types.get("MXFP4")
+    codec = types.get(name)
     assert np.array_equal(codec.encode(x, importance, effort="reference"), codec.encode(x, effort="reference"))
 
 
