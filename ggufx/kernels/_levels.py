@@ -70,9 +70,9 @@ def _pack(codes, ternary, row, start):
     if ternary == 2:
         _store_pairs(codes, 0, row, start)
     elif ternary == 1:
-        _store_digits(codes, 0, 32, row, start)
-        _store_digits(codes, 160, 16, row, start + 32)
-        _store_digits(codes, 240, 4, row, start + 48)
+        # Not literals: a subroutine is compiled again for each.
+        for first, run, at in ((0, 32, 0), (160, 16, 32), (240, 4, 48)):
+            _store_digits(codes, np.int64(first), np.int64(run), row, start + at)
     else:
         for k in range(16):
             i = 4 * k
