@@ -26,7 +26,7 @@ _BLOCKS: Final[dict[Effort, tuple[int, ...]]] = {"fast": (16, 1), "normal": (16,
 # Cells looked into, for the last choice of points, how far from a sub-block's own scale legal ones are tried, rounds of that,
 # values of D.
 _TRELLIS: Final[dict[Effort, tuple[Any, ...]]] = {
-    "fast": (16, 40, 1.25, 1, 1),
+    "fast": (24, 48, 1.25, 1, 1),
     "normal": (32, 64, 1.35, 1, 1),
     "high": (40, 96, 1.5, 1, 3),
 }
