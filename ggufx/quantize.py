@@ -847,8 +847,6 @@ class _Decider:
         fitting = wanted
         while row_len % types.get(fitting).layout.block_len:
             following = table.get(fitting, wide)
-            if not types.get(following).can_encode:
-                following = "Q8_0"  # Q5_1, so far: the next type of the tables that can be made
             held = self.target.type_id(types.get(following)) is not None
             fitting = following if held else wide
         if fitting != wanted:

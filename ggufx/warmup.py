@@ -55,8 +55,7 @@ def kernels_of(names: Iterable[str] | None = None) -> list[tuple[Codec, str]]:
         (codec, verb)
         for codec in codecs
         for verb, able in verbs.items()
-        if getattr(codec, able)
-        and (verb in codec._kernels or (verb == "encode" and codec.searches and codec.has_kernel))
+        if getattr(codec, able) and (verb in codec._kernels or (verb == "encode" and codec.searches and codec._kernels))
     ]
 
 

@@ -24,6 +24,18 @@ SLOW = (
     "test_encoders_scalar.py::test_the_cpu_model_changes_nothing",
     "test_encoders.py::test_every_cpu_model_gives_the_same_bytes",
     "test_warmup.py::test_the_engine_compiles_nothing_after_warming_up",
+    # Searches of a million weights a second under many seeds; the quick group has each law once for every type.
+    *(
+        f"test_codec_contract.py::test_law_whatever_the_seed[{law}-{name}]"
+        for law in ("encode_error", "encode_finite", "encode_rows", "quiet")
+        for name in ("IQ2_KT", "IQ3_KT", "IQ4_KT")
+    ),
+    "test_codec_contract.py::test_encoding_any_values[IQ2_KT]",
+    "test_codec_contract.py::test_encoding_any_values[IQ3_KT]",
+    "test_codec_contract.py::test_encoding_any_values[IQ4_KT]",
+    "test_encoders_scalar.py::test_rows_splits_and_threads_change_nothing[IQ2_KT-high]",
+    "test_encoders_scalar.py::test_rows_splits_and_threads_change_nothing[IQ3_KT-high]",
+    "test_encoders_scalar.py::test_rows_splits_and_threads_change_nothing[IQ4_KT-high]",
     # Plans of models with a hundred thousand tensors, beyond the first.
     "test_fullshape.py::test_the_native_file_moved_and_exported",
     "test_fullshape.py::test_dry_run_table",

@@ -6,8 +6,8 @@ Errors are weighted squared errors over those of the reference encoder, with the
 libraries' own for the codebook types, like theirs for the others. They are taken on the vectors of the C libraries (geometric
 mean over rows 0, 1, 4..11; the tiny row, whose scale the references round to zero, counts as 1), on fresh Gaussian and Student
 t4 data, and on tensors of a real model (geometric mean, and the worst of them). References beyond the vectors: libgguf,
-llama.cpp's C code, or for the codebook types a port in NumPy (``tests/reference_encoders.py``); Q6_0 has neither. Importance
-columns of fresh and real data are drawn, uniform^2 + 0.001.
+llama.cpp's C code, or for the codebook types a port in NumPy (``tests/reference_encoders.py``); Q6_0 and the trellis types have
+neither. Importance columns of fresh and real data are drawn, uniform^2 + 0.001.
 
 The model is gemma3-270m of PyPI, which ``tools/demo_real.py DIRECTORY`` leaves in DIRECTORY.
 """
@@ -104,8 +104,10 @@ def on_vectors(name: str, effort: types.Effort, case: str) -> float | None:
         if f"dequant{case}" not in archive:
             return None
         x, m, theirs = archive["x"], archive["imatrix"] if case else None, archive[f"dequant{case}"]
-    ratios = errors(name, x, encode(name, effort, x, m), m)[ROWS] / errors(name, x, theirs, m)[ROWS]
-    ratios[TINY] = 1
+    rows = [row for row in ROWS if row < len(x)]
+    ratios = errors(name, x, encode(name, effort, x, m), m)[rows] / errors(name, x, theirs, m)[rows]
+    if len(rows) > TINY:
+        ratios[TINY] = 1
     return geometric(ratios)
 
 

@@ -21,9 +21,9 @@ from ggufx.kernels._vector import Vector
 
 __all__ = [
     "CHUNK",
-    "Frame",
     "GRID_LANES",
     "GRID_RUN",
+    "Frame",
     "best_of_kinds",
     "grid_halves",
     "grid_least",
@@ -464,7 +464,7 @@ def grid_sweep(flips: bool) -> Any:
         code,
     ):
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            f = _Frame(context, builder, signature, args)
+            f = Frame(context, builder, signature, args)
             size = ir.Constant(ir.IntType(64), lanes)
             ints = ir.VectorType(_INT, lanes)
             sets = 2 if flips else 1
@@ -563,7 +563,7 @@ def grid_least() -> Any:
     @intrinsic
     def least(typing_context, scale, line_a, line_b, room, count, stride, at, part, best, best_a, best_b):
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            f = _Frame(context, builder, signature, args)
+            f = Frame(context, builder, signature, args)
             s = f.load(0, args[6], lanes)
             kept = [f.variable(f.constant(number, lanes)) for number in (float("inf"), 0.0, 0.0)]
             base = builder.mul(args[7], args[3])
@@ -599,7 +599,7 @@ def grid_slots(length: int) -> Any:
     @intrinsic
     def lay(typing_context, x, w, at, factor, signed, xs, ws, energy, slots, tops, signs):
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            f = _Frame(context, builder, signature, args)
+            f = Frame(context, builder, signature, args)
 
             def number(k: int) -> Any:
                 return ir.Constant(ir.IntType(64), k)
@@ -648,7 +648,7 @@ def grid_halves(n: int) -> Any:
     @intrinsic
     def halves(typing_context, points, count, xs, ws, first, odd, at, table, room, half):
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            f = _Frame(context, builder, signature, args)
+            f = Frame(context, builder, signature, args)
 
             def number(k: int) -> Any:
                 return ir.Constant(ir.IntType(64), k)

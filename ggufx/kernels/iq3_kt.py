@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from ggufx import tables
 from ggufx.kernels._jit import float_at, kernel
+from ggufx.kernels._trellis import points, search
 from ggufx.kernels._vector import LANES, WORD, Block, block_intrinsic, trellis
+
+__all__ = ["decode", "points", "search"]
 
 _NBYTES = 100
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from ggufx.kernels._jit import half_at, kernel
+from ggufx.kernels._levels import encode_levels
 from ggufx.kernels._vector import LANES, Block, block_intrinsic
+
+__all__ = ["decode", "encode_levels"]
 
 _NBYTES = 18
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from ggufx.kernels._affine import encode_affine32, encode_reference
 from ggufx.kernels._jit import half_at, kernel
 from ggufx.kernels._vector import LANES, Block, block_intrinsic
+
+__all__ = ["decode", "encode_affine32", "encode_reference"]
 
 _NBYTES = 20
 

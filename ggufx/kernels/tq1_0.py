@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from ggufx.kernels._jit import half_to_float, kernel, load16, load32, trits4, trits16
+from ggufx.kernels._levels import encode_levels
+
+__all__ = ["decode", "encode_levels"]
 
 _NBYTES = 54
 

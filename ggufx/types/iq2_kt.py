@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types._search import search_trellis
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import fields, scaled, trellis
 
 
@@ -33,3 +34,7 @@ class IQ2_KT(Codec):  # noqa: N801 (upstream's spelling)
         values = trellis(blocks["ql"] + np.uint32(tables.TRELLIS_OFFSET), 8)
         scales = np.array(tables.IQ4, np.float32)[fields(blocks["scales"], 4, 4)]
         scaled(headers["d"], scales, values, out)
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search scales and points; see :func:`ggufx.types._search.search_trellis`."""
+        search_trellis(self.name, 2, values, out, importance, search)

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types._search import search_trellis
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import fields, scaled, trellis
 
 
@@ -34,3 +35,7 @@ class IQ3_KT(Codec):  # noqa: N801 (upstream's spelling)
         scaled(headers["d"], fields(blocks["scales"], 4, 4), magnitudes, out)
         values = out.reshape(magnitudes.shape)
         np.negative(values, out=values, where=fields(blocks["qh"], 1, 32).astype(bool))
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search scales and points; see :func:`ggufx.types._search.search_trellis`."""
+        search_trellis(self.name, 3, values, out, importance, search)

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types._search import search_trellis
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import fields, scaled, trellis
 
 
@@ -37,3 +38,7 @@ class IQ4_KT(Codec):  # noqa: N801 (upstream's spelling)
         seeds += np.repeat(tables.TRELLIS_OFFSET + (words & 1) * np.uint32(32768), 8, axis=-1)
         scales = (words >> 1 & 127).astype(np.float32) - np.float32(64)
         scaled(headers["d"], scales, trellis(seeds, 4), out)
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search scales and points; see :func:`ggufx.types._search.search_trellis`."""
+        search_trellis(self.name, 4, values, out, importance, search)

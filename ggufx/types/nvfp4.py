@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types.codec import F32, U8, Codec, Layout
+from ggufx.types.codec import F32, U8, Codec, Effort, Layout, Search
 from ggufx.types.packing import fields
+from ggufx.types.scalar import kernel_of, locked, relative
 
 
 def _halved_ue4m3() -> F32:
@@ -24,6 +25,15 @@ HALF_UE4M3 = _halved_ue4m3()
 """float32 [256]: half the value of every scale code."""
 
 
+# Steps of the scale's code from the one that makes the largest magnitude 6.
+_DELTAS: Final[dict[Effort, tuple[int, ...]]] = {
+    "reference": (0,),
+    "fast": (0, -2, -1, 1, 2, 4, 5),
+    "normal": (0, *range(-4, 0), *range(1, 7)),
+    "high": (0, *range(-7, 0), *range(1, 10)),
+}
+
+
 class NVFP4(Codec):
     """``y[i] = E2M1[n] * E4M3(d)``, 64 elements in 36 bytes; bit 7 of a scale is ignored.
 
@@ -36,6 +46,7 @@ class NVFP4(Codec):
         64,
         np.dtype([("d", "u1", (4,)), ("qs", "u1", (32,))]),
     )
+    reproduces: ClassVar = True
     ids: ClassVar = {"llama.cpp": 40}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
@@ -43,3 +54,15 @@ class NVFP4(Codec):
         _, blocks = self.layout.split(rows)
         values = np.array(tables.E2M1_DOUBLED, np.float32)[fields(blocks["qs"], 4, 8)]
         out.reshape(values.shape)[...] = np.repeat(HALF_UE4M3[blocks["d"]], 16, axis=-1) * values
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Try scales, each with the nearest codes (ties to the smaller magnitude, zero coded 0).
+
+        The first scale is the reference's, ``E4M3(max |x| / 6)``, mantissas rounded half up. Effort ``reference`` takes it,
+        whatever the importance; the others keep the one with the least ``sum m (x - y)^2`` among its neighbours, m the
+        importance or 1: both objectives are the same. Values whose magnitude is under 2^-11 become 0: there is no scale of the
+        tensor to bring them up. Source: ``quantize_row_nvfp4_ref`` of llama.cpp.
+        """
+        deltas = np.array(_DELTAS[search.effort], np.int64)
+        weights = relative(None if search.effort == "reference" else importance, self.layout.block_len)
+        kernel_of(self).encode_search(locked(values), weights, out, HALF_UE4M3, deltas)

@@ -7,8 +7,9 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import fields
+from ggufx.types.scalar import kernel_of, locked, relative
 
 
 class Q1_0(Codec):  # noqa: N801 (upstream's spelling)
@@ -21,6 +22,7 @@ class Q1_0(Codec):  # noqa: N801 (upstream's spelling)
         128,
         np.dtype([("d", "<f2"), ("qs", "u1", (16,))]),
     )
+    reproduces: ClassVar = True
     ids: ClassVar = {"llama.cpp": 41}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
@@ -28,3 +30,13 @@ class Q1_0(Codec):  # noqa: N801 (upstream's spelling)
         _, blocks = self.layout.split(rows)
         d = blocks["d"].astype(np.float32)[..., None]
         out.reshape(*blocks.shape, 128)[...] = np.where(fields(blocks["qs"], 1), d, -d)
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Take the signs, and the mean magnitude, weighted by the importance.
+
+        That is the least ``sum m (x - y)^2`` there is, m the importance or 1, so effort and objective change nothing; effort
+        ``reference`` ignores the importance, as the C library does, and gives its bytes. Only a scale beyond binary16, which
+        the library stores as infinity, is clamped to 65504. Source: ``quantize_row_q1_0_ref`` of llama.cpp.
+        """
+        weights = relative(None if search.effort == "reference" else importance, self.layout.block_len)
+        kernel_of(self).encode_signs(locked(values).reshape(-1), weights, out.reshape(-1), self.layout.block_len)

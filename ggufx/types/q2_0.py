@@ -7,8 +7,9 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import fields
+from ggufx.types.scalar import encode_levels
 
 
 class Q2_0(Codec):  # noqa: N801 (upstream's spelling)
@@ -21,6 +22,7 @@ class Q2_0(Codec):  # noqa: N801 (upstream's spelling)
         64,
         np.dtype([("d", "<f2"), ("qs", "u1", (16,))]),
     )
+    reproduces: ClassVar = True
     ids: ClassVar = {"llama.cpp": 42}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
@@ -29,3 +31,7 @@ class Q2_0(Codec):  # noqa: N801 (upstream's spelling)
         levels = fields(blocks["qs"], 2).astype(np.float32) - np.float32(1)
         with np.errstate(over="ignore", invalid="ignore"):
             out.reshape(levels.shape)[...] = levels * blocks["d"].astype(np.float32)[..., None]
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search the scale of every block; see :func:`ggufx.types.scalar.encode_levels`."""
+        encode_levels(self, 0, values, out, importance, search)

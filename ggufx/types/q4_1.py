@@ -7,8 +7,9 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import fields, widen
+from ggufx.types.scalar import encode_affine32
 
 BLOCK_LEN = 32
 
@@ -22,6 +23,7 @@ class Q4_1(Codec):  # noqa: N801 (upstream's spelling)
     """
 
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", (16,))]))
+    reproduces: ClassVar = True
     ids: ClassVar = {"llama.cpp": 3}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
@@ -30,3 +32,7 @@ class Q4_1(Codec):  # noqa: N801 (upstream's spelling)
         codes = fields(blocks["qs"], 4, 16)
         with np.errstate(invalid="ignore"):
             out.reshape(codes.shape)[...] = widen(blocks["d"]) * codes + widen(blocks["m"])
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search scale and minimum of every block; see :func:`ggufx.types.scalar.encode_affine32`."""
+        encode_affine32(self, 4, values, out, importance, search)

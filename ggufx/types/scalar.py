@@ -14,7 +14,16 @@ from ggufx.types.codec import F32, U8, Search
 if TYPE_CHECKING:
     from ggufx.types.codec import Codec
 
-__all__ = ["encode_affine", "encode_block32", "encode_plain", "kernel_of", "locked", "relative"]
+__all__ = [
+    "encode_affine",
+    "encode_affine32",
+    "encode_block32",
+    "encode_levels",
+    "encode_plain",
+    "kernel_of",
+    "locked",
+    "relative",
+]
 
 
 def kernel_of(codec: Codec) -> ModuleType:
@@ -77,6 +86,77 @@ def encode_block32(codec: Codec, bits: int, values: F32, out: U8, importance: F3
         # Groups: the steps that give the largest element the same level.
         np.append(np.flatnonzero(np.diff(np.rint(steps))) + 1, len(steps)),
         refits,
+    )
+
+
+# Levels beyond the codes' own that the span of a block is tried as (from, to, step), shares of these at the lower end, refits.
+_AFFINE32: Final = {
+    "fast": ((-1.0, 2.1, 0.5), (0.0, 0.5, 1.0), 1),
+    "normal": ((-1.0, 5.1, 0.5), (0.0, 0.25, 0.5, 0.75, 1.0), 1),
+    "high": ((-1.0, 8.1, 0.25), (0.0, 0.17, 0.33, 0.5, 0.67, 0.83, 1.0), 2),
+}
+
+
+def encode_affine32(codec: Codec, bits: int, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+    """Encode blocks of 32 codes under an f16 scale, from an f16 minimum of any sign on: Q4_1, Q5_1.
+
+    Minimises ``sum w (x - y)^2`` with the weights of :func:`encode_block32`. Effort ``reference`` gives the C library's bytes:
+    ``d = (max - min) / top`` and plain rounding, or with importance the best of 38 least-squares fits whose minimum is never
+    above 0. Only a scale or minimum beyond binary16, which the library stores as infinity, is clamped to 65504. See
+    :mod:`ggufx.kernels._affine` for the search. Source: ``quantize_row_q4_1_ref`` and ``quantize_row_q4_1_impl`` of llama.cpp.
+    """
+    kernel = kernel_of(codec)
+    nbytes = codec.layout.block.itemsize
+    if search.effort == "reference":
+        kernel.encode_reference(locked(values), locked(importance), out, bits, nbytes)
+        return
+    span, places, refits = _AFFINE32[search.effort]
+    steps = [(1 << bits) - 1 + t for t in np.arange(*span)]
+    kernel.encode_affine32(
+        locked(values),
+        relative(importance, 32),
+        out,
+        bits,
+        nbytes,
+        search.objective == "reference",
+        np.array(steps * len(places), np.float32),
+        np.repeat(np.array(places, np.float32), len(steps)),
+        np.arange(1, len(places) + 1) * len(steps),
+        refits,
+    )
+
+
+# Scales that are tried (per sign, where it matters) from the largest magnitude down, the range they span, and as many again
+# between the neighbours of the best.
+_LEVELS: Final = {"reference": (0, 1.0, 0), "fast": (16, 12.0, 0), "normal": (16, 16.0, 16), "high": (32, 48.0, 32)}
+
+
+def encode_levels(codec: Codec, ternary: int, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+    """Encode blocks of two or three levels and zero under one f16: TQ1_0 (``ternary`` 1), TQ2_0 (2), Q2_0 (0).
+
+    Minimises ``sum m (x - y)^2``, m the importance or 1: both objectives are the same. Effort ``reference`` gives the C
+    library's bytes, whatever the importance: the scale is the largest magnitude of the block. That is right for models that
+    were trained with three levels, which the search leaves as exact; of others it makes zeros, mostly. Only a scale beyond
+    binary16, which the library stores as infinity, is clamped to 65504. Source: ``quantize_row_tq2_0_ref`` and its likes of
+    llama.cpp.
+    """
+    count, span, again = _LEVELS[search.effort]
+    steps = span ** (np.arange(count) / max(1, count - 1))
+    nearby = span ** (np.linspace(-1, 1, again + 2)[1:-1] / max(1, count - 1))
+    if not ternary:
+        steps = np.concatenate([steps, -steps])
+    block = codec.layout.block
+    assert block.fields is not None
+    kernel_of(codec).encode_levels(
+        locked(values),
+        relative(None if search.effort == "reference" else importance, codec.layout.block_len),
+        out,
+        ternary,
+        codec.layout.block_len,
+        block.itemsize,
+        block.fields["d"][1],
+        steps.astype(np.float32),
+        nearby.astype(np.float32),
     )
 
 

@@ -7,8 +7,9 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ggufx.types.codec import U8, Codec, Layout
+from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.packing import widen
+from ggufx.types.scalar import encode_levels
 
 BLOCK_LEN = 256
 
@@ -25,6 +26,7 @@ class TQ1_0(Codec):  # noqa: N801 (upstream's spelling)
     """
 
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("qs", "u1", (48,)), ("qh", "u1", (4,)), ("d", "<f2")]))
+    reproduces: ClassVar = True
     ids: ClassVar = {"llama.cpp": 34}
 
     def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
@@ -36,3 +38,7 @@ class TQ1_0(Codec):  # noqa: N801 (upstream's spelling)
         codes = fractions.astype(np.uint16) * 3 >> 8
         with np.errstate(invalid="ignore"):
             out.reshape(codes.shape)[...] = widen(blocks["d"]) * (codes.astype(np.int8) - np.int8(1))
+
+    def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
+        """Search the scale of every block; see :func:`ggufx.types.scalar.encode_levels`."""
+        encode_levels(self, 1, values, out, importance, search)

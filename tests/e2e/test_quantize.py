@@ -258,14 +258,13 @@ def test_importance_that_is_missing_or_of_another_model(model: Path, tmp_path: P
 
 # Choices ------------------------------------------------------------------------------------------------------------
 
-# (type asked for, target) -> type for rows of 96 and of 33. From llama-quant.cpp and ik_llama.cpp's llama.cpp, but upstream
-# takes Q5_1 for Q5_K, which has no encoder here: the next wider one is taken.
+# (type asked for, target) -> type for rows of 96 and of 33. From llama-quant.cpp and ik_llama.cpp's llama.cpp.
 FALLBACKS = [
     ("q2_k", "llama.cpp", "Q4_0"), ("q3_k", "llama.cpp", "Q4_0"), ("q4_k", "llama.cpp", "Q5_0"),
-    ("q5_k", "llama.cpp", "Q8_0"), ("q6_k", "llama.cpp", "Q8_0"), ("iq2_xxs", "llama.cpp", "IQ4_NL"),
+    ("q5_k", "llama.cpp", "Q5_1"), ("q6_k", "llama.cpp", "Q8_0"), ("iq2_xxs", "llama.cpp", "IQ4_NL"),
     ("iq2_ks", "ik_llama.cpp", "IQ4_NL"), ("iq3_ks", "ik_llama.cpp", "IQ4_NL"), ("iq4_ks", "ik_llama.cpp", "IQ4_NL"),
     ("iq4_k", "ik_llama.cpp", "Q5_0"), ("iq5_k", "ik_llama.cpp", "Q6_0"), ("q5_k", "ik_llama.cpp", "Q6_0"),
-    ("q5_k", "nisparks", "Q8_0"), ("q2_k", "nisparks", "Q4_0"), ("q6_k", "ik_llama.cpp", "Q8_0"),
+    ("q5_k", "nisparks", "Q5_1"), ("q2_k", "nisparks", "Q4_0"), ("q6_k", "ik_llama.cpp", "Q8_0"),
     ("q3_k", "ik_llama.cpp", "IQ4_NL"), ("q4_0", "llama.cpp", "Q4_0"),
 ]  # fmt: skip
 

@@ -522,7 +522,7 @@ def test_what_was_left_out_on_purpose_is_not_missing(checkpoint_path: PathOf, tm
 def test_noise_in_a_type_whose_encoder_is_not_ours_is_not_rounding(
     checkpoint_path: PathOf, converted: Converted, tmp_path: Path
 ) -> None:
-    """A dense tensor stored as Q5_1 by another tool passes when it is near the source, and not when it is noise."""
+    """A dense tensor stored as Q5_0 by another tool passes when it is near the source, and not when it is noise."""
     source = converted("flash", "llama.cpp", "f32")
     name = "blk.1.attn_output_a.weight"
     reader = gguf.GGUFReader(source.path)
@@ -537,8 +537,8 @@ def test_noise_in_a_type_whose_encoder_is_not_ours_is_not_rounding(
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
             if seed == 1:
                 values = rng.standard_normal(values.shape).astype(np.float32) * values.std()
-            # The gguf package writes Q5_1; ggufx does not promise its bytes, so there is nothing to compare them with.
-            kind = gguf.GGMLQuantizationType.Q5_1
+            # The gguf package writes Q5_0; ggufx does not promise its bytes, so there is nothing to compare them with.
+            kind = gguf.GGMLQuantizationType.Q5_0
             packed = gguf.quants.quantize(values, kind)
             if seed == "nan":
                 packed[0, :2] = (0x00, 0x7E)  # one block's scale
