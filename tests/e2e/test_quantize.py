@@ -671,7 +671,7 @@ def test_recipe_commands(model: Path, tmp_path: Path, cli: Cli) -> None:
         (["--custom-q", "(=q4_0", "--dry-run"], "not a regular expression"), (["q4_0", "--json"], "--json goes with --dry-run"),
         (["q4_0", "--dry-run", "--imatrix", "nope.dat"], "nope.dat"),
         (["q4_0", "--dry-run", "--split-max-size", "1G", "--keep-split"], "exclude each other"),
-        (["iq4_kt", "--target", "ik_llama.cpp", "--dry-run"], "cannot encode IQ4_KT yet"),
+        (["iq1_kt", "--target", "ik_llama.cpp", "--dry-run"], "cannot encode IQ1_KT yet"),
     ],
 )  # fmt: skip
 def test_wrong_options_are_told(arguments: list[str], message: str, model: Path, cli: Cli) -> None:
