@@ -44,6 +44,7 @@ __all__ = [
     "plan_quantize",
     "prepare",
     "quantize",
+    "target_dialect",
 ]
 
 ENERGY: Final = "energy"
@@ -327,7 +328,7 @@ def prepare(
     rules = _loaded(recipe)
     wanted = [_codec_name(name) for name in (default, output_type, embedding_type) if name is not None]
     opened = source if isinstance(source, File | Checkpoint) else _open(source, dialect)
-    chosen = _target(rules, wanted, opened, target)
+    chosen = target_dialect(rules, wanted, opened, target)
     if isinstance(opened, File):
         sources, quantization = _gguf_sources(opened, chosen)
     else:
@@ -439,7 +440,7 @@ def _matrix(given: ImportanceMatrix | str | Path | None) -> ImportanceMatrix | L
     return imatrix_module.load(given)
 
 
-def _target(rules: Recipe, wanted: Sequence[str], source: File | Checkpoint, target: str | None) -> Dialect:
+def target_dialect(rules: Recipe, wanted: Sequence[str], source: File | Checkpoint, target: str | None) -> Dialect:
     """Return the dialect asked for, or the first that holds every type that the rules name."""
     if target is not None:
         return dialects.get(target)
