@@ -316,11 +316,11 @@ class Budget:
         self._matrix: Any = imatrix
         if imatrix is not None and not isinstance(imatrix, ImportanceMatrix) and str(imatrix) not in _MAKESHIFTS:
             self._matrix = imatrix_module.load(imatrix)
-        self._options = options | {"imatrix": self._matrix, "target": self.dialect.name}
+        self._options = options | {"pure": True, "imatrix": self._matrix, "target": self.dialect.name}
         self._source, self._sample_len, self._split_max_nbytes = source, sample_len, split_max_nbytes
         # What takes part and how its columns are weighed is what quantizing all of it to one type would find.
         probe = quantize.prepare(
-            source, recipe=given, default=_probe(source, self.dialect), pure=True,
+            source, recipe=given, default=_probe(source, self.dialect),
             **self._options | {"allow_requantize": True},
         )  # fmt: skip
         self._source_files, alignment = probe.source_files, probe.alignment
@@ -376,7 +376,7 @@ class Budget:
             found[codec.name] = align_up(codec.layout.nbytes(source.shape), alignment)
         if not found:
             raise PlanError(
-                f"{source.name} {list(source.shape)}: none of {", ".join(self.candidates)} fits; add a type to --types, such "
+                f"{source.name} {list(source.shape)}: none of {', '.join(self.candidates)} fits; add a type to --types, such "
                 "as q8_0 or native, or decide the tensor by a rule"
             )
         return found
@@ -414,6 +414,23 @@ class Budget:
     def n_tensors(self) -> int:
         """Number of tensors whose type is chosen."""
         return len(self._free)
+
+    @property
+    def n_sampled(self) -> int:
+        """Weights that will be measured, each with every candidate of its tensor: about."""
+        return sum(min(self._sample_len, prod(item.choice.source.shape)) for item in self._free)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what can be chosen as plain JSON data."""
+        return {
+            "target": self.dialect.name,
+            "candidates": self.candidates,
+            "left_out": dict(self.left_out),
+            "n_tensors": self.n_tensors,
+            "n_sampled": self.n_sampled,
+            "smallest_nbytes": self.smallest_nbytes,
+            "largest_nbytes": self.largest_nbytes,
+        }
 
     def estimate(self, threads: int | None = None) -> float:
         """Return about how many seconds :meth:`measure` takes here, from a short trial of each candidate."""
