@@ -105,7 +105,7 @@ def choose(groups: Sequence[Sequence[tuple[int, float]]], limit: int) -> list[in
     sizes = np.array([groups[group][number][0] for group, number in moves], np.int64)
     costs = np.array([groups[group][number][1] for group, number in moves])
     owners = np.array([group for group, _ in moves])
-    while True:
+    while moves:
         now = np.array([groups[group][number] for group, number in enumerate(state)])
         more, gain = sizes - now[owners, 0].astype(np.int64), now[owners, 1] - costs
         fits = np.flatnonzero((gain > 0) & (more <= left))
@@ -115,10 +115,11 @@ def choose(groups: Sequence[Sequence[tuple[int, float]]], limit: int) -> list[in
         else:
             taken = _exchange(more, gain, owners, left) if len(moves) <= _EXCHANGED else []
         if not taken:
-            return state
+            break
         for move in taken:
             left -= int(more[move])
             state[moves[move][0]] = moves[move][1]
+    return state
 
 
 def _useful(options: Sequence[tuple[int, float]]) -> list[int]:

@@ -1170,7 +1170,7 @@ def recipe_fit(
         _print_budget(budget, limit, threads, as_json=as_json)
         return
     fit = _measured(budget, limit, threads)
-    _print_fit(fit, _err)
+    _print_fit(fit, Console(stderr=True, soft_wrap=True, highlight=False, width=_out.width))
     sys.stdout.write(fit.text())
 
 
