@@ -169,6 +169,7 @@ class _Free:
 
     choice: Choice
     group: tuple[object, ...]
+    weight: float
     nbytes: dict[str, int]
     errors: dict[str, float]
 
@@ -179,6 +180,9 @@ class _Free:
     @property
     def smallest(self) -> str:
         return min(self.nbytes, key=lambda kind: (self.nbytes[kind], kind))
+
+    def cost(self, kind: str) -> float:
+        return self.weight * self.errors[kind]
 
 
 @dataclass(frozen=True)
@@ -251,9 +255,17 @@ class Budget:
         t = sum m (w - w')^2 / sum m w^2
 
     over a sample of its rows, ``m`` being the importance matrix's mean squares of the inputs (1 without one): noise over signal
-    in the tensor's output. Relative, because what follows (a norm, a softmax, a sum with a residual of its own scale) sees
-    a tensor's output in proportion; absolute errors of different tensors have no common unit. Of a stack of experts it is
-    the mean over the experts.
+    in the tensor's output. Relative, because what follows (a norm, a softmax, a sum) sees an output in proportion: absolute
+    errors of different tensors have no common unit. Of a stack of experts it is the mean over the experts. The sum of ``t``
+    over all tensors is made least, whatever their sizes: small errors of independent tensors add up in what a model says,
+    and a stack of 256 experts makes no more noise for a token than a dense layer. Only the two ends of a model count more, each
+    as many times as there are layers (a tensor that is both, twice that): all of a hidden state passes through them, of which
+    a layer adds but a part.
+
+    How that was chosen: of gemma3-270m (18 layers), the divergence of the predictions per ``t`` is 27 times that of a mean
+    tensor of a layer for the head, 22 times for the embeddings. Of the choices made by ``t``, by ``t`` times the tensor's
+    weights or their root, and by absolute errors of the outputs, for the same size, those by ``t`` did best at low bits
+    and no worse than others elsewhere; absolute ones did much worse than one type for all.
 
     Parameters
     ----------
@@ -351,6 +363,7 @@ class Budget:
         for choice in chosen:
             family, layer = _family(choice.source.name)
             alike.setdefault((family, choice.source.shape, choice.source.kind), []).append(layer)
+        ends = _weights_of_ends([choice.source.name for choice in probe.choices])
         free = []
         for choice in chosen:
             family, layer = _family(choice.source.name)
@@ -358,7 +371,7 @@ class Budget:
             layers = sorted(alike[group])
             run = layers.index(layer) * _LAYER_RUNS // max(_LAYER_RUNS, len(layers))
             group = (*group, layer if per == "tensor" else run)
-            free.append(_Free(choice, group, self._sizes(choice, alignment), {}))
+            free.append(_Free(choice, group, ends.get(choice.source.name, 1.0), self._sizes(choice, alignment), {}))
         return free
 
     def _sizes(self, choice: Choice, alignment: int) -> dict[str, int]:
@@ -435,10 +448,11 @@ class Budget:
 
     def estimate(self, threads: int | None = None) -> float:
         """Return about how many seconds :meth:`measure` takes here, from a short trial of each candidate."""
-        values = np.random.default_rng(0).standard_normal((16, 4096), np.float32)
-        ones = np.ones(values.shape[1], np.float32)
+        noise = np.random.default_rng(0).standard_normal((16, 4096), np.float32)
         seconds = {NATIVE: 0.0}
         for codec in self._codecs:
+            values = noise[:, : 4096 // codec.layout.block_len * codec.layout.block_len]
+            ones = np.ones(values.shape[1], np.float32)
             for rows in (values[:1], values):  # the first one compiles, or loads what is compiled
                 start = time.perf_counter()
                 codec.decode(codec.encode(rows, ones, effort="fast", threads=1), threads=1)
@@ -480,18 +494,14 @@ class Budget:
             for number, rows in self._sampled(source):
                 count += 1
                 recorded = self._weights(item.choice, number, rows.shape[1])
-                makeshift = ColumnEnergy()
-                makeshift.add(rows)
+                makeshift = self._makeshift(rows)
                 m = np.ones(rows.shape[1]) if recorded is None else recorded.astype(np.float64)
                 signal = float((np.square(rows, dtype=np.float64) @ m).sum())
                 for kind in item.nbytes:
                     if kind == NATIVE or not signal:
                         continue
                     codec = types.get(kind)
-                    weights = recorded
-                    if weights is None and codec.needs_importance:
-                        energy = self._matrix == quantize.ENERGY
-                        weights = makeshift.result() if energy else np.ones(rows.shape[1], np.float32)
+                    weights = makeshift if recorded is None and codec.needs_importance else recorded
                     if weights is not None:
                         weights, _ = codec.usable_importance(weights)
                     packed = codec.encode(rows, weights, effort="fast", threads=1)
@@ -500,6 +510,14 @@ class Budget:
         except CodecError as error:
             raise GGUFError(f"{source.name}: cannot be measured: {error}") from None
         return {kind: total / count for kind, total in sums.items()}
+
+    def _makeshift(self, rows: F32) -> F32:
+        """Return what weighs the columns for types that demand importance where none is recorded."""
+        if self._matrix != quantize.ENERGY:
+            return np.ones(rows.shape[1], np.float32)
+        columns = ColumnEnergy()
+        columns.add(rows)
+        return columns.result()
 
     def _weights(self, choice: Choice, number: int, row_len: int) -> F32 | None:
         """Return the recorded importance of a matrix's columns, if there is any for its tensor."""
@@ -563,7 +581,7 @@ class Budget:
             kinds.append(common)
             options.append(
                 [
-                    (sum(item.nbytes[kind] for item in members), sum(_cost(item, kind) for item in members))
+                    (sum(item.nbytes[kind] for item in members), sum(item.cost(kind) for item in members))
                     for kind in common
                 ]
             )
@@ -596,14 +614,18 @@ class Budget:
         return prepared.plan(beside / "ggufx-budget.gguf", split_max_nbytes=self._split_max_nbytes)
 
 
-def _cost(item: _Free, kind: str) -> float:
-    return item.errors[kind]
-
-
 def _family(name: str) -> tuple[str, int]:
     """Return a tensor's name without its layer, and the layer."""
     match = _LAYER.match(name)
     return (name, 0) if match is None else (f"blk.N.{match[2]}", int(match[1]))
+
+
+def _weights_of_ends(names: Sequence[str]) -> dict[str, float]:
+    """Return what the embeddings and the head count: the layers, for each of the two uses that a tensor may have."""
+    layers = float(len({layer for family, layer in map(_family, names) if family.startswith("blk.")}) or 1)
+    if "output.weight" in names:
+        return {"output.weight": layers, "token_embd.weight": layers}
+    return {"token_embd.weight": 2 * layers}
 
 
 def _spread(total: int, count: int) -> list[int]:
