@@ -137,7 +137,10 @@ def test_sizes_are_met_and_more_room_is_less_error(per: str, model: Path) -> Non
         again = quantize.prepare(model, recipe=read, target="ik_llama.cpp", imatrix="ones")
         assert not again.findings
         assert again.plan("out.gguf").nbytes == fit.nbytes
-        errors.append(sum(fit.errors.values()))
+        # The embeddings count twice for each of the four layers, being the head, too: they get the bits first.
+        bits = {record["family"]: record["bits_per_weight"] for record in fit.families()}
+        assert bits["token_embd.weight"] >= bits["blk.N.attn_q.weight"]
+        errors.append(sum(error * (8 if name == "token_embd.weight" else 1) for name, error in fit.errors.items()))
         assert fit.families()[0]["family"] == "token_embd.weight"
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] == sum(budget.fit(10 * limit).errors.values()) == 0.0  # all native but what is zero
@@ -196,6 +199,21 @@ def test_commands(model: Path, tmp_path: Path, cli: Cli) -> None:
     assert fitted.out.splitlines()[1] == "attn_v=q8_0"
     assert cli("quantize", model, "--recipe", path, "--outfile", again).code == 0
     assert again.read_bytes() == out.read_bytes()
+    run = cli(
+        "quantize",
+        model,
+        "--target-bpw",
+        "5",
+        "--types",
+        "q4_0,q5_0",
+        "--split-max-size",
+        "50K",
+        "--outfile",
+        tmp_path / "s.gguf",
+    )
+    assert run.code == 0, run.err
+    nbytes = sum(path.stat().st_size for path in tmp_path.glob("s-*.gguf"))
+    assert f"\n{nbytes} bytes (" in run.out
     shown = cli("quantize", model, "--target-size", "1GiB", "--dry-run")
     assert "reachable: " in shown.out
     assert "note: IQ2_XXS demands importance and is no choice for 13 tensors; --imatrix gives it" in shown.out
