@@ -278,8 +278,8 @@ class Budget:
         As for :func:`ggufx.quantize.prepare`; so are ``imatrix``, ``target``, ``output_type``, ``embedding_type`` and
         ``leave_output``, and ``options``.
     type_names
-        Candidates; ``native`` is the source's own bits. By default that, and every lossy type that ggufx encodes and the target
-        holds.
+        Candidates; ``native`` is the source's own bits, and counts as exact. By default that, and every lossy type that ggufx
+        encodes and the target holds.
     rules
         What they decide is not chosen, and counts.
     per
@@ -501,7 +501,7 @@ class Budget:
                 recorded = self._weights(item.choice, number, rows.shape[1])
                 makeshift = self._makeshift(rows)
                 m = np.ones(rows.shape[1]) if recorded is None else recorded.astype(np.float64)
-                signal = float((np.square(rows, dtype=np.float64) @ m).sum())
+                signal = _weighed(rows, m)
                 for kind in item.nbytes:
                     if kind == NATIVE or not signal:
                         continue
@@ -511,7 +511,7 @@ class Budget:
                         weights, _ = codec.usable_importance(weights)
                     packed = codec.encode(rows, weights, effort="fast", threads=1)
                     error = rows - codec.decode(packed, dtype=np.float32, threads=1)
-                    sums[kind] += float((np.square(error, dtype=np.float64) @ m).sum()) / signal
+                    sums[kind] += _weighed(error, m) / signal
         except CodecError as error:
             raise GGUFError(f"{source.name}: cannot be measured: {error}") from None
         return {kind: total / count for kind, total in sums.items()}
@@ -617,6 +617,11 @@ class Budget:
     def _planned(self, prepared: Quantization) -> Plan:
         beside = prepared.path if prepared.path.is_dir() else prepared.path.parent
         return prepared.plan(beside / "ggufx-budget.gguf", split_max_nbytes=self._split_max_nbytes)
+
+
+def _weighed(values: F32, m: npt.NDArray[np.float64]) -> float:
+    """Return sum m x^2; not as a product of matrices, whose order of adding depends on the machine's threads."""
+    return float((np.square(values, dtype=np.float64).sum(axis=0) * m).sum())
 
 
 def _family(name: str) -> tuple[str, int]:

@@ -1137,6 +1137,7 @@ def recipe_fit(
     sample_len: SampleLen = budget_module.SAMPLE_LEN,
     recipe: Annotated[str | None, typer.Option(help="Rules that stay: a recipe file, or a shipped one.")] = None,
     custom_q: Annotated[list[str] | None, typer.Option(help="Rules that stay, RE=TYPE,RE=TYPE. Repeatable.")] = None,
+    tensor_type: Annotated[list[str] | None, typer.Option(help="Rule that stays, RE=TYPE. Repeatable.")] = None,
     imatrix: Annotated[str | None, typer.Option(help="Importance matrix; or ones, or energy.")] = None,
     target: Annotated[
         Target | None, typer.Option(help="Dialect to write. Default: the first that holds the types named.")
@@ -1159,7 +1160,7 @@ def recipe_fit(
         raise PlanError("--json goes with --dry-run")
     budget, limit = _Asked(target_size, target_bpw, candidates, per.value, sample_len).budget(
         source,
-        rules=_recipe(recipe, custom_q, None, None),
+        rules=_recipe(recipe, custom_q, tensor_type, None),
         imatrix=imatrix,
         target=None if target is None else target.value,
         allow_requantize=allow_requantize,
