@@ -269,8 +269,8 @@ class Budget:
 
     How that was chosen, with gemma3-270m (18 layers, tied): the divergence of the predictions per ``t`` is 7.2 for the head,
     5.9 for the embeddings, 0.06 for a layer's queries or keys, and 0.2 (output, gate) to 0.5 (values, down) for its others.
-    Choices by absolute errors of the outputs did far worse than one type for all of the same size. Those by ``t`` times the number
-    of weights, or its root, were worse than those by ``t`` at four bits, and within a tenth of them either way at five.
+    Choices by absolute errors of the outputs did far worse than one type for all of the same size. Those by ``t`` times the
+    number of weights, or its root, were worse than those by ``t`` at four bits, and within a tenth of them either way at five.
 
     Parameters
     ----------
