@@ -21,6 +21,7 @@ __all__ = ["File", "GGUFError", "Quality", "Tensor", "__version__", "open", "qua
 
 _MODULES = frozenset(
     {
+        "budget",
         "convert",
         "diff",
         "edit",

@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from decimal import Decimal
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args
+from typing import Annotated, Any, NamedTuple, NoReturn, get_args
 
 import typer
 from rich.console import Console
@@ -33,6 +35,7 @@ from rich.progress import (
 from rich.table import Table
 
 import ggufx
+from ggufx import budget as budget_module
 from ggufx import catalog, dialects, execute, mixes, testing, types
 from ggufx import convert as convert_module
 from ggufx import diff as diff_module
@@ -63,6 +66,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+Per = StrEnum("Per", {name: name for name in get_args(budget_module.Per)})  # type: ignore[misc]
 Target = StrEnum("Target", {name: name for name in dialects.DIALECTS})  # type: ignore[misc]
 Reading = StrEnum("Reading", {name: name for name in (*dialects.DIALECTS, dialects.OPAQUE)})  # type: ignore[misc]
 Dense = StrEnum("Dense", {name: name for name in convert_module.DENSE_TYPES})  # type: ignore[misc]
@@ -74,6 +78,7 @@ Plain = StrEnum("Plain", {name: name for name in retarget_module.PLAIN_TYPES})  
 ObjectiveChoice = StrEnum("ObjectiveChoice", {name: name for name in get_args(types.Objective)})  # type: ignore[misc]
 EffortChoice = StrEnum("EffortChoice", {name: name for name in get_args(types.Effort)})  # type: ignore[misc]
 
+_FAMILY = Per("family")
 _NORMAL = EffortChoice("normal")
 _REFERENCE = ObjectiveChoice("reference")
 _NISPARKS = Target("nisparks")
@@ -109,6 +114,19 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; write n
 AsJson = Annotated[bool, typer.Option("--json", help="With --dry-run: print it as JSON.")]
 SplitMaxSize = Annotated[str | None, typer.Option(help="Split into files of at most N(M|G) bytes of data.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")]
+
+TargetSize = Annotated[
+    str | None, typer.Option(metavar="N(M|G|MiB|GiB)", help="Choose types: files of at most so many bytes in all.")
+]
+TargetBpw = Annotated[
+    float | None, typer.Option(min=0.0, help="Choose types: at most so many bits per weight over all tensors.")
+]
+Candidates = Annotated[
+    str | None,
+    typer.Option("--types", help="Types to choose from, and native: iq2_ks,q4_k,... Default: all that can be written."),
+]
+PerGroup = Annotated[Per, typer.Option(help="What is given a type: a run of layers of like tensors, or each tensor.")]
+SampleLen = Annotated[int, typer.Option(min=1, help="Weights of each tensor to measure the types on.")]
 
 
 def _parse_nbytes(text: str | None) -> int | None:
@@ -776,6 +794,11 @@ def quantize(
         list[str] | None, typer.Option(help="Rule RE=TYPE before those; the last wins. Repeatable.")
     ] = None,
     tensor_type_file: Annotated[Path | None, typer.Option(help="File of such rules, before --tensor-type.")] = None,
+    target_size: TargetSize = None,
+    target_bpw: TargetBpw = None,
+    candidates: Candidates = None,
+    per: PerGroup = _FAMILY,
+    sample_len: SampleLen = budget_module.SAMPLE_LEN,
     imatrix: Annotated[
         str | None,
         typer.Option(
@@ -839,17 +862,23 @@ def quantize(
     if split_max_size is not None and keep_split:
         raise PlanError("--split-max-size and --keep-split exclude each other")
     rules = _recipe(recipe, custom_q, tensor_type, tensor_type_file)
-    if not rules.rules and default is None and output_tensor_type is None and token_embedding_type is None:
+    prepare: Callable[..., quantize_module.Quantization] = quantize_module.prepare
+    if target_size is not None or target_bpw is not None:
+        prepare = partial(
+            _fitted, asked=_Asked(target_size, target_bpw, candidates, per.value, sample_len), threads=threads,
+            split_max_nbytes=_parse_nbytes(split_max_size), dry_run=dry_run, as_json=as_json,
+        )  # fmt: skip
+    elif not rules.rules and default is None and output_tensor_type is None and token_embedding_type is None:
         raise PlanError("nothing to do: give a TYPE, a --recipe, --custom-q or --tensor-type")
-    prepared = quantize_module.prepare(
+    prepared = prepare(
         source,
         recipe=rules,
         default=default,
         mix=mix,
         imatrix=imatrix,
         target=None if target is None else target.value,
-        effort=effort.value,  # type: ignore[arg-type]
-        objective=objective.value,  # type: ignore[arg-type]
+        effort=effort.value,
+        objective=objective.value,
         pure=pure,
         output_type=output_tensor_type,
         embedding_type=token_embedding_type,
@@ -927,6 +956,103 @@ def _is_file_name(word: str) -> bool:
 
 def _is_type_or_mix(word: str) -> bool:
     return mixes.find(word) is not None or word.upper() in {codec.name.upper() for codec in types.all_codecs()}
+
+
+class _Asked(NamedTuple):
+    """The options of a choice of types."""
+
+    size: str | None
+    bits_per_weight: float | None
+    types: str | None
+    per: str
+    sample_len: int
+
+    def budget(self, source: Path, **options: Any) -> tuple[budget_module.Budget, int]:
+        """Return what can be chosen, and the bytes that it may take; refuses a size that cannot be reached."""
+        if (self.size is None) == (self.bits_per_weight is None):
+            raise PlanError("give one of --target-size and --target-bpw")
+        limit = 0 if self.size is None else _parse_target(self.size)
+        names = None if self.types is None else [name for name in self.types.split(",") if name.strip()]
+        budget = budget_module.Budget(
+            source, type_names=names, per=self.per, sample_len=self.sample_len, **options  # type: ignore[arg-type]
+        )  # fmt: skip
+        if self.bits_per_weight is not None:
+            limit = budget.nbytes_at(self.bits_per_weight)
+        budget.check(limit)
+        return budget, limit
+
+
+def _parse_target(text: str) -> int:
+    """Parse ``90G``, ``7.5G`` (decimal) or ``12GiB``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([KMGT]?)|([KMGT])i)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise PlanError(f"--target-size {text}: expected a size such as 90G, 7.5G or 12GiB")
+    unit = _UNITS[(match[2] or "").upper()] if match[3] is None else 1024 ** " KMGT".index(match[3].upper())
+    return int(Decimal(match[1]) * unit)
+
+
+def _fitted(
+    source: Path,
+    *,
+    recipe: recipe_module.Recipe,
+    default: str | None,
+    mix: bool,
+    asked: _Asked,
+    threads: int | None,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> quantize_module.Quantization:
+    """Do what :func:`ggufx.quantize.prepare` does, with types chosen for a size; a dry run tells what choosing takes."""
+    if default is not None:
+        raise PlanError(f"TYPE {default} and a size exclude each other; --types names the types to choose from")
+    if mix:
+        raise PlanError("--mix and a size exclude each other; `ggufx recipe show MIX --for MODEL` gives a mix's rules")
+    budget, limit = asked.budget(source, rules=recipe, **options)
+    if dry_run:
+        _print_budget(budget, limit, threads, as_json=as_json)
+        raise typer.Exit
+    fit = _measured(budget, limit, threads)
+    _print_fit(fit, _out)
+    return fit.quantization
+
+
+def _measured(budget: budget_module.Budget, limit: int, threads: int | None) -> budget_module.Fit:
+    for name, count in budget.left_out.items():
+        _err.print(f"note: {name} demands importance and is no choice for {count} tensors; --imatrix gives it")
+    with _progress("measure", "tensors") as progress:
+        budget.measure(threads=threads, progress=progress)
+    return budget.fit(limit)
+
+
+def _print_budget(budget: budget_module.Budget, limit: int, threads: int | None, *, as_json: bool) -> None:
+    seconds = budget.estimate(threads)
+    if as_json:
+        _print_json(budget.to_json() | {"limit": limit, "estimated_seconds": seconds})
+        return
+    _out.print(
+        f"to be chosen: types of {budget.n_tensors} tensors, at most {limit} bytes, dialect {budget.dialect.name}"
+    )
+    _out.print(f"candidates: {', '.join(name.lower() for name in budget.candidates)}")
+    for name, count in budget.left_out.items():
+        _out.print(f"note: {name} demands importance and is no choice for {count} tensors; --imatrix gives it")
+    _out.print(f"reachable: {budget.smallest_nbytes} to {budget.largest_nbytes} bytes")
+    _out.print(f"measuring: {budget.n_sampled} weights in all, about {seconds:.0f} s; `ggufx recipe fit` does it")
+
+
+def _print_fit(fit: budget_module.Fit, console: Console) -> None:
+    table = _table("family", "tensors", "weights", "bytes", "bpw", "relative rms", "types")
+    for record in fit.families():
+        table.add_row(
+            _text(record["family"]), str(record["n_tensors"]), str(record["n_weights"]), str(record["nbytes"]),
+            f"{record['bits_per_weight']:.4f}", f"{record['relative_rms']:.5f}",
+            ", ".join(f"{kind.lower()} x{count}" for kind, count in record["types"].items()),
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"{fit.nbytes} bytes ({fit.nbytes / fit.limit:.2%} of {fit.limit}), {fit.bits_per_weight:.4f} bits per weight, "
+        f"dialect {fit.quantization.dialect.name}"
+    )
 
 
 def _refuse(prepared: quantize_module.Quantization, *, as_json: bool) -> NoReturn:
@@ -1075,6 +1201,54 @@ def recipe_lint(
         )
     if prepared.errors:
         raise typer.Exit(prepared.exit_code)
+
+
+@recipe_app.command("fit")
+def recipe_fit(
+    source: Annotated[Path, typer.Argument(help="A GGUF, or a checkpoint's directory.")],
+    target_size: TargetSize = None,
+    target_bpw: TargetBpw = None,
+    candidates: Candidates = None,
+    per: PerGroup = _FAMILY,
+    sample_len: SampleLen = budget_module.SAMPLE_LEN,
+    recipe: Annotated[str | None, typer.Option(help="Rules that stay: a recipe file, or a shipped one.")] = None,
+    custom_q: Annotated[list[str] | None, typer.Option(help="Rules that stay, RE=TYPE,RE=TYPE. Repeatable.")] = None,
+    tensor_type: Annotated[list[str] | None, typer.Option(help="Rule that stays, RE=TYPE. Repeatable.")] = None,
+    imatrix: Annotated[str | None, typer.Option(help="Importance matrix; or ones, or energy.")] = None,
+    target: Annotated[
+        Target | None, typer.Option(help="Dialect to write. Default: the first that holds the types named.")
+    ] = None,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Quantize tensors that are lossy already.")
+    ] = False,
+    mtp: Annotated[
+        bool, typer.Option("--mtp", help="Of a checkpoint: the multi-token-prediction block's file.")
+    ] = False,
+    dialect: DialectOption = None,
+    threads: Threads = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what can be reached and what measuring takes.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Choose the types for a size and print the recipe: measures every candidate on a sample of every tensor's rows."""
+    if as_json and not dry_run:
+        raise PlanError("--json goes with --dry-run")
+    budget, limit = _Asked(target_size, target_bpw, candidates, per.value, sample_len).budget(
+        source,
+        rules=_recipe(recipe, custom_q, tensor_type, None),
+        imatrix=imatrix,
+        target=None if target is None else target.value,
+        allow_requantize=allow_requantize,
+        mtp=mtp,
+        dialect=None if dialect is None else dialect.value,
+    )
+    if dry_run:
+        _print_budget(budget, limit, threads, as_json=as_json)
+        return
+    fit = _measured(budget, limit, threads)
+    _print_fit(fit, Console(stderr=True, soft_wrap=True, highlight=False, width=_out.width))
+    sys.stdout.write(fit.text())
 
 
 @recipe_app.command("from-gguf")

@@ -45,6 +45,7 @@ __all__ = [
     "plan_quantize",
     "prepare",
     "quantize",
+    "target_dialect",
 ]
 
 ENERGY: Final = "energy"
@@ -339,7 +340,7 @@ def prepare(
     kind = mixed.type if mixed is not None else None if default is None else _codec_name(default)
     wanted = [name for name in (kind, *map(_optional_name, (output_type, embedding_type))) if name is not None]
     opened = source if isinstance(source, File | Checkpoint) else _open(source, dialect)
-    chosen = _target(rules, wanted, opened, target)
+    chosen = target_dialect(rules, wanted, opened, target)
     if isinstance(opened, File):
         sources, quantization = _gguf_sources(opened, chosen)
     else:
@@ -536,7 +537,7 @@ def _matrix(given: ImportanceMatrix | str | Path | None) -> ImportanceMatrix | L
     return imatrix_module.load(given)
 
 
-def _target(rules: Recipe, wanted: Sequence[str], source: File | Checkpoint, target: str | None) -> Dialect:
+def target_dialect(rules: Recipe, wanted: Sequence[str], source: File | Checkpoint, target: str | None) -> Dialect:
     """Return the dialect asked for, or the first that holds every type that the rules name."""
     if target is not None:
         return dialects.get(target)

