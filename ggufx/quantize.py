@@ -411,7 +411,7 @@ def mix_recipe(
     mixed = _mix(name, asked=True)
     assert mixed is not None
     opened = source if isinstance(source, File | Checkpoint) else _open(source, dialect)
-    chosen = _target(Recipe(), [mixed.type], opened, target)
+    chosen = target_dialect(Recipe(), [mixed.type], opened, target)
     if isinstance(opened, File):
         sources, quantization = _gguf_sources(opened, chosen)
     else:
