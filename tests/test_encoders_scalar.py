@@ -93,8 +93,8 @@ BARS_WITHOUT_TINY = {
     "Q5_K": ((0.80, 0.775, 0.76), (0.80, 0.78, 0.775)),
     "Q6_K": ((0.875, 0.83, 0.825), (0.89, 0.85, 0.83)),
 }
-# (c, f, p): weights are m sqrt(c mean + x^2) with importance, f mean + p x^2 without, means over the block: the C libraries', but
-# that these have 0 for 1/4.
+# (c, f, p): weights are m sqrt(c mean + x^2) with importance, f mean + p x^2 without, means over the block: those of the C
+# libraries, but that these have 0 for 1/4.
 GRID_WEIGHTS = {
     "IQ1_S": (2, 0, 0), "IQ1_M": (2, 0.25, 1), "IQ2_XS": (1, 0, 0), "IQ2_S": (2, 0.5, 1), "IQ3_XXS": (2, 0.25, 1),
     "IQ3_S": (2, 0.25, 1),
