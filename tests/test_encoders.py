@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -197,7 +196,6 @@ def test_every_cpu_model_gives_the_same_bytes(cpu: str, features: str, hashes_of
     other = hashes(NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features, NUMBA_CACHE_DIR=str(tmp_path))
     assert other == hashes_of_this_cpu
     assert len(other.split()) == 2 * len(NAMES)
-    assert hashlib.sha256(other.encode()).digest_size == 32
 
 
 # Edges --------------------------------------------------------------------------------------------------------------
@@ -316,7 +314,7 @@ def test_the_scale_of_the_importance_is_nothing(name: str) -> None:
     x, importance = sample(15, 4, 512)
     codec = types.get(name)
     packed = codec.encode(x, importance)
-    for factor in (2.0**-12, 2.0**60, 2.0**100):
+    for factor in (2.0**-100, 2.0**-12, 2.0**60, 2.0**100):
         assert np.array_equal(codec.encode(x, importance * np.float32(factor)), packed)
 
 

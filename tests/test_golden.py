@@ -169,6 +169,24 @@ def test_f8_e4m3_b128_every_scale_and_code(use_kernel: bool) -> None:
     assert_same_bits(actual, expected)
 
 
+def test_nvfp4_reference_has_no_scale_between_240_and_448() -> None:
+    # Beyond the vectors: bytes of llama.cpp's quantize_row_nvfp4_ref, by libgguf 0.2.2. One sub-block for each largest value.
+    largest = [1400, 1487, 1488, 1600, 2000, 2640, 2688, 3000]
+    x = np.repeat(np.array(largest, np.float32)[:, None], 16, axis=1) * np.linspace(-0.5, 1, 16, dtype=np.float32)
+    scales = [119, 119, 126, 126, 126, 126, 126, 126]
+    codes = (
+        "4d4c5c6a696071724d4c5c6a696071722b3b3a49495051512c3b4a4949505161"
+        "3c4c4b5a596061624d4c5c6a696071724d4c5c6a696071724d5d5c6b69707173"
+    )
+    blocks = types.get("NVFP4").encode(x.reshape(1, 128), effort="reference").reshape(2, 36)
+    assert blocks[:, :4].ravel().tolist() == scales
+    assert blocks[:, 4:].tobytes().hex() == codes
+    # What searches need not copy: the scales are there, and better.
+    y = types.get("NVFP4").decode(types.get("NVFP4").encode(x.reshape(1, 128))).reshape(x.shape)
+    theirs = types.get("NVFP4").decode(blocks.reshape(1, 72)).reshape(x.shape)
+    assert (((x - y) ** 2).sum(axis=1) <= ((x - theirs) ** 2).sum(axis=1)).all()
+
+
 @pytest.mark.parametrize("use_kernel", [False, True], ids=["specification", "kernel"])
 def test_nvfp4_every_scale_and_code(use_kernel: bool) -> None:
     # One block a scale, the same in all four places, over all sixteen codes in both nibbles.

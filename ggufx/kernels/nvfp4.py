@@ -44,11 +44,13 @@ def decode(rows, out, block_len):
 _ZERO = np.float32(0)
 _MAGIC = np.float32(12582912)
 _LARGEST = 0x7E
+_SATURATED = 0x78
+"""The code of 256: from there on ``ggml_fp32_to_ue4m3`` gives the largest."""
 
 
 @subroutine
-def _reference_scale(amax):
-    """Return the E4M3 code of ``amax / 6``, mantissas rounded half up, as ``ggml_fp32_to_ue4m3`` does."""
+def _scale_code(amax):
+    """Return the E4M3 code of ``amax / 6``, mantissas rounded half up as in ``ggml_fp32_to_ue4m3``."""
     x = amax / np.float32(6)
     if x > np.float32(448):
         return _LARGEST
@@ -110,7 +112,7 @@ def encode_search(values, importance, out, scales, deltas):
     """Give every 16 elements the best of the reference's scale code plus ``deltas``, of which the first is 0.
 
     ``importance`` is [row_len], or empty for 1; ``scales`` float32 [256] half the value of every scale code. The best has the
-    least ``sum m (x - y)^2``; 0 alone gives the C library's bytes.
+    least ``sum m (x - y)^2``; 0 alone gives the C library's bytes, which know no scale between 240 and 448.
     """
     scratch = scratch_of(*[floats(16, SIDE)] * 3, floats(3, SIDE), (np.uint8, (16, SIDE)), *[(np.int64, (SIDE,))] * 2)
     scratch[2].fill(1)
@@ -145,8 +147,8 @@ def _encode_search(flat, importance, out, scales, deltas, scratch):
         for i in range(SIDE):
             least[i] = least[i] if scale[i] > _ZERO else _ZERO  # zeros keep scale 0
         for lane in range(n):
-            base[lane] = _reference_scale(scale[lane])
-            chosen[lane] = base[lane]
+            base[lane] = _scale_code(scale[lane])
+            chosen[lane] = _LARGEST if base[lane] >= _SATURATED else base[lane]
         if deltas.shape[0] > 1:
             for k in range(deltas.shape[0]):
                 for i in range(SIDE):

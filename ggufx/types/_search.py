@@ -51,16 +51,14 @@ _LEAST = 2.0**-10
 
 
 def _weights(importance: F32 | None, sub_len: int) -> F32:
-    """Return the importance as the reference uses it: sub-blocks of columns with none get 1e-9. Empty for none."""
+    """Return the importance with the largest near 1, and sub-blocks that have next to none at an even 1e-9. Empty for none."""
     if importance is None:
         return np.empty(0, np.float32)
-    weights = importance.copy()
+    # A power of two, so that products with it stay finite and exact; first, as only ratios count.
+    weights: F32 = np.ldexp(importance, -np.frexp(importance.max())[1]).astype(np.float32)
     blocks = weights.reshape(-1, sub_len)
-    with np.errstate(over="ignore"):
-        blocks[(blocks.astype(np.float64) ** 2).sum(axis=1) <= sub_len * 1e-18] = _DEAD
-    # A power of two, so that products with it stay finite and exact.
-    scaled: F32 = np.ldexp(weights, -np.frexp(weights.max())[1]).astype(np.float32)
-    return scaled
+    blocks[(blocks.astype(np.float64) ** 2).sum(axis=1) <= sub_len * 1e-18] = _DEAD
+    return weights
 
 
 def search_codebook(

@@ -44,10 +44,10 @@ class IQ3_XXS(Codec):  # noqa: N801 (upstream's spelling)
         """Search scales exactly, over the whole grid with the parity of the signs (FORMATS 7.1).
 
         Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(2 mean + x^2) with m the importance and ``mean`` that
-        of x^2 over the block, or x^2 + mean / 64 without importance (the library's x^2 alone lets small elements become large
+        of x^2 over the block, or mean / 4 + x^2 without importance (the library's x^2 alone lets small elements become large
         ones); ``mse``: w = m, or 1.
         """
-        found = search_grid(self, 8, 64, _SPANS, (2.0, 1 / 64, 1.0), values, importance, search)
+        found = search_grid(self, 8, 64, _SPANS, (2.0, 0.25, 1.0), values, importance, search)
         _, blocks = self.layout.split(out)
         blocks["d"] = found.d
         signs = (found.signs & 127).reshape(*blocks.shape, 8, 4).astype(np.uint32)

@@ -58,10 +58,11 @@ class NVFP4(Codec):
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Try scales, each with the nearest codes (ties to the smaller magnitude, zero coded 0).
 
-        The first scale is the reference's, ``E4M3(max |x| / 6)``, mantissas rounded half up. Effort ``reference`` takes it,
-        whatever the importance; the others keep the one with the least ``sum m (x - y)^2`` among its neighbours, m the
-        importance or 1: both objectives are the same. Values whose magnitude is under 2^-11 become 0: there is no scale of the
-        tensor to bring them up. Source: ``quantize_row_nvfp4_ref`` of llama.cpp.
+        The first scale is ``E4M3(max |x| / 6)``, mantissas rounded half up. Effort ``reference`` takes it, whatever the
+        importance, and like the C library the largest, 448, for what would round to 256 or more; the others keep the one with
+        the least ``sum m (x - y)^2`` among its neighbours, m the importance or 1: both objectives are the same. Values whose
+        magnitude is under 2^-11 become 0: there is no scale of the tensor to bring them up. Source: ``quantize_row_nvfp4_ref``
+        of llama.cpp.
         """
         deltas = np.array(_DELTAS[search.effort], np.int64)
         weights = relative(None if search.effort == "reference" else importance, self.layout.block_len)

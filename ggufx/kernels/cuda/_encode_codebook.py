@@ -588,14 +588,14 @@ def _pack(
 
 
 def _weights(importance: torch.Tensor, sub_len: int) -> torch.Tensor:
-    """Return the importance as the reference uses it: columns of a sub-block with none get 1e-9. Largest near 1."""
+    """Return the importance with the largest near 1, and sub-blocks that have next to none at an even 1e-9."""
     wide = importance.double()
-    blocks = wide.reshape(-1, sub_len)
-    dead = (blocks * blocks).sum(dim=1, keepdim=True) <= sub_len * 1e-18
-    wide = torch.where(dead, float(np.float32(1e-9)), blocks).reshape(-1)
     _, exponent = torch.frexp(wide.max())
-    # A power of two, so that products with it stay finite and exact.
-    return torch.ldexp(wide, -exponent).float()
+    # A power of two, so that products with it stay finite and exact; in two steps, as torch makes it a float32.
+    half = -exponent // 2
+    blocks = torch.ldexp(torch.ldexp(wide, half), -exponent - half).float().reshape(-1, sub_len)
+    dead = (blocks.double() ** 2).sum(dim=1, keepdim=True) <= sub_len * 1e-18
+    return torch.where(dead, float(np.float32(1e-9)), blocks).reshape(-1)
 
 
 def encode(book: Codebook, values: torch.Tensor, importance: torch.Tensor | None, out: torch.Tensor, mse: bool) -> None:
