@@ -25,7 +25,7 @@ from ggufx import execute, quantize, types
 from ggufx import imatrix as imatrix_module
 from ggufx import recipe as recipe_module
 from ggufx.checkpoint import Checkpoint
-from ggufx.container import align_up
+from ggufx.container import Value, align_up
 from ggufx.dialects import Dialect
 from ggufx.errors import CodecError, GGUFError, PlanError, RecipeError
 from ggufx.file import File, open
@@ -286,8 +286,8 @@ class Budget:
         See :data:`Per`.
     sample_len
         Weights to measure of each tensor, about.
-    split_max_nbytes
-        As for :meth:`ggufx.quantize.Quantization.plan`.
+    split_max_nbytes, overrides
+        As for :meth:`ggufx.quantize.Quantization.plan`: both take bytes.
 
     Raises
     ------
@@ -318,6 +318,7 @@ class Budget:
         embedding_type: str | None = None,
         leave_output: bool = False,
         split_max_nbytes: int | None = None,
+        overrides: Mapping[str, Value] | None = None,
         **options: Any,
     ) -> None:
         if per not in get_args(Per):
@@ -326,7 +327,9 @@ class Budget:
             path = Path(source)
             source = Checkpoint(path) if path.is_dir() else open(path, dialect=options.get("dialect"))
         given = rules or Recipe()
-        asked = None if type_names is None else [_type_name(name) for name in type_names]
+        asked = None if type_names is None else [quantize.codec_name(name, "--types") for name in type_names]
+        if asked is not None and not asked:
+            raise RecipeError("--types names no type")
         self.dialect = quantize.target_dialect(given, [n for n in asked or () if n != NATIVE], source, target)
         self._codecs = _codecs(asked, self.dialect)
         self._native = asked is None or NATIVE in asked
@@ -335,7 +338,8 @@ class Budget:
         if imatrix is not None and not isinstance(imatrix, ImportanceMatrix) and str(imatrix) not in _MAKESHIFTS:
             self._matrix = imatrix_module.load(imatrix)
         self._options = options | {"pure": True, "imatrix": self._matrix, "target": self.dialect.name}
-        self._source, self._sample_len, self._split_max_nbytes = source, sample_len, split_max_nbytes
+        self._source, self._sample_len = source, sample_len
+        self._split_max_nbytes, self._overrides = split_max_nbytes, overrides
         # What takes part and how its columns are weighed is what quantizing all of it to one type would find.
         probe = quantize.prepare(
             source, recipe=given, default=_probe(source, self.dialect),
@@ -377,6 +381,11 @@ class Budget:
             run = layers.index(layer) * _LAYER_RUNS // max(_LAYER_RUNS, len(layers))
             group = (*group, layer if per == "tensor" else run)
             free.append(_Free(choice, group, weights[choice.source.name], self._sizes(choice, alignment), {}))
+        for members in _groups(free):
+            common = [kind for kind in members[0].nbytes if all(kind in one.nbytes for one in members)]
+            for one in members:  # importance may be recorded for some of them only
+                self.left_out.update(kind for kind in one.nbytes if kind not in common)
+                one.nbytes = {kind: one.nbytes[kind] for kind in common}
         return free
 
     def _sizes(self, choice: Choice, alignment: int) -> dict[str, int]:
@@ -387,12 +396,17 @@ class Budget:
             with suppress(PlanError):  # the target has no type for its bits
                 found[NATIVE] = align_up(source.keep().nbytes, alignment)
         for codec in self._codecs:
-            if codec.name == source.kind or source.shape[-1] % codec.layout.block_len:
+            if source.shape[-1] % codec.layout.block_len:
+                continue
+            nbytes = align_up(codec.layout.nbytes(source.shape), alignment)
+            if codec.name == source.kind:  # its own bits, called by their type
+                if nbytes != found.get(NATIVE):
+                    found[codec.name] = nbytes
                 continue
             if codec.needs_importance and not choice.weights and self._matrix not in _MAKESHIFTS:
                 self.left_out[codec.name] += 1
                 continue
-            found[codec.name] = align_up(codec.layout.nbytes(source.shape), alignment)
+            found[codec.name] = nbytes
         if not found:
             raise PlanError(
                 f"{source.name} {list(source.shape)}: none of {', '.join(self.candidates)} fits; add a type to --types, such "
@@ -463,7 +477,8 @@ class Budget:
                 codec.decode(codec.encode(rows, ones, effort="fast", threads=1), threads=1)
                 seconds[codec.name] = (time.perf_counter() - start) / values.size
         total = sum(
-            min(self._sample_len, prod(item.choice.source.shape)) * sum(seconds[kind] for kind in item.nbytes)
+            min(self._sample_len, prod(item.choice.source.shape))
+            * sum(seconds[kind] for kind in item.nbytes if kind != item.choice.source.kind)
             for item in self._free
         )
         return total / min(threads or execute.default_workers(), len(self._free))
@@ -503,7 +518,7 @@ class Budget:
                 m = np.ones(rows.shape[1]) if recorded is None else recorded.astype(np.float64)
                 signal = _weighed(rows, m)
                 for kind in item.nbytes:
-                    if kind == NATIVE or not signal:
+                    if kind in (NATIVE, source.kind) or not signal:
                         continue
                     codec = types.get(kind)
                     weights = makeshift if recorded is None and codec.needs_importance else recorded
@@ -577,32 +592,29 @@ class Budget:
             It cannot be reached.
         """
         self.check(limit)
-        groups: dict[tuple[object, ...], list[_Free]] = {}
-        for item in self._free:
-            groups.setdefault(item.group, []).append(item)
-        kinds, options = [], []
-        for members in groups.values():
-            common = [kind for kind in members[0].nbytes if all(kind in item.nbytes for item in members)]
-            kinds.append(common)
-            options.append(
-                [
-                    (sum(item.nbytes[kind] for item in members), sum(item.cost(kind) for item in members))
-                    for kind in common
-                ]
-            )
+        groups = _groups(self._free)
+        kinds = [list(members[0].nbytes) for members in groups]
+        options = [
+            [(sum(item.nbytes[kind] for item in members), sum(item.cost(kind) for item in members)) for kind in names]
+            for members, names in zip(groups, kinds, strict=True)
+        ]
+        least = sum(min(option[0] for option in held) for held in options)
         room = limit - self._base
         while True:
             chosen = choose(options, room)
             found = {
                 item.name: names[number]
-                for members, names, number in zip(groups.values(), kinds, chosen, strict=True)
+                for members, names, number in zip(groups, kinds, chosen, strict=True)
                 for item in members
             }
             prepared = self._prepared(found)
             planned = self._planned(prepared)
             if planned.nbytes <= limit:
                 break
-            room -= planned.nbytes - limit  # a few keys, or the ends of one more file of a split
+            if room == least:
+                raise PlanError(f"{limit} bytes cannot be reached: the smallest choice takes {planned.nbytes}")
+            # A few keys, or the ends of one more file of a split.
+            room = max(least, room - (planned.nbytes - limit))
         nbytes = sum(tensor.nbytes for tensor in planned.tensors)
         errors = {item.name: item.errors[found[item.name]] for item in self._free}
         return Fit(self._recipe(found), prepared, planned.nbytes, limit, nbytes * 8 / self._n_weights, found, errors)
@@ -616,12 +628,22 @@ class Budget:
 
     def _planned(self, prepared: Quantization) -> Plan:
         beside = prepared.path if prepared.path.is_dir() else prepared.path.parent
-        return prepared.plan(beside / "ggufx-budget.gguf", split_max_nbytes=self._split_max_nbytes)
+        return prepared.plan(
+            beside / "ggufx-budget.gguf", split_max_nbytes=self._split_max_nbytes, overrides=self._overrides
+        )
 
 
 def _weighed(values: F32, m: npt.NDArray[np.float64]) -> float:
     """Return sum m x^2; not as a product of matrices, whose order of adding depends on the machine's threads."""
     return float((np.square(values, dtype=np.float64).sum(axis=0) * m).sum())
+
+
+def _groups(free: Sequence[_Free]) -> list[list[_Free]]:
+    """Return the tensors that get one type together."""
+    groups: dict[tuple[object, ...], list[_Free]] = {}
+    for item in free:
+        groups.setdefault(item.group, []).append(item)
+    return list(groups.values())
 
 
 def _family(name: str) -> tuple[str, int]:
@@ -642,13 +664,6 @@ def _weights(names: Sequence[str]) -> dict[str, float]:
 def _spread(total: int, count: int) -> list[int]:
     """Return ``count`` of the numbers below ``total``, in the middles of as many equal parts."""
     return [(2 * number + 1) * total // (2 * count) for number in range(count)]
-
-
-def _type_name(text: str) -> str:
-    rules = Recipe.parse(f".={text.strip()}", "--types").rules
-    if len(rules) != 1 or len(rules[0].types) != 1:
-        raise RecipeError(f"--types: {text!r} is no type")
-    return rules[0].types[0]
 
 
 def _codecs(asked: Sequence[str] | None, dialect: Dialect) -> list[Codec]:
@@ -679,4 +694,6 @@ def _ends(names: Sequence[str], output_type: str | None, embedding_type: str | N
     """Return the rules that say the same as the options for a model's two ends."""
     head = "output.weight" if "output.weight" in names else "token_embd.weight"
     wanted = [(head, NATIVE if leave else output_type), ("token_embd.weight", embedding_type)]
-    return Recipe(tuple(Rule(f"^{re.escape(name)}$", (_type_name(kind),)) for name, kind in wanted if kind is not None))
+    return Recipe(
+        tuple(Rule(f"^{re.escape(name)}$", (quantize.codec_name(kind),)) for name, kind in wanted if kind is not None)
+    )

@@ -112,7 +112,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a partial output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="With --dry-run: print it as JSON.")]
-SplitMaxSize = Annotated[str | None, typer.Option(help="Split into files of at most N(M|G) bytes of data.")]
+SplitMaxSize = Annotated[str | None, typer.Option(help="Split into files of at most N(M|G|MiB|GiB) bytes of data.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")]
 
 TargetSize = Annotated[
@@ -129,14 +129,20 @@ PerGroup = Annotated[Per, typer.Option(help="What is given a type: a run of laye
 SampleLen = Annotated[int, typer.Option(min=1, help="Weights of each tensor to measure the types on.")]
 
 
+def _parse_size(text: str, option: str) -> int:
+    """Parse ``90G`` or ``7.5G`` (decimal, as llama.cpp's tools do), or ``12GiB``."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(?:([KMGT]?)|([KMGT])i)B?", text.strip(), re.IGNORECASE)
+    nbytes = 0
+    if match is not None:
+        unit = _UNITS[(match[2] or "").upper()] if match[3] is None else 1024 ** " KMGT".index(match[3].upper())
+        nbytes = int(Decimal(match[1]) * unit)
+    if nbytes == 0:
+        raise PlanError(f"{option} {text}: expected a size such as 50G, 7.5G or 12GiB")
+    return nbytes
+
+
 def _parse_nbytes(text: str | None) -> int | None:
-    """Parse ``50G`` or ``500M`` (decimal, as llama.cpp's tools do)."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+)([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if match is None or int(match[1]) == 0:
-        raise PlanError(f"--split-max-size {text}: expected a number and K, M, G or T, such as 50G")
-    return int(match[1]) * _UNITS[match[2].upper()]
+    return None if text is None else _parse_size(text, "--split-max-size")
 
 
 def _nbytes(count: float) -> str:
@@ -857,16 +863,31 @@ def quantize(
     default, outfile, threads = _quantize_words([w for w in (first, second, third) if w is not None], outfile, threads)
     if as_json and not dry_run:
         raise PlanError("--json goes with --dry-run")
+    sized = target_size is not None or target_bpw is not None
+    if sized and default is not None:
+        raise PlanError(
+            f"TYPE {default} and a size exclude each other; --types names the types to choose from, --outfile the output"
+        )
+    if sized and (mix or pure):
+        raise PlanError(
+            f"{'--mix' if mix else '--pure'} and a size exclude each other; `ggufx recipe show MIX --for MODEL` gives a mix's "
+            "rules"
+        )
+    if not sized and (candidates is not None or per is not _FAMILY or sample_len != budget_module.SAMPLE_LEN):
+        raise PlanError("--types, --per and --sample-len go with --target-size or --target-bpw")
     if outfile is None and not dry_run:
         raise PlanError("--outfile is missing; --dry-run does without")
     if split_max_size is not None and keep_split:
         raise PlanError("--split-max-size and --keep-split exclude each other")
     rules = _recipe(recipe, custom_q, tensor_type, tensor_type_file)
     prepare: Callable[..., quantize_module.Quantization] = quantize_module.prepare
-    if target_size is not None or target_bpw is not None:
+    overrides = edit_module.parse_overrides(override_kv or ())
+    if sized:
+        if outfile is not None and not (dry_run or split_max_size or keep_split):
+            execute.check_output(outfile, overwrite=overwrite)
         prepare = partial(
             _fitted, asked=_Asked(target_size, target_bpw, candidates, per.value, sample_len), threads=threads,
-            split_max_nbytes=_parse_nbytes(split_max_size), dry_run=dry_run, as_json=as_json,
+            split_max_nbytes=_parse_nbytes(split_max_size), overrides=overrides, dry_run=dry_run, as_json=as_json,
         )  # fmt: skip
     elif not rules.rules and default is None and output_tensor_type is None and token_embedding_type is None:
         raise PlanError("nothing to do: give a TYPE, a --recipe, --custom-q or --tensor-type")
@@ -897,7 +918,6 @@ def quantize(
         _refuse(prepared, as_json=as_json)
     if not as_json:
         _print_findings(prepared.findings, _out if dry_run else _err)
-    overrides = edit_module.parse_overrides(override_kv or ())
     plan = prepared.plan(
         outfile or _beside(source), split_max_nbytes=_parse_nbytes(split_max_size), overrides=overrides
     )
@@ -971,7 +991,9 @@ class _Asked(NamedTuple):
         """Return what can be chosen, and the bytes that it may take; refuses a size that cannot be reached."""
         if (self.size is None) == (self.bits_per_weight is None):
             raise PlanError("give one of --target-size and --target-bpw")
-        limit = 0 if self.size is None else _parse_target(self.size)
+        if self.bits_per_weight is not None and not math.isfinite(self.bits_per_weight):
+            raise PlanError(f"--target-bpw {self.bits_per_weight}: expected a number such as 4.5")
+        limit = 0 if self.size is None else _parse_size(self.size, "--target-size")
         names = None if self.types is None else [name for name in self.types.split(",") if name.strip()]
         budget = budget_module.Budget(
             source, type_names=names, per=self.per, sample_len=self.sample_len, **options  # type: ignore[arg-type]
@@ -982,21 +1004,13 @@ class _Asked(NamedTuple):
         return budget, limit
 
 
-def _parse_target(text: str) -> int:
-    """Parse ``90G``, ``7.5G`` (decimal) or ``12GiB``."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([KMGT]?)|([KMGT])i)B?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise PlanError(f"--target-size {text}: expected a size such as 90G, 7.5G or 12GiB")
-    unit = _UNITS[(match[2] or "").upper()] if match[3] is None else 1024 ** " KMGT".index(match[3].upper())
-    return int(Decimal(match[1]) * unit)
-
-
 def _fitted(
     source: Path,
     *,
     recipe: recipe_module.Recipe,
     default: str | None,
     mix: bool,
+    pure: bool,
     asked: _Asked,
     threads: int | None,
     dry_run: bool,
@@ -1004,10 +1018,7 @@ def _fitted(
     **options: Any,
 ) -> quantize_module.Quantization:
     """Do what :func:`ggufx.quantize.prepare` does, with types chosen for a size; a dry run tells what choosing takes."""
-    if default is not None:
-        raise PlanError(f"TYPE {default} and a size exclude each other; --types names the types to choose from")
-    if mix:
-        raise PlanError("--mix and a size exclude each other; `ggufx recipe show MIX --for MODEL` gives a mix's rules")
+    del default, mix, pure  # excluded by a size
     budget, limit = asked.budget(source, rules=recipe, **options)
     if dry_run:
         _print_budget(budget, limit, threads, as_json=as_json)

@@ -47,6 +47,7 @@ __all__ = [
     "Observer",
     "Progress",
     "TileDone",
+    "check_output",
     "default_workers",
     "execute",
     "memory_need",
@@ -648,6 +649,19 @@ def _check(number: int, checksum: int) -> int:
     return xxhash.xxh32_intdigest(struct.pack("<IQ", number, checksum))
 
 
+def _refuse_existing(path: Path, *, overwrite: bool) -> None:
+    if path.is_dir():
+        raise OutputExists(f"{path}: is a directory; choose another --outfile")
+    if path.exists() and not overwrite:
+        raise OutputExists(f"{path}: exists; choose another --outfile or pass --overwrite")
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Raise OutputExists for an output that :func:`execute` would refuse; for whoever has long work before the plan."""
+    if path.is_dir() or not journal_path(path).exists():  # else a killed run may have finished this very file
+        _refuse_existing(path, overwrite=overwrite)
+
+
 def _prepare(plan: Plan, journal: _Journal, *, overwrite: bool) -> list[PlannedFile]:
     """Check names and space, preallocate; returns the files that are not under their final name yet."""
     pending = []
@@ -656,14 +670,12 @@ def _prepare(plan: Plan, journal: _Journal, *, overwrite: bool) -> list[PlannedF
         if inode is not None and file.path.exists() and file.path.stat().st_ino == inode:
             partial_path(file.path).unlink(missing_ok=True)
             continue  # killed after this file got its name: it is the very one that was finished
-        if file.path.is_dir():
+        try:
+            _refuse_existing(file.path, overwrite=overwrite)
+        except OutputExists:
             if not journal.resumed:
                 journal.remove()
-            raise OutputExists(f"{file.path}: is a directory; choose another --outfile")
-        if file.path.exists() and not overwrite:
-            if not journal.resumed:
-                journal.remove()
-            raise OutputExists(f"{file.path}: exists; choose another --outfile or pass --overwrite")
+            raise
         pending.append(file)
     directory = pending[0].path.parent if pending else Path()
     try:

@@ -40,6 +40,7 @@ __all__ = [
     "Quantization",
     "Source",
     "Tally",
+    "codec_name",
     "common_file_type",
     "mix_recipe",
     "plan_quantize",
@@ -337,7 +338,7 @@ def prepare(
     mixed = None if default is None else _mix(default, asked=mix)
     if default is None and mix:
         raise RecipeError("a mix was asked for, but none is named")
-    kind = mixed.type if mixed is not None else None if default is None else _codec_name(default)
+    kind = mixed.type if mixed is not None else None if default is None else codec_name(default)
     wanted = [name for name in (kind, *map(_optional_name, (output_type, embedding_type))) if name is not None]
     opened = source if isinstance(source, File | Checkpoint) else _open(source, dialect)
     chosen = target_dialect(rules, wanted, opened, target)
@@ -485,15 +486,15 @@ def _loaded(given: Recipe | str | Path | None) -> Recipe:
     return given if isinstance(given, Recipe) else recipe_module.load(given)
 
 
-def _codec_name(name: str) -> str:
-    """Return upstream's spelling of a type; raises RecipeError."""
+def codec_name(name: str, origin: str = "TYPE") -> str:
+    """Return upstream's spelling of a type, or ``native``; raises RecipeError, which says where the name was given."""
     if set(name) & set("=,|"):
-        raise RecipeError(f"{name!r} is no type; rules go to --custom-q, --tensor-type or --recipe")
-    return recipe_module.type_named(name, "TYPE")
+        raise RecipeError(f"{origin}: {name!r} is no type; rules go to --custom-q, --tensor-type or --recipe")
+    return recipe_module.type_named(name, origin)
 
 
 def _optional_name(name: str | None) -> str | None:
-    return None if name is None else _codec_name(name)
+    return None if name is None else codec_name(name)
 
 
 def _mix(name: str, *, asked: bool) -> mixes.Mix | None:

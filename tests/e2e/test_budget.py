@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import ggufx
+from ggufx import budget as budget_module
 from ggufx import quantize, types
 from ggufx.budget import Budget
 from ggufx.errors import PlanError, RecipeError
@@ -164,6 +165,37 @@ def test_rules_and_ends_stay_as_they_are(model: Path) -> None:
     }
 
 
+def test_a_type_that_a_tensor_has_already_is_its_own_bits(model: Path, tmp_path: Path) -> None:
+    lossy = tmp_path / "lossy.gguf"
+    quantize.quantize(model, lossy, recipe=Recipe.parse("token_embd=q8_0\nffn_down=native\n.=q4_0"))
+    budget = Budget(lossy, type_names=["q4_0", "q8_0", "f32"], per="tensor", sample_len=4096, allow_requantize=True)
+    budget.measure()
+    # The largest choice that says anything: nothing changes, and nothing is lost. Keys of the new file take some bytes.
+    fit = budget.fit(lossy.stat().st_size + 4096)
+    # Layer 0 is zeros there, which any type holds.
+    assert {kind for name, kind in fit.types.items() if "ffn_down" in name and "blk.0." not in name} == {"F32"}
+    assert fit.types["token_embd.weight"] == "Q8_0"
+    assert set(fit.types.values()) == {"Q4_0", "Q8_0", "F32"}
+    assert not any(fit.errors.values())
+    assert all(c.kept for c in fit.quantization.choices if c.source.name != "blk.0.ffn_down.weight")
+    out = tmp_path / "out.gguf"
+    execute(fit.quantization.plan(out))
+    assert fit.nbytes == out.stat().st_size
+
+
+def test_importance_of_some_of_a_group_only(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group's types are those that all of it may have: so are the sizes that can be reached."""
+    imatrix = imatrix_of(tmp_path / "imatrix.gguf", {f"blk.{n}.attn_q.weight": np.ones((1, 256)) for n in (0, 1, 2)})
+    for runs, n_able in ((8, 3), (2, 2), (1, 0)):
+        monkeypatch.setattr(budget_module, "_LAYER_RUNS", runs)
+        budget = Budget(model, type_names=["iq2_xxs", "q4_0"], imatrix=imatrix, sample_len=256)
+        assert budget.left_out == {"IQ2_XXS": 13 - n_able}  # the rows of ffn_down do not fit
+        budget.measure()
+        fit = budget.fit(budget.smallest_nbytes)
+        assert fit.nbytes == budget.smallest_nbytes
+        assert list(fit.types.values()).count("IQ2_XXS") == n_able
+
+
 def test_what_cannot_be_chosen_is_told(model: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="no tensor whose type is left"):
         Budget(model, rules=Recipe.parse(".=q8_0"))
@@ -214,14 +246,33 @@ def test_commands(model: Path, tmp_path: Path, cli: Cli) -> None:
     assert run.code == 0, run.err
     nbytes = sum(path.stat().st_size for path in tmp_path.glob("s-*.gguf"))
     assert f"\n{nbytes} bytes (" in run.out
+    # Keys that are added count, too.
+    stated = tmp_path / "stated.gguf"
+    run = cli(
+        "quantize", model, stated, "--target-size", size, *choice, "--override-kv", f"general.name=str:{'x' * 5000}"
+    )
+    assert run.code == 0, run.err
+    assert stated.stat().st_size <= data["limit"]
     shown = cli("quantize", model, "--target-size", "1GiB", "--dry-run")
     assert "reachable: " in shown.out
     assert "note: IQ2_XXS demands importance and is no choice for 13 tensors; --imatrix gives it" in shown.out
     for wrong, message in (
-        (["--target-size", "90Q"], "--target-size 90Q: expected a size such as 90G, 7.5G or 12GiB"),
+        (["--target-size", "90Q"], "--target-size 90Q: expected a size such as 50G, 7.5G or 12GiB"),
+        (["--target-size", "0"], "--target-size 0: expected a size"),
+        (["--target-bpw", "inf"], "--target-bpw inf: expected a number"),
+        (["--target-size", "1G", "--types", ","], "--types names no type"),
+        (["--target-size", "1G", "--types", "attn=q4_0"], "--types: 'attn=q4_0' is no type"),
+        (["--target-size", "1G", "--types", "q4_9"], "--types: Invalid quantization type 'q4_9'; did you mean"),
+        (["--target-size", "1G", "--pure"], "--pure and a size exclude each other"),
+        (["q4_0", "--types", "q4_0"], "--types, --per and --sample-len go with --target-size or --target-bpw"),
+        (["q4_0", "--per", "tensor"], "go with --target-size"), (["q4_0", "--sample-len", "9"], "go with --target-size"),
         (["--target-size", "1K"], "1000 bytes cannot be reached"), (["--target-bpw", "0.5"], "bits per weight) to"),
         (["--target-size", "1G", "--target-bpw", "3"], "give one of --target-size and --target-bpw"),
         (["--target-size", "1G", "q4_0"], "TYPE q4_0 and a size exclude each other"),
     ):  # fmt: skip
         assert_one_line(cli("quantize", model, *wrong, "--outfile", tmp_path / "never.gguf"), message)
     assert_one_line(cli("recipe", "fit", model), "give one of")
+    # A word beside a size, and an output that is there, are told before anything is measured.
+    assert_one_line(cli("quantize", model, "word", "--target-size", "1G"), "TYPE word and a size exclude each other")
+    for taken, message in ((out, "exists; choose another"), (tmp_path, "is a directory")):
+        assert_one_line(cli("quantize", model, "--target-size", size, *choice, "--outfile", taken), message)
