@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from ggufx import execute, merge, retarget, types
 from ggufx import plan as plan_module
+from ggufx.architectures.base import FLOATS
 from ggufx.checkpoint import Checkpoint, SourceTensor
 from ggufx.container import Value, ValueType
 from ggufx.convert import Conversion, plan_convert
@@ -186,7 +187,7 @@ def verify(
                     report.tensors.append(TensorReport(tensor.name, tensor.type, "missing", native=_native(tensor)))
                     continue
                 if tensor.name in packed:
-                    report.tensors.append(_compare_moved(pool, packed[tensor.name], file[tensor.name]))
+                    report.tensors.append(_compare_taken(pool, packed[tensor.name], file[tensor.name]))
                 else:
                     report.tensors.append(_compare(pool, plan.source_files, tensor, file[tensor.name]))
                 done += file[tensor.name].nbytes
@@ -239,7 +240,7 @@ def _verify_hybrid(
             elif output.role != "expert":
                 report.tensors.append(_compare_copies(pool, sources, found, copies[output.name], stored))
             elif output.name in packed:
-                report.tensors.append(_compare_moved(pool, packed[output.name], found))
+                report.tensors.append(_compare_taken(pool, packed[output.name], found))
             else:
                 # Whoever quantized them may have started from BF16, or with another encoder.
                 planned = conversion.tensor(output)
@@ -250,6 +251,14 @@ def _verify_hybrid(
     names = {output.name for output in expected}
     report.tensors += [TensorReport(t.name, t.type, "extra") for t in file.tensors if t.name not in names]
     return report
+
+
+def _compare_taken(pool: ThreadPoolExecutor, source: Tensor, tensor: Tensor) -> TensorReport:
+    """Compare experts with those that a merge took, as they are: another quant type is another model's, however near."""
+    if source.type != tensor.type and not {source.type, tensor.type} <= set(FLOATS):
+        detail = f"is {tensor.type}, the experts' GGUF has {source.type}: it is not the one that was merged"
+        return TensorReport(tensor.name, tensor.type, "different", detail=detail)
+    return _compare_moved(pool, source, tensor)
 
 
 def _compare_copies(

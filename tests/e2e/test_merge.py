@@ -576,6 +576,20 @@ def test_verify_proves_a_folder(
     assert [t.name for t in verify(bad, source).tensors if t.status == "different"] == [name]
 
 
+def test_verify_takes_no_experts_of_another_type(
+    hybrid: Path, source_of: Callable[[str], Path], cli: Cli, tmp_path: Path
+) -> None:
+    """The unquantized model is near, but not what was merged."""
+    (other,) = convert(source_of("float"), tmp_path / "bf16.gguf", target="llama.cpp")
+    run = cli("verify", hybrid, "--against", source_of("float"), "--experts", other)
+    assert run.code == 1
+    report = verify(hybrid, source_of("float"), experts=other)
+    experts = {name: tensor.type for name, tensor in ggufx.open(hybrid).items() if "_exps" in name}
+    quantized = {name for name, kind in experts.items() if kind not in ("F32", "F16", "BF16")}
+    assert quantized
+    assert quantized <= {tensor.name for tensor in report.tensors if tensor.status == "different"}
+
+
 def test_verify_refuses_what_is_no_source(
     hybrid: Path, source_of: Callable[[str], Path], gguf_of: Callable[..., Path], cli: Cli, tmp_path: Path
 ) -> None:
