@@ -4,6 +4,7 @@
 >>> tensors = ggufx.torch.load("model.gguf", device="cuda", dtype=torch.bfloat16)      # doctest: +SKIP
 >>> w = tensors["blk.0.ffn_gate.weight"]                                               # doctest: +SKIP
 >>> y = ggufx.torch.linear(x, w)                                                       # doctest: +SKIP
+>>> gate, up = ggufx.torch.linears(x, [w, tensors["blk.0.ffn_up.weight"]])             # doctest: +SKIP
 
 :func:`open` is the lazy mapping, :func:`load` brings a file, or a part or a shard of it, to one or more devices.
 :class:`GGUFLinear`, :class:`GGUFEmbedding` and :class:`GGUFExperts` are the layers; ``torch.ops.ggufx`` has what they are made
@@ -25,7 +26,7 @@ except ModuleNotFoundError as error:
 from ggufx.torch.encoding import encode
 from ggufx.torch.loading import ShardError, TorchFile, load, open
 from ggufx.torch.modules import GGUFEmbedding, GGUFExperts, GGUFLinear
-from ggufx.torch.tensor import GGUFTensor, linear
+from ggufx.torch.tensor import GGUFTensor, linear, linears
 
 __all__ = [
     "GGUFEmbedding",
@@ -36,6 +37,7 @@ __all__ = [
     "TorchFile",
     "encode",
     "linear",
+    "linears",
     "load",
     "open",
 ]

@@ -19,7 +19,17 @@ from ggufx.errors import CodecError
 from ggufx.torch.decoding import CUDA_DTYPES, decode_rows, runs_cuda
 from ggufx.types import Codec
 
-__all__ = ["FUSED_BATCH", "choose", "dequantize", "experts", "join_planes", "linear", "linear_planes", "split_planes"]
+__all__ = [
+    "FUSED_BATCH",
+    "choose",
+    "dequantize",
+    "experts",
+    "join_planes",
+    "linear",
+    "linear_planes",
+    "linears",
+    "split_planes",
+]
 
 FUSED_BATCH: Final = 8
 """Rows of activations up to which the fused products work."""
@@ -290,10 +300,127 @@ def _linear_planes_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_x = None
     if ctx.needs_input_grad[0]:
         grad_x = _linear_planes_grad(grad, list(ctx.saved_tensors), ctx.type, ctx.in_features)
-    return grad_x, [None] * ctx.n_planes, None, None, _bias_grad(ctx, grad, 4)
+    # As many as there were inputs: without a bias torch counts one less, and is strict where an input is a list.
+    return (grad_x, [None] * ctx.n_planes, None, None, _bias_grad(ctx, grad, 4))[: len(ctx.needs_input_grad)]
 
 
 linear_planes.register_autograd(_linear_planes_backward, setup_context=_keep_planes)
+
+
+# many matrices, one x ----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("ggufx::linears", mutates_args=())
+def linears(
+    x: Tensor, parts: Sequence[Tensor], counts: Sequence[int], type: str, out_features: Sequence[int]
+) -> list[Tensor]:
+    """Multiply the same activations by several matrices: as :func:`linear` and :func:`linear_planes` of each.
+
+    Fused products share the preparation of ``x``, and each but the first may begin while the one before still runs.
+
+    Parameters
+    ----------
+    x
+        [..., row_len].
+    parts, counts
+        Of each matrix in turn its packed rows (a count of 1), or its planes.
+    type
+        Types of the matrices, with commas between them.
+    out_features
+        Rows of each matrix.
+
+    Returns
+    -------
+    A tensor [..., R] of ``x``'s dtype for each matrix
+    """
+    matrices = list(_matrices(parts, counts, type, out_features))
+    for codec, own, _ in matrices:
+        _check_columns(codec, x, _columns(codec, own))
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    # Before the activations are prepared: what comes after that may begin while the kernel before still runs.
+    whole = [own if len(own) > 1 else [own[0].contiguous()] for _, own, _ in matrices]
+    prepared: dict[int, Any] = {}
+    outs = []
+    for (codec, _, rows), own in zip(matrices, whole, strict=True):
+        way = choose(codec.name, flat, rows, planes=len(own) > 1)
+        if way != "fused" or not flat.numel() or not rows or (len(own) > 1 and own[0].data_ptr() % 16):
+            outs.append(_multiply_parts(codec, flat, own, rows))
+        else:
+            fused, prepare = _cuda_verb(codec.name, "linear"), _cuda_verb("_linear", "prepare")
+            assert fused is not None
+            assert prepare is not None
+            order: Any = _cuda_verb(codec.name, "ORDER")
+            if order not in prepared:
+                prepared[order] = prepare(flat, order)
+            out = x.new_empty((flat.shape[0], rows))
+            fused(prepared[order], own[0], out, planes=tuple(own) if len(own) > 1 else None)
+            outs.append(out)
+    return [out.view(*x.shape[:-1], out.shape[-1]) for out in outs]
+
+
+def _matrices(
+    parts: Sequence[Tensor], counts: Sequence[int], type: str, out_features: Sequence[int]
+) -> Iterator[tuple[Codec, list[Tensor], int]]:
+    at = 0
+    for name, count, rows in zip(type.split(","), counts, out_features, strict=True):
+        own = list(parts[at : at + count])
+        yield (_codec(name, *own) if count == 1 else types.get(name)), own, rows
+        at += count
+
+
+def _columns(codec: Codec, own: list[Tensor]) -> int:
+    return own[0].shape[-1] if len(own) > 1 else _row_len(codec, own[0])
+
+
+def _multiply_parts(codec: Codec, x: Tensor, own: list[Tensor], rows: int) -> Tensor:
+    return _multiply(codec, x, own[0]) if len(own) == 1 else linear_planes(x, own, codec.name, rows)
+
+
+@linears.register_fake
+def _(
+    x: Tensor, parts: Sequence[Tensor], counts: Sequence[int], type: str, out_features: Sequence[int]
+) -> list[Tensor]:
+    for codec, own, _ in _matrices(parts, counts, type, out_features):
+        _check_columns(codec, x, _columns(codec, own))
+    return [x.new_empty((*x.shape[:-1], rows)) for rows in out_features]
+
+
+@torch.library.custom_op("ggufx::linears_grad", mutates_args=())
+def _linears_grad(
+    grads: Sequence[Tensor], parts: Sequence[Tensor], counts: Sequence[int], type: str, out_features: Sequence[int]
+) -> Tensor:
+    """Return the gradient of :func:`linears`' activations from those of its results: the sum over the matrices."""
+    total: Tensor | None = None
+    for grad, (codec, own, _) in zip(grads, _matrices(parts, counts, type, out_features), strict=True):
+        one = _linear_grad(grad, own[0] if len(own) == 1 else join_planes(codec.name, own), codec.name)
+        total = one if total is None else total + one
+    assert total is not None
+    return total
+
+
+@_linears_grad.register_fake
+def _(
+    grads: Sequence[Tensor], parts: Sequence[Tensor], counts: Sequence[int], type: str, out_features: Sequence[int]
+) -> Tensor:
+    codec, own, _ = next(_matrices(parts, counts, type, out_features))
+    return grads[0].new_empty((*grads[0].shape[:-1], _columns(codec, own)))
+
+
+def _keep_matrices(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, parts, ctx.counts, ctx.type, ctx.out_features = inputs
+    ctx.n_parts = len(parts)
+    ctx.save_for_backward(*parts)
+
+
+def _linears_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        given = [grad.contiguous() for grad in grads]
+        grad_x = _linears_grad(given, list(ctx.saved_tensors), ctx.counts, ctx.type, ctx.out_features)
+    return grad_x, [None] * ctx.n_parts, None, None, None
+
+
+linears.register_autograd(_linears_backward, setup_context=_keep_matrices)
 
 
 # experts ----------------------------------------------------------------------------------------------------------------

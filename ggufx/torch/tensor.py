@@ -15,7 +15,7 @@ from ggufx.torch import ops
 from ggufx.torch.decoding import dtype_of
 from ggufx.types import Codec
 
-__all__ = ["GGUFTensor", "autocast", "linear", "linear_of"]
+__all__ = ["GGUFTensor", "autocast", "linear", "linear_of", "linears"]
 
 Index: TypeAlias = int | slice | EllipsisType | list[int] | Tensor
 
@@ -228,6 +228,50 @@ def linear(x: Tensor, w: GGUFTensor, bias: Tensor | None = None) -> Tensor:
     if w.ndim != 2:
         raise CodecError(f"linear takes a matrix, {w!r} has {w.ndim} axes")
     return linear_of(x, w.planes, None if w.planes is not None else w.packed, w.type, w.shape[0], bias)
+
+
+def linears(x: Tensor, weights: Sequence[GGUFTensor], biases: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+    """Multiply the same ``x`` by several matrices, such as those of query, key and value, or gate and up.
+
+    The results are those of :func:`linear` for each. On a GPU a few rows of activations are prepared once for all matrices
+    whose types read them in the same order, and the products run into each other.
+
+    Parameters
+    ----------
+    x
+        [..., in].
+    weights
+        Matrices [out, in], each of its own type and length.
+    biases
+        [out] or ``None`` for each.
+
+    Returns
+    -------
+    A tensor [..., out] of ``x``'s dtype for each matrix
+
+    Raises
+    ------
+    CodecError
+        Shapes or dtypes do not fit.
+    """
+    for w in weights:
+        if w.ndim != 2:
+            raise CodecError(f"linears takes matrices, {w!r} has {w.ndim} axes")
+    if biases is not None and len(biases) != len(weights):
+        raise CodecError(f"{len(weights)} matrices have {len(biases)} biases: one for each, or None")
+    if not weights:
+        return []
+    x = autocast(x)
+    parts = [list(w.planes) if w.planes is not None else [w.packed] for w in weights]
+    outs = ops.linears(
+        x,
+        [part for own in parts for part in own],
+        [len(own) for own in parts],
+        ",".join(w.type for w in weights),
+        [w.shape[0] for w in weights],
+    )
+    added = biases or [None] * len(weights)
+    return [y if b is None else y + b.to(x.dtype) for y, b in zip(outs, added, strict=True)]
 
 
 def linear_of(

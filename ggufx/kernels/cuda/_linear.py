@@ -15,13 +15,21 @@ A type brings two functions. ``LOAD(words, header, row, unit, mask, EVEN, ALIGNE
 ``HEADER(words, header)`` returns for the whole row; ``known`` is the pointer to the type's words and the first of these, in
 registers.
 
-Launches are dependent where the device can: a program loads its first weights while the kernel before drains, and waits only
-before it reads the activations. Weights therefore must not be written by that very kernel: :func:`prepare`, which waits first,
-is between where a product is given plain activations; whoever gives prepared ones promises it.
+Launches are dependent where the device can: a kernel may begin before the one before it has ended, and says itself what it
+waits for.
+
+- The first product with prepared activations loads its first weights, then waits, and only then lets its successor begin.
+- Any other product with them need not wait for anything it reads: what begins after a product that has waited begins after
+  the activations are complete. It multiplies at once, lets its successor begin at once, and waits only before it stores: for
+  what the memory of its result held before, and so that whoever waits for it has waited for all before it.
+
+Weights must therefore have been written before the activations were prepared: :func:`prepare` waits for all before it. Where a
+product is given plain activations, that is so; whoever gives prepared ones promises it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -72,6 +80,9 @@ MANY = 4096
 """Rows from which every multiprocessor has enough of them."""
 
 
+# When a product waits for the kernels before it.
+_NEVER, _FIRST, _BEFORE_ACTIVATIONS, _LAST = range(4)
+
 Tuned = tuple[int, int, int, bool]
 
 
@@ -81,7 +92,8 @@ EXPERTS: Tuned = (4, 128, 2, False)
 """For experts with rows of at most 4096 elements."""
 
 
-class Prepared(NamedTuple):
+@dataclass
+class Prepared:
     """Activations as the fused kernels read them.
 
     Attributes
@@ -96,6 +108,8 @@ class Prepared(NamedTuple):
         One of the orders above.
     dtype
         Of the activations: that of the product.
+    settled
+        Whether a product with them was launched: it waits for the preparation, the ones after it need not.
     """
 
     records: torch.Tensor
@@ -103,6 +117,7 @@ class Prepared(NamedTuple):
     row_len: int
     order: int
     dtype: torch.dtype
+    settled: bool = False
 
 
 class Fused(NamedTuple):
@@ -142,6 +157,8 @@ class Fused(NamedTuple):
     load_planes: Any = None
     tuned: tuple[Tuned, Tuned, Tuned] = ((2, 128, 4, False), (4, 128, 2, False), (4, 128, 4, False))
     tuned_planes: tuple[Tuned, Tuned, Tuned] | None = None
+    settled: tuple[Tuned, Tuned] | None = None
+    settled_planes: tuple[Tuned, Tuned] | None = None
 
 
 @triton.jit
@@ -293,11 +310,12 @@ def _linear(
     COUNT: tl.constexpr, TOUCH: tl.constexpr, HEADER_NBYTES: tl.constexpr,
     LEAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, STEP: tl.constexpr, SIDE_STEP: tl.constexpr,
     ROWS: tl.constexpr, T: tl.constexpr, BATCH: tl.constexpr, SINGLE: tl.constexpr, FULL: tl.constexpr,
-    DOUBLE: tl.constexpr, EXPERTS: tl.constexpr, DEPENDENT: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
+    DOUBLE: tl.constexpr, EXPERTS: tl.constexpr, WAIT: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    if DEPENDENT:
-        if not EARLY:
-            gdc_wait()
+    if WAIT == 1:
+        gdc_wait()
+        gdc_launch_dependents()
+    elif WAIT == 3:
         gdc_launch_dependents()
     first = tl.program_id(0) * ROWS
     lane = tl.arange(0, T)
@@ -344,8 +362,10 @@ def _linear(
     if ROWS > 2:
         d2 = HEADER(w2, h2)
         d3 = HEADER(w3, h3)
-    if DEPENDENT and EARLY:
+    if WAIT == 2:
+        # Not sooner: what begins before these activations are complete would take them for settled.
         gdc_wait()
+        gdc_launch_dependents()
     zero = tl.zeros((T,), tl.float32) + unknown
     acc = (zero,) * (ROWS * BATCH)
     record = records + token * (n_groups * 160)
@@ -409,6 +429,8 @@ def _linear(
         if ROWS > 2:
             scaled = scaled + (acc[b * ROWS + 2] * d2, acc[b * ROWS + 3] * d3)
     target = out + tl.program_id(1).to(tl.int64) * n_rows + first
+    if WAIT == 3:
+        gdc_wait()
     if ROWS * BATCH == 1:
         tl.store(target, narrow(tl.sum(scaled[0], 0), out.dtype.element_ty))
     else:
@@ -525,17 +547,17 @@ def linear(
     ids
         int32 [B, K]: which experts each row of x is multiplied with; NaN comes of a number that is no expert's.
     settled
-        Promises that the kernel launched just before does not write ``ids``: they may then be read while it still runs.
+        Promises that ``ids`` were written before x was prepared: they may then be read while the kernel before still runs.
     tuned
         Overrides the type's measured choice.
     """
-    # Expert numbers may come from the kernel just before; after our own preparation they cannot.
-    early = ids is None or settled or not isinstance(x, Prepared)
     if out.numel() == 0:
         return
     if ids is None and out.shape[0] > MAX_BATCH:
         raise ValueError(f"a fused product takes at most {MAX_BATCH} rows of activations, got {out.shape[0]}")
     prepared = prepare(x, int(fused.order)) if isinstance(x, torch.Tensor) else x
+    # Expert numbers may come from the kernel just before; after our own preparation they cannot.
+    early = ids is None or settled or isinstance(x, torch.Tensor)
     if prepared.order != fused.order:
         raise ValueError(f"activations prepared in order {prepared.order}, this type reads order {fused.order}")
     n_units, n_groups = prepared.row_len // 32, prepared.records.shape[1]
@@ -551,22 +573,28 @@ def linear(
     if width == MAX_BATCH and n_units > SHORT:
         # Of long rows so many activations come by that two times four are faster (measured).
         for part in (slice(0, MAX_BATCH // 2), slice(MAX_BATCH // 2, batch)):
-            half = prepared._replace(
-                records=prepared.records[part.start :][: MAX_BATCH // 2], batch=part.stop - part.start
+            half = replace(
+                prepared, records=prepared.records[part.start :][: MAX_BATCH // 2], batch=part.stop - part.start
             )
             linear(fused, half, rows, out[part], planes=planes, tuned=tuned)
+            prepared.settled = True
         return
     chosen = fused.tuned_planes or fused.tuned if side is not data else fused.tuned
+    settled_ones = (fused.settled_planes if side is not data else fused.settled) or chosen
     if n_units > SHORT:
         best = chosen[2] if width == 1 else BATCHED
     elif ids is not None:
         best = EXPERTS
+    elif width > 1:
+        best = BATCHED
     else:
-        best = chosen[n_rows >= MANY] if width == 1 else BATCHED
+        best = (settled_ones if prepared.settled else chosen)[n_rows >= MANY]
     n_per_program, units, warps, ahead = tuned or best
     lead = _launch.lead_of(data)
     steps = (lead, row_nbytes, *fused.layout)
     dependent = _dependent(rows.device)
+    wait = _NEVER if not dependent else _FIRST if not early else _LAST if prepared.settled else _BEFORE_ACTIVATIONS
+    prepared.settled = True
     per_token = 1 if ids is None else ids.shape[1]
     none = prepared.records
     with _launch.on(rows.device):
@@ -606,7 +634,6 @@ def linear(
             DOUBLE=width == 1 and (fused.double or n_units > units),
             AHEAD=ahead,
             EXPERTS=ids is not None,
-            DEPENDENT=dependent,
-            EARLY=early,
+            WAIT=wait,
             **_launch.options(num_warps=warps, launch_pdl=dependent),
         )

@@ -41,7 +41,7 @@ def linear(
     planes
         What the type's ``split`` gives for ``rows``.
     settled
-        With prepared x only: promises that the kernel launched just before does not write ``expert_ids``.
+        With prepared x only: promises that ``expert_ids`` were written before x was prepared.
     """
     module = importlib.import_module(f"ggufx.kernels.cuda.{type_name.lower()}")
     module.linear(x, rows, out, planes=planes, ids=expert_ids, settled=settled)
