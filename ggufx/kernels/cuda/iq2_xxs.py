@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from ggufx import tables
 from ggufx.kernels.cuda import _launch, _linear
-from ggufx.kernels.cuda._linear import dots2
 from ggufx.kernels.cuda._words import (
     MAGIC,
     byte_at,
+    dot2_high,
+    dot2_low,
+    dot4,
     half_at,
     locate,
+    merge,
     permute,
     put_bytes,
     short_at,
@@ -24,7 +29,7 @@ from ggufx.kernels.cuda._words import (
 
 __all__ = ["ORDER", "decode", "linear"]
 
-ORDER = _linear.NATURAL.value
+ORDER = _linear.STRIDED.value
 """How its product wants activations prepared."""
 
 _SHAPE = _launch.Shape(block_len=256, block_nbytes=66, header_nbytes=0, parts=32, warps=8, repeat=2)
@@ -34,8 +39,22 @@ _T0, _T1 = table_words([*LEVELS, 0, *(-level for level in LEVELS), 0], 128)
 _U0, _U1 = table_words([*LEVELS, 0, *(-level for level in LEVELS), 0])
 POINTS = tuple(sum(LEVELS.index(int(value)) << 4 * j for j, value in enumerate(point)) for point in tables.GRID_IQ2_XXS)
 """uint32 [256]: the levels 0..2 of a grid point, a nibble each: half of a permute's choice, the sign is its bit 2."""
-_SPREAD = tuple(sum(((signs >> j) & 1) << (4 * j + 2) for j in range(8)) for signs in tables.EVEN_SIGNS)
-_WORDS = (_U0.value, _U1.value, *POINTS, *_SPREAD)
+_V0, _V1 = table_words([sign * level for level in (*LEVELS, 0) for sign in (1, -1)])
+
+
+def _entry(point: Any) -> int:
+    entry = 0
+    for j, value in enumerate(point):
+        k = j % 4
+        entry |= LEVELS.index(int(value)) << (8 * (k % 2) + 4 * (j // 4) + 2 * (k < 2))
+    return entry
+
+
+_ENTRIES = [_entry(point) for point in tables.GRID_IQ2_XXS]
+_WORDS = (
+    _U0.value, _U1.value, _V0.value, _V1.value,
+    *(a | b << 16 for a, b in zip(_ENTRIES[::2], _ENTRIES[1::2], strict=True)),
+)  # fmt: skip
 
 
 @triton.jit
@@ -82,20 +101,46 @@ def _decode(
 @triton.jit
 def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
     block = row + unit // 8 * 66
-    return words2(words, block + 2 + 8 * (unit % 8), mask, ALIGNED) + (half_at(words, block, mask, EVEN),)
+    if EVEN:
+        d = tl.load((words.to(tl.pointer_type(tl.uint8)) + block).to(tl.pointer_type(tl.float16)), mask, other=0).to(tl.float32)
+    else:
+        d = half_at(words, block, mask, EVEN)
+    return words2(words, block + 2 + 8 * (unit % 8), mask, ALIGNED) + (d,)
 
 
 @triton.jit
 def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
-    indices, signs, d = raw
-    points, low, high = known
+    indices, fields, d = raw
+    points, low, high, low0, high0 = known
+    bytes_ = points.to(tl.pointer_type(tl.uint8)) + 16
+    e0 = tl.load((bytes_ + dot4(indices, 0x00000002 + indices * 0, 0 * indices.to(tl.int32)).to(tl.uint32)).to(tl.pointer_type(tl.uint16))).to(tl.uint32)
+    e1 = tl.load((bytes_ + dot4(indices, 0x00000200 + indices * 0, 0 * indices.to(tl.int32)).to(tl.uint32)).to(tl.pointer_type(tl.uint16))).to(tl.uint32)
+    e2 = tl.load((bytes_ + dot4(indices, 0x00020000 + indices * 0, 0 * indices.to(tl.int32)).to(tl.uint32)).to(tl.pointer_type(tl.uint16))).to(tl.uint32)
+    e3 = tl.load((bytes_ + dot4(indices, 0x02000000 + indices * 0, 0 * indices.to(tl.int32)).to(tl.uint32)).to(tl.pointer_type(tl.uint16))).to(tl.uint32)
+    first, second = e0 + e1 * 65536, e2 + e3 * 65536
+    a, b = permute(first, second, 0x6420 + first * 0), permute(first, second, 0x7531 + first * 0)
+    u = merge(fields, fields * 4, 0x00003FFF)
+    u = merge(u, u * 2, 0x007F007F)
+    y = u ^ (u * 2) ^ (u * 4)
+    y = y ^ (y * 8) ^ (u * 64)
+    s0 = u & 0x77777777
+    s1 = merge(u >> 1, y, 0x3F3F3F3F) & 0x77777777
     total = (indices * 0).to(tl.int32)
-    for run in tl.static_range(4):
-        # Two reads in the first-level cache are fewer instructions than spreading the signs.
-        point = tl.load(points + 2 + ((indices >> (8 * run)) & 255)).to(tl.uint32, bitcast=True)
-        choice = point | tl.load(points + 258 + ((signs >> (7 * run)) & 127)).to(tl.uint32, bitcast=True)
-        total += dots2(x, 2 * run, permute(low, high, choice), permute(low, high, choice >> 16), True)
-    return total.to(tl.float32) * (d * (0.5 + (signs >> 28).to(tl.float32))) * 0.25
+    for k in tl.static_range(4):
+        codes = b if k % 2 else a
+        s = s1 if k % 2 else s0
+        if k < 2:
+            choice = merge(codes >> 1, s, 0x66666666)
+            c0, c1 = permute(low0, high0, choice), permute(low0, high0, choice >> 16)
+        else:
+            choice = merge(codes, s, 0x33333333)
+            c0, c1 = permute(low, high, choice), permute(low, high, choice >> 16)
+        total = dot2_low(x[4 * k], c0, total, True)
+        total = dot2_high(x[4 * k + 1], c0, total, True)
+        total = dot2_low(x[4 * k + 2], c1, total, True)
+        total = dot2_high(x[4 * k + 3], c1, total, True)
+    total += total * (fields >> 28).to(tl.int32) * 2
+    return total.to(tl.float32) * d * 0.125
 
 
 _FUSED = _linear.Fused(
@@ -107,7 +152,7 @@ _FUSED = _linear.Fused(
     unit_nbytes=66 / 8,
     tuned=((2, 128, 4, False), (2, 128, 4, False), (4, 256, 8, False)),
     words=_WORDS,
-    known=2,
+    known=4,
 )
 
 
