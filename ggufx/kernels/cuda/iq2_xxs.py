@@ -11,6 +11,7 @@ import triton.language as tl
 from ggufx import tables
 from ggufx.kernels.cuda import _launch, _linear
 from ggufx.kernels.cuda._words import (
+    INTERPRETED,
     MAGIC,
     byte_at,
     dot2_high,
@@ -23,6 +24,7 @@ from ggufx.kernels.cuda._words import (
     put_bytes,
     short_at,
     table_words,
+    times,
     word_at,
     words2,
 )
@@ -109,14 +111,21 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
+def entry(points, indices, run: tl.constexpr, one):
+    if INTERPRETED:
+        return tl.load(points.to(tl.pointer_type(tl.uint16)) + 8 + ((indices >> (8 * run)) & 255)).to(tl.uint32)
+    else:
+        return tl.inline_asm_elementwise("{ .reg .b64 a; .reg .b32 lo, hi; .reg .b16 h; mov.b64 {lo, hi}, $1; dp4a.u32.u32 lo, $2, $3, lo; mov.b64 a, {lo, hi}; ld.global.nc.u16 h, [a+16]; cvt.u32.u16 $0, h; }", "=r,l,r,r", [points.to(tl.int64), indices, indices * 0 + (2 << (8 * run))], dtype=tl.uint32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
     indices, fields, d = raw
     points, low, high, low0, high0 = known
-    bytes_ = points.to(tl.pointer_type(tl.uint8)) + 16
-    e0 = tl.load((bytes_ + dot4(indices, 0x00000002 + indices * 0, 0 * indices.to(tl.int32)).to(tl.uint32)).to(tl.pointer_type(tl.uint16))).to(tl.uint32)
-    e1 = tl.load((bytes_ + dot4(indices, 0x00000200 + indices * 0, 0 * indices.to(tl.int32)).to(tl.uint32)).to(tl.pointer_type(tl.uint16))).to(tl.uint32)
-    e2 = tl.load((bytes_ + dot4(indices, 0x00020000 + indices * 0, 0 * indices.to(tl.int32)).to(tl.uint32)).to(tl.pointer_type(tl.uint16))).to(tl.uint32)
-    e3 = tl.load((bytes_ + dot4(indices, 0x02000000 + indices * 0, 0 * indices.to(tl.int32)).to(tl.uint32)).to(tl.pointer_type(tl.uint16))).to(tl.uint32)
+    e0 = entry(points, indices, 0, 0)
+    e1 = entry(points, indices, 1, 0)
+    e2 = entry(points, indices, 2, 0)
+    e3 = entry(points, indices, 3, 0)
     first, second = e0 + e1 * 65536, e2 + e3 * 65536
     a, b = permute(first, second, 0x6420 + first * 0), permute(first, second, 0x7531 + first * 0)
     u = merge(fields, fields * 4, 0x00003FFF)
@@ -139,7 +148,7 @@ def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
         total = dot2_high(x[4 * k + 1], c0, total, True)
         total = dot2_low(x[4 * k + 2], c1, total, True)
         total = dot2_high(x[4 * k + 3], c1, total, True)
-    total += total * (fields >> 28).to(tl.int32) * 2
+    total += times((total * 2).to(tl.uint32, bitcast=True), fields >> 28).to(tl.int32, bitcast=True)
     return total.to(tl.float32) * d * 0.125
 
 
