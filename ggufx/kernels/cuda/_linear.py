@@ -48,6 +48,7 @@ __all__ = [
     "PAIR32",
     "PAIR64",
     "QUARTERS",
+    "STRIDED",
     "Fused",
     "Prepared",
     "constants",
@@ -71,6 +72,8 @@ QUARTERS = tl.constexpr(4)
 """Eight elements of 128 (j, j + 4, j + 1, j + 5 and so on), and those 32, 64 and 96 further on."""
 FLOAT = tl.constexpr(5)
 """As ``NATURAL``, but binary16."""
+STRIDED = tl.constexpr(6)
+"""Every fourth of 32 elements: the first four of these, the last four, then those one further on."""
 
 GROUP_LEN = 256
 MAX_BATCH = 8
@@ -183,6 +186,8 @@ def _prepare(
         element = 128 * (local // 4) + 16 * (local % 4) + 64 * (word // 4) + 4 * (word % 4) + byte
     elif ORDER == 4:
         element = 128 * (local // 4) + 8 * (local % 4) + 32 * (word // 2) + 2 * (word % 2) + byte // 2 + 4 * (byte % 2)
+    elif ORDER == 6:
+        element = 32 * local + 16 * (word % 2) + 4 * byte + word // 2
     else:
         element = 32 * local + 4 * word + byte
     element += 256 * group
