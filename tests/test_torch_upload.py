@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -242,17 +243,20 @@ def test_an_error_of_who_is_told_stops_all_threads(tmp_path: Path) -> None:
 
 
 def test_an_impatient_ctrl_c_waits_for_the_threads() -> None:
+    slept: list[bool] = []
+
     def slow() -> None:
         time.sleep(0.1)
-        _thread.interrupt_main()
+        if not slept:
+            slept.append(True)
+            _thread.interrupt_main()
         time.sleep(0.3)
 
-    threads = [threading.Thread(target=slow) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        uploading._join([*threads, threading.Thread(target=slow)])
-    assert not any(thread.is_alive() for thread in threads)
+    with ThreadPoolExecutor(2) as pool:
+        working = [pool.submit(slow) for _ in range(2)]
+        with pytest.raises(KeyboardInterrupt):
+            uploading._wait(working)
+        assert all(done.done() for done in working)
 
 
 # Cuts -------------------------------------------------------------------------------------------------------------------

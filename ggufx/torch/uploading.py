@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from types import ModuleType
@@ -208,7 +208,6 @@ def upload(driver: Driver, runs: Sequence[Run], threads: int, told: Callable[[in
     shared = np.zeros(1, np.int64)
     reports = np.zeros((threads, 8), np.int64)  # a cache line each
     reports[:, 1] = -1
-    problems: list[BaseException] = []
     seen = 0
 
     def work(number: int) -> None:
@@ -219,9 +218,9 @@ def upload(driver: Driver, runs: Sequence[Run], threads: int, told: Callable[[in
             busy = np.full(_SLOTS, -1, np.int64)
             handles = lanes.contexts, lanes.streams[number], lanes.events[number]
             module.upload(driver.calls, table, shared, slots, *handles, busy, reports[number])
-        except BaseException as problem:
+        except BaseException:
             shared[0] = module.STOP
-            problems.append(problem)
+            raise
 
     def tell() -> None:
         nonlocal seen
@@ -230,37 +229,39 @@ def upload(driver: Driver, runs: Sequence[Run], threads: int, told: Callable[[in
             nbytes, seen = moved - seen, moved
             told(nbytes)
 
-    with driver.lanes(devices, threads, _SLOTS) as lanes:
-        workers = [
-            threading.Thread(target=work, args=(number,), name=f"ggufx-upload-{number}") for number in range(threads)
-        ]
+    with (
+        driver.lanes(devices, threads, _SLOTS) as lanes,
+        ThreadPoolExecutor(threads, thread_name_prefix="ggufx-upload") as pool,
+    ):
+        working: list[Future[None]] = []
         try:
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                while worker.is_alive():
-                    worker.join(_POLL_S)
-                    tell()
+            for number in range(threads):
+                working.append(pool.submit(work, number))  # noqa: PERF401 (an interrupt must find those that run)
+            while wait(working, _POLL_S).not_done:
+                tell()
         except BaseException:
             shared[0] = module.STOP
             raise
         finally:
-            _join(workers)
-        if problems:
-            raise problems[0]
+            _wait(working)
+        for done in working:
+            done.result()
         _check(reports, runs, table)
         tell()
 
 
-def _join(threads: Sequence[threading.Thread]) -> None:
-    """Wait for the end of threads that end soon; an impatient Ctrl-C is heard afterwards: they still use this one's memory."""
+def _wait(working: Sequence[Future[None]]) -> None:
+    """Wait for the end of threads that end soon; an impatient Ctrl-C is heard afterwards: they still use this one's memory.
+
+    Not by joining them: Python 3.11 takes a thread for ended once Ctrl-C has interrupted joining it.
+    """
     interrupt = None
-    for thread in threads:
-        while thread.is_alive():
-            try:
-                thread.join()
-            except BaseException as error:
-                interrupt = error
+    while True:
+        try:
+            wait(working)
+            break
+        except BaseException as error:
+            interrupt = error
     if interrupt is not None:
         raise interrupt
 
