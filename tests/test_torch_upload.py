@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import errno
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -214,6 +215,15 @@ def test_memory_that_cannot_be_pinned_is_an_error(tmp_path: Path, monkeypatch: p
 # Stopping ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Have Ctrl-C interrupt, also where the shell that runs the tests in the background told it not to."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_stops_all_threads(tmp_path: Path) -> None:
     transfer, driver = Transfer(tmp_path, [[400 * PIECE]]), Double()
 
@@ -242,6 +252,7 @@ def test_an_error_of_who_is_told_stops_all_threads(tmp_path: Path) -> None:
     assert driver.called["copy"] < 300
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_impatient_ctrl_c_waits_for_the_threads() -> None:
     slept: list[bool] = []
 
