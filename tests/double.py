@@ -31,8 +31,8 @@ class Double:
         self.reads: list[tuple[str, int, int]] = []
         self.copied: list[int] = []
         self.pinned_nbytes: list[int] = []
-        self.failing: tuple[str, int, int] | None = None
-        """A function, the number of its call that fails, and the code."""
+        self.failing: dict[str, tuple[int, int]] = {}
+        """Of functions that fail, the number of the call that does, and the code."""
         self.called = dict.fromkeys((*DRIVER, "read"), 0)
         self.on_call: Callable[[str, int], None] = lambda name, number: None
         self.readable: Callable[[int], int] = lambda nbytes: nbytes
@@ -82,9 +82,8 @@ class Double:
             number = self.called[name]
             self.called[name] += 1
         self.on_call(name, number)
-        if self.failing is not None and self.failing[0] == name and number >= self.failing[1]:
-            return self.failing[2]
-        return 0
+        at, code = self.failing.get(name, (None, 0))
+        return code if number == at else 0
 
     def _enter(self, context: int) -> int:
         self.here.context = context

@@ -289,8 +289,6 @@ def _runs(path: str, cut: _Cut, limit: int, address: int, device: torch.device) 
         return
     through = _reads_through(cut.stride, cut.spans)
     step = max(1, limit // (cut.stride if through else cut.unit_nbytes))
-    # What lies in a single unit need not fit where it is only to be passed over.
-    through = through and step > 1
     yield uploading.Run(path, cut.offset, address, device, cut.units, cut.stride, cut.spans, step, through)
 
 
