@@ -258,6 +258,9 @@ def test_ctrl_c_stops_all_threads(tmp_path: Path) -> None:
     def interrupt(name: str, number: int) -> None:
         if (name, number) == ("copy", 10):
             signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(0.1)
+            signal.pthread_kill(main, signal.SIGINT)  # while the main thread waits for this one
+            time.sleep(0.2)
         time.sleep(0.002)
 
     driver.on_call = interrupt
