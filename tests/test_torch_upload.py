@@ -361,6 +361,14 @@ def test_a_small_load_pins_little_and_a_large_one_not_all(tmp_path: Path, monkey
     assert sum(driver.pinned_nbytes) == 128 << 20
 
 
+def test_cut_rows_take_no_larger_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploading, "SLOT_NBYTES", 2 << 20)
+    path = write_gguf(tmp_path / "rows.gguf", {"a": ("MXFP4", (4096, 8192))}, real=False)
+    driver = install(monkeypatch)
+    gt.load(path, shard=(1, 2), dim=1)
+    assert max(driver.pinned_nbytes) == 2 * (2 << 20)
+
+
 def test_numba_is_waited_for_when_it_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uploading, "_kernel", [])
     monkeypatch.setattr(uploading, "_small_nbytes", 0)
@@ -393,6 +401,71 @@ def test_without_its_library_there_is_no_driver(monkeypatch: pytest.MonkeyPatch)
         patch.setattr(uploading.ctypes, "CDLL", missing)
         assert uploading.cuda() is None
     uploading.cuda.cache_clear()
+
+
+class Streams:
+    """What torch has of streams and events: numbers, and notes of who waits for whom."""
+
+    def __init__(self, double: Double) -> None:
+        self.notes: list[str] = []
+        streams = self
+        numbers = iter(range(1, 1000))
+
+        class Stream:
+            def __init__(self, device: object, name: str = "side") -> None:
+                self.cuda_stream, self.name = 1_000_000 * (1 + (device == OTHER)) + 1000 * next(numbers), name
+
+            def wait_stream(self, other: Stream) -> None:
+                streams.notes.append(f"{self.name} waits for {other.name}")
+
+            def synchronize(self) -> None:
+                streams.notes.append("synchronized")
+                double.queued.clear()
+
+        class Event:
+            def record(self, stream: Stream) -> None:
+                self.cuda_event = stream.cuda_stream + next(numbers)
+
+        self.Stream, self.Event = Stream, Event
+        self.current_stream = lambda device: Stream(device, "current")
+
+        def context_of(stream: int, out: ctypes.Array[ctypes.c_int64]) -> int:
+            out[0] = stream // 1_000_000 * 1_000_000
+            return 0
+
+        kept = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64))(context_of)
+        enter, copy, record, wait_for = (double.kept[name] for name in ("enter", "copy", "record", "wait"))
+        self.cuCtxSetCurrent, self.cuMemcpyHtoDAsync_v2, self.cuEventRecord = enter, copy, record
+        self.cuEventSynchronize, self.cuStreamGetCtx = wait_for, lambda stream, out: kept(stream.value, out_of(out))
+
+
+def out_of(reference: object) -> object:
+    return ctypes.cast(reference, ctypes.POINTER(ctypes.c_int64))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_streams_wait_for_those_of_the_caller_and_they_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: bool
+) -> None:
+    transfer, double = Transfer(tmp_path, SIZES), Double()
+    streams = Streams(double)
+    for name in ("Stream", "Event", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(streams, name))
+    library = ctypes.CDLL
+    with monkeypatch.context() as patch:
+        patch.setattr(ctypes, "CDLL", lambda name: library(name) if name is None else streams)
+        driver = uploading.Cuda()
+    monkeypatch.setattr(driver, "pinned", double.pinned)
+    if failing:
+        double.failing = {"record": (3, 719)}
+        with pytest.raises(RuntimeError, match="cuEventRecord failed with CUDA error 719"):
+            transfer.go(driver, 3)
+    else:
+        transfer.go(driver, 3)
+        transfer.check()
+    assert not double.pending
+    before, after = ["side waits for current"] * 6, ["current waits for side"] * 6
+    assert streams.notes == [*before, *(["synchronized"] * 6 if failing else []), *after]
 
 
 def test_the_kernel_is_cached_whatever_the_addresses(tmp_path: Path) -> None:
