@@ -49,6 +49,8 @@ __all__ = [
     "TileDone",
     "check_output",
     "default_workers",
+    "descriptor",
+    "ended_early",
     "execute",
     "memory_need",
     "open_files",
@@ -219,6 +221,19 @@ def open_files() -> AbstractContextManager[object]:
     return _files
 
 
+def descriptor(path: str) -> int:
+    """Return a descriptor for reading, good within :func:`open_files`, for who reads without Python."""
+    return _files.get(path, os.O_RDONLY)
+
+
+def ended_early(path: str, offset: int, nbytes: int, got: int) -> CheckpointError:
+    """Return the error of a file that had only ``got`` of ``nbytes`` at ``offset``."""
+    return CheckpointError(
+        f"{path}: ends at byte {offset + got}, expected {nbytes} bytes at {offset}: the file changed or is incomplete; "
+        "download it again"
+    )
+
+
 def _fill_buffer(path: str, descriptor: int, offset: int, buffer: npt.NDArray[np.uint8]) -> None:
     view, done = memoryview(buffer), 0  # type: ignore[arg-type] # ndarrays are buffers
     while done < len(view):
@@ -228,10 +243,7 @@ def _fill_buffer(path: str, descriptor: int, offset: int, buffer: npt.NDArray[np
             error.filename = path
             raise
         if count == 0:
-            raise CheckpointError(
-                f"{path}: ends at byte {offset + done}, expected {len(view)} bytes at {offset}: the file changed or is "
-                "incomplete; download it again"
-            )
+            raise ended_early(path, offset, len(view), done)
         done += count
 
 

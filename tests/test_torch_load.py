@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
+import double
 import numpy as np
 import pytest
 import torch
@@ -25,6 +26,7 @@ from ggufx.torch import loading
 from ggufx.torch.decoding import as_numpy
 
 ROOT = Path(__file__).parent.parent
+Reads = list[tuple[str, int, int]]
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 SHAPES: Shapes = {
     "q4_0": ("Q4_0", (6, 128)),
@@ -72,12 +74,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(tmp_path_factory.mktemp("torch") / "model.gguf", SHAPES)
 
 
-@pytest.fixture(params=[False, True], ids=["in place", "staged"])
-def staged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Run what a GPU gets on the CPU: buffers, a reader, copies; without pinned memory and streams."""
-    if request.param:
+@pytest.fixture(params=["in place", "staged", "uploaded"])
+def staged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Reads:
+    """Run what a GPU gets on the CPU: buffers, readers, copies; streams and events are a double's.
+
+    Returns the list of reads that do not go by functions of Python: path, offset and bytes.
+    """
+    if request.param == "staged":
         staging(monkeypatch)
-    return bool(request.param)
+    return double.install(monkeypatch).reads if request.param == "uploaded" else []
 
 
 def staging(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +100,7 @@ def assert_same(tensor: gt.GGUFTensor, expected: np.ndarray) -> None:
 # Whole tensors ----------------------------------------------------------------------------------------------------------
 
 
-def test_all_tensors_come_as_they_lie_in_the_file(model: Path, staged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_tensors_come_as_they_lie_in_the_file(model: Path, staged: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_PIECE_NBYTES", 100)
     tensors = gt.load(model)
     with ggufx.open(model) as file:
@@ -167,16 +172,17 @@ def assert_disjoint(reads: Iterable[tuple[str, int, int]]) -> None:
         assert path != other or offset + nbytes <= start
 
 
-def test_nothing_is_read_twice(model: Path, staged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_read_twice(model: Path, staged: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_PIECE_NBYTES", 333)
     reads = recorded(monkeypatch)
     gt.load(model)
+    reads += staged
     assert_disjoint(reads)
     with ggufx.open(model) as file:
         assert sum(n for _, _, n in reads) == file.data_nbytes
 
 
-def test_progress_counts_the_bytes(model: Path, staged: bool) -> None:
+def test_progress_counts_the_bytes(model: Path, staged: Reads) -> None:
     told: list[tuple[int, int]] = []
     gt.load(model, progress=lambda done, total: told.append((done, total)))
     with ggufx.open(model) as file:
@@ -199,7 +205,7 @@ def test_devices_by_name(model: Path) -> None:
         gt.load(model, {"norm": "cpu"}, names=["norm", "half"])
 
 
-def test_a_file_that_ends_early_is_an_error_that_says_so(tmp_path: Path, staged: bool) -> None:
+def test_a_file_that_ends_early_is_an_error_that_says_so(tmp_path: Path, staged: Reads) -> None:
     path = write_gguf(tmp_path / "cut.gguf", {"a": ("F32", (1000,)), "b": ("F32", (1000,))})
     with gt.open(path) as f:
         with path.open("r+b") as stream:
@@ -217,7 +223,7 @@ def test_cut_rows_that_end_early_are_an_error_that_says_so(tmp_path: Path) -> No
             f["a"]
 
 
-def test_a_split_file_is_one(tmp_path: Path, staged: bool) -> None:
+def test_a_split_file_is_one(tmp_path: Path, staged: Reads) -> None:
     whole = tmp_path / "whole.gguf"
     parts = [{name: SHAPES[name]} for name in ("ks", "norm", "q4_0")]
     for number, shapes in enumerate(parts):
@@ -239,7 +245,7 @@ def test_a_split_file_is_one(tmp_path: Path, staged: bool) -> None:
     ("name", "dims"), [("ks", (0, 1, -1)), ("f8", (0, 1)), ("experts", (0, 1, 2)), ("deep", (0, 3))]
 )
 def test_shards_put_together_are_the_tensor(
-    model: Path, staged: bool, name: str, dims: tuple[int, ...], world: int, monkeypatch: pytest.MonkeyPatch
+    model: Path, staged: Reads, name: str, dims: tuple[int, ...], world: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "_PIECE_NBYTES", 600)
     with ggufx.open(model) as file:

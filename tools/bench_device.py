@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure on a GPU what has a file at its other end: loading packed tensors, and quantizing a checkpoint.
 
-    python tools/bench_device.py [--gigabytes 4] [--device cuda] [--work-dir .bench] [--json FILE]
+    python tools/bench_device.py [--gigabytes 4] [--device cuda] [--threads 4,8,16] [--work-dir .bench] [--json FILE]
 
 Loading is compared with a copy of as many bytes from page-locked memory, quantizing with the same run on the CPU, whose
 bytes must be the same. Files are in the page cache. Prints Markdown.
@@ -31,40 +31,41 @@ from ggufx import quantize, recipe  # noqa: E402
 EXPERTS = "ffn_gate_exps=iq2_xxs\nffn_up_exps=iq4_ks\nffn_down_exps=iq2_ks"
 
 
-def upload(path: Path, device: torch.device, rounds: int = 5) -> dict[str, Any]:
-    """Load every tensor of a GGUF, beside copying as many bytes from page-locked memory; medians."""
-    with ggufx.open(path) as file:
-        nbytes = sum(tensor.nbytes for tensor in file.tensors)
-    chunk = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+def copying(device: torch.device, rounds: int = 5) -> float:
+    """Return bytes a second of copies from page-locked memory, the median: what loading cannot exceed."""
+    chunk = torch.empty(1 << 29, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(chunk, device=device)
-    copies, loads = [], []
+    speeds = []
     for _ in range(rounds):
         torch.cuda.synchronize(device)
         start = time.perf_counter()
-        for _ in range(8):
+        for _ in range(4):
             target.copy_(chunk, non_blocking=True)
         torch.cuda.synchronize(device)
-        copies.append(8 * chunk.numel() / (time.perf_counter() - start))
-        start = time.perf_counter()
-        tensors = ggufx.torch.load(path, device=device)
+        speeds.append(4 * chunk.numel() / (time.perf_counter() - start))
+    return float(np.median(speeds))
+
+
+def upload(path: Path, device: torch.device, copy: float, threads: int | None, rounds: int = 5) -> dict[str, Any]:
+    """Load every tensor of a GGUF, compared with ``copy`` bytes a second; the median after a first one, which compiles."""
+    loads, tensors = [], {}
+    for _ in range(rounds + 1):
+        tensors.clear()
         torch.cuda.synchronize(device)
-        loads.append(nbytes / (time.perf_counter() - start))
-        name = next(iter(tensors))
-        with ggufx.open(path) as file:
-            same = np.array_equal(
-                tensors[name].packed.cpu().numpy().reshape(-1), np.asarray(file[name].packed).reshape(-1)
-            )
-        if not same:
-            raise AssertionError(f"{name} is not what the file holds")
-        del tensors
-    copy, load = float(np.median(copies)), float(np.median(loads))
+        start = time.perf_counter()
+        tensors = ggufx.torch.load(path, device=device, threads=threads)
+        torch.cuda.synchronize(device)
+        loads.append(sum(tensor.nbytes for tensor in tensors.values()) / (time.perf_counter() - start))
+    with ggufx.open(path) as file:
+        nbytes = sum(tensor.nbytes for tensor in file.tensors)
+        for name, tensor in tensors.items():
+            if not np.array_equal(tensor.packed.cpu().numpy().reshape(-1), np.asarray(file[name].packed).reshape(-1)):
+                raise AssertionError(f"{name} is not what the file holds")
+    load = float(np.median(loads[1:]))
     return {
-        "what": "load",
-        "gigabytes": nbytes / 1e9,
-        "load_gbps": load / 1e9,
-        "copy_gbps": copy / 1e9,
-        "ratio": load / copy,
-    }
+        "what": "load", "threads": threads, "gigabytes": nbytes / 1e9, "first_gbps": loads[0] / 1e9, "load_gbps": load / 1e9,
+        "copy_gbps": copy / 1e9, "ratio": load / copy,
+    }  # fmt: skip
 
 
 def quantizing(checkpoint: Path, folder: Path, device: str, *, compare: bool) -> dict[str, Any]:
@@ -97,6 +98,7 @@ def main() -> int:
     parser.add_argument("--gigabytes", type=float, default=4)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--work-dir", type=Path, default=Path(".bench"))
+    parser.add_argument("--threads", default="0", help="loads by as many threads, 4,8,16 for each; 0: the default")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--no-cpu", action="store_true", help="do not quantize on the CPU for comparison")
     options = parser.parse_args()
@@ -113,12 +115,16 @@ def main() -> int:
     ggufx.convert.convert(checkpoint, native, overwrite=True)
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device)
-    loaded = upload(native, device)
     print(f"{name}, torch {torch.__version__}", flush=True)
-    print(
-        f"load {loaded['gigabytes']:.2f} GB: {loaded['load_gbps']:.1f} GB/s, {loaded['ratio']:.2f} of a copy from page-locked "
-        f"memory ({loaded['copy_gbps']:.1f} GB/s)", flush=True,
-    )  # fmt: skip
+    copy = copying(device)
+    print(f"copy from page-locked memory: {copy / 1e9:.1f} GB/s", flush=True)
+    rows = []
+    for threads in [int(count) or None for count in options.threads.split(",")]:
+        rows.append(loaded := upload(native, device, copy, threads))
+        print(
+            f"load {loaded['gigabytes']:.2f} GB, {threads or 'default'} threads: {loaded['load_gbps']:.1f} GB/s, "
+            f"{loaded['ratio']:.2f} of the copy; the first time {loaded['first_gbps']:.1f} GB/s", flush=True,
+        )  # fmt: skip
     done = quantizing(checkpoint, folder, options.device, compare=not options.no_cpu)
     print(
         f"quantize {done['weights'] / 1e9:.2f} billion expert weights to {done['output_gb']:.2f} GB: "
@@ -126,7 +132,7 @@ def main() -> int:
         f"{done['cpu_s']}; same bytes: {done['same_bytes']}"
     )
     if options.json:
-        options.json.write_text(json.dumps({"device": name, "rows": [loaded, done]}, indent=1), encoding="utf-8")
+        options.json.write_text(json.dumps({"device": name, "rows": [*rows, done]}, indent=1), encoding="utf-8")
     shutil.rmtree(checkpoint)
     for path in folder.glob("*.gguf"):
         path.unlink()

@@ -30,7 +30,7 @@ from functools import cache
 from types import ModuleType
 from typing import Final
 
-__all__ = ["OUTPUTS", "exists", "find", "load", "uncollected"]
+__all__ = ["OUTPUTS", "compiles", "exists", "find", "load", "uncollected"]
 
 OUTPUTS: Final = {"float32": "float32", "float16": "uint16", "bfloat16": "int16"}
 """Dtypes that kernels decode to, and how they are handed over: Numba knows no 16-bit floats on the CPU, so the dtype of the
@@ -58,13 +58,14 @@ def find(name: str, *, cuda: bool = False, torch: bool = False) -> ModuleType | 
     The first call for a type imports Numba, with ``cuda`` Triton, with ``torch`` torch. A kernel that exists but fails to
     import raises: nothing falls back in silence.
     """
-    # With Numba's compiler switched off (to debug, say) the specifications run: the kernels' intrinsics exist compiled only.
-    numba = not (cuda or torch)
-    if not exists(name, cuda=cuda, torch=torch) or (
-        numba and os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
-    ):
+    if not exists(name, cuda=cuda, torch=torch) or not (cuda or torch or compiles()):
         return None
     return load(_module_name(name, cuda, torch).removeprefix(f"{__name__}."))
+
+
+def compiles() -> bool:
+    """Return whether Numba's compiler is on; off (to debug, say) the specifications run: intrinsics exist compiled only."""
+    return os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
 
 
 @cache

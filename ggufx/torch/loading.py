@@ -1,7 +1,8 @@
 """From a file to devices: cuts, a background reader, pinned buffers. Every byte that is asked for is read once.
 
 On the way to a GPU a piece is read into one of a few pinned buffers by a thread, and copied from there while the next ones are
-read. To the CPU it is read to where it stays. Memory on the way is the buffers', whatever the size of the file.
+read: by compiled threads where CUDA's driver is there (:mod:`ggufx.torch.uploading`). To the CPU it is read to where it stays.
+Memory on the way is the buffers', whatever the size of the file.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from math import prod
 from os import cpu_count
 from pathlib import Path
@@ -24,6 +26,7 @@ import torch
 
 from ggufx import execute, file
 from ggufx.errors import GGUFError
+from ggufx.torch import uploading
 from ggufx.torch.tensor import GGUFTensor
 
 __all__ = ["ShardError", "TorchFile", "load", "open"]
@@ -169,6 +172,12 @@ def _read(piece: _Piece, out: npt.NDArray[np.uint8]) -> None:
 # Where to ---------------------------------------------------------------------------------------------------------------
 
 
+class _Way(Enum):
+    IN_PLACE = "in place"
+    STAGED = "staged"
+    UPLOADED = "uploaded"
+
+
 def _fill_in_place(
     pieces: Iterable[_Piece], targets: Sequence[torch.Tensor], pool: ThreadPoolExecutor, told: Callable[[int], None]
 ) -> None:
@@ -248,6 +257,44 @@ def _fill_staged(
             free_oldest()
         for device, stream in streams.items():
             torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def _fill_uploaded(
+    sources: Iterable[tuple[int, str, _Cut]],
+    targets: Sequence[torch.Tensor],
+    driver: uploading.Driver,
+    threads: int,
+    told: Callable[[int], None],
+    limit: int,
+) -> None:
+    """Read and copy by threads that do not know of Python: tensors of CUDA devices."""
+    runs = [
+        run
+        for number, path, cut in sources
+        for run in _runs(path, cut, limit, targets[number].data_ptr(), targets[number].device)
+    ]
+    uploading.upload(driver, runs, threads, told)
+
+
+def _runs(path: str, cut: _Cut, limit: int, address: int, device: torch.device) -> Iterator[uploading.Run]:
+    """Describe a cut whose bytes go to ``address`` and on in pieces of at most ``limit`` bytes; as :func:`_pieces` does."""
+    if cut.nbytes == 0:
+        return
+    if cut.unit_nbytes > limit or cut.units == 1:
+        for unit in range(cut.units):
+            for start, nbytes in cut.spans:
+                offset = cut.offset + unit * cut.stride + start
+                yield uploading.Run(path, offset, address, device, nbytes, 1, ((0, 1),), limit, through=True)
+                address += nbytes
+        return
+    through = _reads_through(cut.stride, cut.spans)
+    step = max(1, limit // (cut.stride if through else cut.unit_nbytes))
+    yield uploading.Run(path, cut.offset, address, device, cut.units, cut.stride, cut.spans, step, through)
+
+
+def _way(device: torch.device) -> _Way:
+    """Return how the bytes of tensors on a device get there."""
+    return {"cpu": _Way.IN_PLACE, "cuda": _Way.UPLOADED}.get(device.type, _Way.STAGED)
 
 
 def _of(choice: Any, name: str, what: str) -> Any:
@@ -367,21 +414,29 @@ class TorchFile(Mapping[str, GGUFTensor]):
 
         if progress is not None:
             progress(0, total)
-        staged = [target.device.type != "cpu" for target in targets]
-        threads = self._threads or min(_BUFFERS - 2 if any(staged) else 4, cpu_count() or 1)
-        with execute.open_files(), ThreadPoolExecutor(threads, thread_name_prefix="ggufx-read") as pool:
-            for way in (False, True):
-                chosen = [number for number, other in enumerate(staged) if other == way]
-                pieces = (
-                    piece
-                    for number in chosen
-                    for piece in _pieces(number, str(self.file[order[number]].path), cuts[order[number]], _PIECE_NBYTES)
-                )
-                if chosen and way:
-                    limit = min(_PIECE_NBYTES, max(1, *(targets[number].numel() for number in chosen)))
-                    _fill_staged(pieces, targets, pool, told, limit)
-                elif chosen:
-                    _fill_in_place(pieces, targets, pool, told)
+        ways = [_way(target.device) for target in targets]
+        driver = uploading.cuda() if _Way.UPLOADED in ways else None
+        uploaded = sum(target.numel() for target, way in zip(targets, ways, strict=True) if way is _Way.UPLOADED)
+        if driver is None or not uploading.ready(uploaded):
+            ways = [_Way.STAGED if way is _Way.UPLOADED else way for way in ways]
+        with execute.open_files():
+            for way in _Way:
+                chosen = [number for number, other in enumerate(ways) if other is way]
+                sources = [(number, str(self.file[order[number]].path), cuts[order[number]]) for number in chosen]
+                if not chosen:
+                    continue
+                if way is _Way.UPLOADED and driver is not None:
+                    threads = self._threads or min(16, cpu_count() or 1)
+                    _fill_uploaded(sources, targets, driver, threads, told, min(_PIECE_NBYTES, uploading.SLOT_NBYTES))
+                    continue
+                threads = self._threads or min(_BUFFERS - 2 if way is _Way.STAGED else 4, cpu_count() or 1)
+                pieces = (piece for source in sources for piece in _pieces(*source, _PIECE_NBYTES))
+                with ThreadPoolExecutor(threads, thread_name_prefix="ggufx-read") as pool:
+                    if way is _Way.STAGED:
+                        limit = min(_PIECE_NBYTES, max(1, *(targets[number].numel() for number in chosen)))
+                        _fill_staged(pieces, targets, pool, told, limit)
+                    else:
+                        _fill_in_place(pieces, targets, pool, told)
         fresh = {}
         for number, name in enumerate(order):
             # Planes take the place of packed bytes one tensor at a time: a device need not hold both of all.
