@@ -18,6 +18,7 @@ import triton.language as tl
 __all__ = [
     "INTERPRETED",
     "MAGIC",
+    "add",
     "bits_at",
     "byte_at",
     "codes16",
@@ -39,11 +40,13 @@ __all__ = [
     "permute",
     "put8",
     "put_bytes",
+    "rotate",
     "second_half",
     "short_at",
     "table_words",
     "times",
     "to_float",
+    "upper",
     "widen_half",
     "word_at",
     "words2",
@@ -94,6 +97,15 @@ def funnel(low, high, shift):
         return tl.inline_asm_elementwise(
             "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, shift], dtype=tl.uint32, is_pure=True, pack=1
         )
+
+
+@triton.jit
+def rotate(word, shift):
+    """``word`` with its bits moved right in a circle by ``shift`` (int32), of which only the low five bits count."""
+    if INTERPRETED:
+        return funnel(word, word, shift & 31)
+    else:
+        return funnel(word, word, shift)
 
 
 @triton.jit
@@ -236,6 +248,33 @@ def times(bit, number):
     else:
         return tl.inline_asm_elementwise(
             "mul.lo.u32 $0, $1, $2;", "=r,r,r", [bit, number], dtype=tl.uint32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def add(a, b):
+    """``a + b`` (uint32) as a product."""
+    if INTERPRETED:
+        return a + b
+    else:
+        return tl.inline_asm_elementwise(
+            "mad.lo.u32 $0, $1, $3, $2;", "=r,r,r,r", [a, b, a * 0 + 1], dtype=tl.uint32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def upper(word):
+    """``word >> 16`` (uint32) as a product: the integer unit has no part in it."""
+    if INTERPRETED:
+        return word >> 16
+    else:
+        return tl.inline_asm_elementwise(
+            "dp2a.lo.u32.u32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [word, word * 0 + 0x0100, word * 0],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
         )
 
 
