@@ -33,6 +33,7 @@ __all__ = [
     "half_at",
     "headed4",
     "headed8",
+    "load_byte",
     "locate",
     "merge",
     "narrow",
@@ -424,6 +425,13 @@ def words8(words, at, mask, ALIGNED: tl.constexpr):
 def byte_at(words, at, mask):
     """The byte at byte ``at`` (int32) after ``words``, uint32."""
     return (tl.load(words + (at >> 2), mask, other=0) >> ((at & 3).to(tl.uint32) * 8)) & 255
+
+
+@triton.jit
+def load_byte(words, at, mask, SIGNED: tl.constexpr):
+    """As :func:`byte_at`, int32, by a load of just that byte: no shift and no mask, but a byte has to have its own address."""
+    place = words.to(tl.pointer_type(tl.int8 if SIGNED else tl.uint8)) + at
+    return tl.load(place, mask, other=0).to(tl.int32)
 
 
 @triton.jit

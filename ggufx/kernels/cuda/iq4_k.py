@@ -16,6 +16,7 @@ from ggufx.kernels.cuda._words import (
     codes16,
     dot4,
     half_at,
+    load_byte,
     locate,
     merge,
     permute,
@@ -70,17 +71,12 @@ def _decode(
 def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
     block = row + unit // 8 * 144
     g = unit % 8
-    first, high, low, last = words4(words, block, mask, ALIGNED)
-    # Where the lane's byte of low scale bits is, in each of the two words that hold those of the block.
-    place = (1 << (8 * (g % 4))).to(tl.uint32)
+    first, high = words2(words, block, mask, ALIGNED)
     return words4(words, block + 16 + 16 * g, mask, ALIGNED) + (
         first,
         first >> (14 + 2 * g).to(tl.uint32),
         rotate(high, 4 * unit + 22),
-        low,
-        last,
-        tl.where(g < 4, place, 0),
-        tl.where(g < 4, 0, place),
+        load_byte(words, block + 8 + g, mask, False).to(tl.uint32),
     )
 
 
@@ -99,7 +95,7 @@ def _lookup(x, FIRST: tl.constexpr, a, b, total, known):
 
 @triton.jit
 def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
-    a, b, c, e, first, flags, high, low, last, place, further = raw
+    a, b, c, e, first, flags, high, low = raw
     # Nibbles of neighbouring words beside each other: what is looked up together then belongs to one sub-block.
     sum0 = _lookup(
         x, 0, merge(a, b * 16, 0x0F0F0F0F), merge(c, e * 16, 0x0F0F0F0F), (flags & 4).to(tl.int32) * sums[0], known
@@ -108,7 +104,7 @@ def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
         x, 4, merge(a >> 4, b, 0x0F0F0F0F), merge(c >> 4, e, 0x0F0F0F0F), ((flags >> 1) & 4).to(tl.int32) * sums[1], known
     )
     # Low bits of both scales below, high bits from bit 10 on.
-    s = dot4(low, place, dot4(last, further, (high & 0x3C00).to(tl.int32))).to(tl.uint32)
+    s = low | (high & 0x3C00)
     s0 = dot4(s & 0x0C0F, 0x0401 + a * 0, sum0 * 0 - 32)
     s1 = dot4((s >> 4) & 0x030F, 0x1001 + a * 0, sum0 * 0 - 32)
     # At most 16 * 127 * 32767 times 32: each within 32 bits, both together not.
