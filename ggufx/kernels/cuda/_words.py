@@ -36,6 +36,8 @@ __all__ = [
     "load_byte",
     "locate",
     "merge",
+    "moved2",
+    "moved4",
     "narrow",
     "nibbles_at",
     "permute",
@@ -321,6 +323,34 @@ def words4(words, at, mask, ALIGNED: tl.constexpr):
         e = tl.load(place + 4, mask & (odd != 0))
         shift = odd * 8
         return funnel(a, b, shift), funnel(b, c, shift), funnel(c, d, shift), funnel(d, e, shift)
+
+
+@triton.jit
+def moved2(words, at, shift, mask):
+    """Two uint32 in a row at byte ``at``, each moved right by ``shift`` (int32, below 8).
+
+    What comes into the upper bits of either is undefined. Of words that are not aligned this costs no shift of its own.
+    """
+    place = words + (at >> 2)
+    a = tl.load(place, mask, other=0)
+    b = tl.load(place + 1, mask, other=0)
+    odd = (at & 3).to(tl.int32) * 8
+    c = tl.load(place + 2, mask & (odd != 0))
+    return funnel(a, b, odd + shift), funnel(b, c, odd + shift)
+
+
+@triton.jit
+def moved4(words, at, shift, mask):
+    """As :func:`moved2`, four of them."""
+    place = words + (at >> 2)
+    a = tl.load(place, mask, other=0)
+    b = tl.load(place + 1, mask, other=0)
+    c = tl.load(place + 2, mask, other=0)
+    d = tl.load(place + 3, mask, other=0)
+    odd = (at & 3).to(tl.int32) * 8
+    e = tl.load(place + 4, mask & (odd != 0))
+    s = odd + shift
+    return funnel(a, b, s), funnel(b, c, s), funnel(c, d, s), funnel(d, e, s)
 
 
 @triton.jit

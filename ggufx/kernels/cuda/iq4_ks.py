@@ -13,7 +13,6 @@ from ggufx.kernels.cuda._words import (
     MAGIC,
     byte_at,
     codes16,
-    load_byte,
     locate,
     permute,
     put_bytes,
@@ -60,13 +59,13 @@ def _decode(
 def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
     block = row + unit // 8 * 136
     sub = unit % 8
-    return words4(words, block + 8 + 16 * sub, mask, ALIGNED) + (load_byte(words, block + sub, mask, False),)
+    return words4(words, block + 8 + 16 * sub, mask, ALIGNED) + (byte_at(words, block + sub, mask),)
 
 
 @triton.jit
 def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
     total = codes_product(x, raw[0], raw[1], raw[2], raw[3], known, DOUBLE)
-    c = raw[4]
+    c = raw[4].to(tl.int32)
     total += _SHIFT * (c & 1) * sums[2]
     return total.to(tl.float32) * ((c & 254) - 127).to(tl.float32)
 
