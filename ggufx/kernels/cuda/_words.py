@@ -458,10 +458,9 @@ def byte_at(words, at, mask):
 
 
 @triton.jit
-def load_byte(words, at, mask, SIGNED: tl.constexpr):
-    """As :func:`byte_at`, int32, by a load of just that byte: no shift and no mask, but a byte has to have its own address."""
-    place = words.to(tl.pointer_type(tl.int8 if SIGNED else tl.uint8)) + at
-    return tl.load(place, mask, other=0).to(tl.int32)
+def load_byte(words, at, mask):
+    """As :func:`byte_at` by a load of just that byte: no shift and no mask, but a byte has to have an address of its own."""
+    return tl.load(words.to(tl.pointer_type(tl.uint8)) + at, mask, other=0).to(tl.uint32)
 
 
 @triton.jit

@@ -76,7 +76,7 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
         first,
         first >> (14 + 2 * g).to(tl.uint32),
         rotate(high, 4 * unit + 22),
-        load_byte(words, block + 8 + g, mask, False).to(tl.uint32),
+        load_byte(words, block + 8 + g, mask),
     )
 
 
@@ -87,9 +87,25 @@ def _lookup(x, FIRST: tl.constexpr, a, b, total, known):
     # As in codes_product: all of the lower half are negative and all of the upper half positive, so what one table's lookup
     # gives for the other's codes is -1 or 0, and both are multiplied.
     c, e = a ^ 0x88888888, b ^ 0x88888888
-    total = more4(x, FIRST, permute(t4, t5, a), permute(t4, t5, a >> 16), permute(t4, t5, b), permute(t4, t5, b >> 16), total, True)
+    total = more4(
+        x,
+        FIRST,
+        permute(t4, t5, a),
+        permute(t4, t5, a >> 16),
+        permute(t4, t5, b),
+        permute(t4, t5, b >> 16),
+        total,
+        True,
+    )
     return more4(
-        x, FIRST, permute(t6, t7, c), permute(t6, t7, upper(c)), permute(t6, t7, e), permute(t6, t7, upper(e)), total, True
+        x,
+        FIRST,
+        permute(t6, t7, c),
+        permute(t6, t7, upper(c)),
+        permute(t6, t7, e),
+        permute(t6, t7, upper(e)),
+        total,
+        True,
     )
 
 
@@ -101,7 +117,12 @@ def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
         x, 0, merge(a, b * 16, 0x0F0F0F0F), merge(c, e * 16, 0x0F0F0F0F), (flags & 4).to(tl.int32) * sums[0], known
     )
     sum1 = _lookup(
-        x, 4, merge(a >> 4, b, 0x0F0F0F0F), merge(c >> 4, e, 0x0F0F0F0F), ((flags >> 1) & 4).to(tl.int32) * sums[1], known
+        x,
+        4,
+        merge(a >> 4, b, 0x0F0F0F0F),
+        merge(c >> 4, e, 0x0F0F0F0F),
+        ((flags >> 1) & 4).to(tl.int32) * sums[1],
+        known,
     )
     # Low bits of both scales below, high bits from bit 10 on.
     s = low | (high & 0x3C00)

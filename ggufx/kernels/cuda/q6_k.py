@@ -63,9 +63,7 @@ def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
     a, b, c, e, p, q, r, t, d, s0, s1 = raw
     # Bits 0 and 1 are of the lane's low nibbles, 4 and 5 of its high ones.
     p, q, r, t = p & 0x33333333, q & 0x33333333, r & 0x33333333, t & 0x33333333
-    first = more4(
-        x, 0, _six(a, p * 16), _six(b, q * 16), _six(c, r * 16), _six(e, t * 16), -32 * sums[0], False
-    )
+    first = more4(x, 0, _six(a, p * 16), _six(b, q * 16), _six(c, r * 16), _six(e, t * 16), -32 * sums[0], False)
     second = more4(x, 4, _six(a >> 4, p), _six(b >> 4, q), _six(c >> 4, r), _six(e >> 4, t), -32 * sums[1], False)
     s0, s1 = (s0 ^ 128) - 128, (s1 ^ 128) - 128
     # At most 16 * 32 * 32767 times 128: each within 32 bits, both together not.
