@@ -38,6 +38,7 @@ ORDER = _linear.EIGHTS.value
 _SHAPE = _launch.Shape(block_len=256, block_nbytes=144, header_nbytes=0, parts=16, warps=8, repeat=1)
 
 _T0, _T1, _T2, _T3 = table_words(tables.IQ4, 128)
+_U0, _U1, _U2, _U3 = table_words(tables.IQ4)
 _SHIFT = tl.constexpr(tables.SHIFTS[4])
 
 
@@ -81,32 +82,38 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
-def _lookup(x, FIRST: tl.constexpr, a, b, total, known):
+def _lookup(x, FIRST: tl.constexpr, a, b, total, known, DOUBLE: tl.constexpr):
     """Add to ``total`` the integer product of the codes of two words with pairs from ``2 * FIRST`` on."""
-    _, t4, t5, t6, t7 = known
-    # As in codes_product: all of the lower half are negative and all of the upper half positive, so what one table's lookup
-    # gives for the other's codes is -1 or 0, and both are multiplied.
-    c, e = a ^ 0x88888888, b ^ 0x88888888
-    total = more4(
-        x,
-        FIRST,
-        permute(t4, t5, a),
-        permute(t4, t5, a >> 16),
-        permute(t4, t5, b),
-        permute(t4, t5, b >> 16),
-        total,
-        True,
-    )
-    return more4(
-        x,
-        FIRST,
-        permute(t6, t7, c),
-        permute(t6, t7, upper(c)),
-        permute(t6, t7, e),
-        permute(t6, t7, upper(e)),
-        total,
-        True,
-    )
+    if not DOUBLE:
+        # Several rows of activations share the lookups, not the products.
+        a0, a1 = codes16(a, _U0, _U1, _U2, _U3), codes16(a >> 16, _U0, _U1, _U2, _U3)
+        b0, b1 = codes16(b, _U0, _U1, _U2, _U3), codes16(b >> 16, _U0, _U1, _U2, _U3)
+        return more4(x, FIRST, a0, a1, b0, b1, total, True)
+    else:
+        _, t4, t5, t6, t7 = known
+        # As in codes_product: all of the lower half are negative and all of the upper half positive, so what one table's lookup
+        # gives for the other's codes is -1 or 0, and both are multiplied.
+        c, e = a ^ 0x88888888, b ^ 0x88888888
+        total = more4(
+            x,
+            FIRST,
+            permute(t4, t5, a),
+            permute(t4, t5, a >> 16),
+            permute(t4, t5, b),
+            permute(t4, t5, b >> 16),
+            total,
+            True,
+        )
+        return more4(
+            x,
+            FIRST,
+            permute(t6, t7, c),
+            permute(t6, t7, upper(c)),
+            permute(t6, t7, e),
+            permute(t6, t7, upper(e)),
+            total,
+            True,
+        )
 
 
 @triton.jit
@@ -114,7 +121,13 @@ def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
     a, b, c, e, first, flags, high, low = raw
     # Nibbles of neighbouring words beside each other: what is looked up together then belongs to one sub-block.
     sum0 = _lookup(
-        x, 0, merge(a, b * 16, 0x0F0F0F0F), merge(c, e * 16, 0x0F0F0F0F), (flags & 4).to(tl.int32) * sums[0], known
+        x,
+        0,
+        merge(a, b * 16, 0x0F0F0F0F),
+        merge(c, e * 16, 0x0F0F0F0F),
+        (flags & 4).to(tl.int32) * sums[0],
+        known,
+        DOUBLE,
     )
     sum1 = _lookup(
         x,
@@ -123,6 +136,7 @@ def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
         merge(c >> 4, e, 0x0F0F0F0F),
         ((flags >> 1) & 4).to(tl.int32) * sums[1],
         known,
+        DOUBLE,
     )
     # Low bits of both scales below, high bits from bit 10 on.
     s = low | (high & 0x3C00)
@@ -142,6 +156,7 @@ _FUSED = _linear.Fused(
     tuned=((4, 128, 2, False), (4, 128, 2, False), (1, 128, 4, False)),
     words=WORDS,
     known=4,
+    double=True,
 )
 
 
