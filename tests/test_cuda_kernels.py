@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import os
 from typing import Any
@@ -130,6 +131,23 @@ def test_linear(name: str) -> None:
         out = torch.full((batch, n_rows), math.nan, device=DEVICE)
         kernel(name).linear(x, rows, out)
         assert error(name, rows, x, out) < LIMITS[name]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_linear_of_the_largest_does_not_overflow(name: str) -> None:
+    # Codes and scales at the ends of their ranges, each with each, and activations of one size.
+    kinds = list(itertools.product((0x00, 0x7F, 0x80, 0xFF), repeat=2))
+    data = finite_rows(name, 1, 1).cpu().numpy().repeat(len(kinds), 0)
+    for part in types.get(name).layout.split(data):
+        for field in () if part is None else set(part.dtype.names) - {"d", "dmin", "e"}:
+            codes = part.dtype[field].itemsize > 16
+            for row, kind in enumerate(kinds):
+                part[field][row].view(np.uint8)[...] = kind[codes] & (0xFE if name == "F8_E4M3_B128" else 0xFF)
+    rows = torch.from_numpy(data).to(DEVICE)
+    x = torch.full((1, types.get(name).layout.block_len), 3.0, device=DEVICE)
+    out = torch.full((1, len(kinds)), math.nan, device=DEVICE)
+    kernel(name).linear(x, rows, out)
+    assert error(name, rows, x, out) < LIMITS[name]
 
 
 def test_linear_with_steps_in_every_way() -> None:

@@ -42,6 +42,8 @@ from ggufx.kernels.cuda import _launch
 from ggufx.kernels.cuda._words import dot2_high, dot2_low, narrow
 
 __all__ = [
+    "EIGHTS",
+    "EIGHTS32",
     "FLOAT",
     "NATURAL",
     "PAIR16",
@@ -55,6 +57,7 @@ __all__ = [
     "dots2",
     "dots4",
     "linear",
+    "more4",
     "no_header",
     "prepare",
     "quad",
@@ -74,6 +77,10 @@ FLOAT = tl.constexpr(5)
 """As ``NATURAL``, but binary16."""
 STRIDED = tl.constexpr(6)
 """Every fourth of 32 elements: the first four of these, the last four, then those one further on."""
+EIGHTS = tl.constexpr(7)
+"""Elements j, j + 4, j + 1, j + 5 and so on of every 8: nibbles of two neighbouring words, merged."""
+EIGHTS32 = tl.constexpr(8)
+"""Sixteen elements of 64, and those 32 further on, each as ``EIGHTS``."""
 
 GROUP_LEN = 256
 MAX_BATCH = 8
@@ -188,6 +195,11 @@ def _prepare(
         element = 128 * (local // 4) + 8 * (local % 4) + 32 * (word // 2) + 2 * (word % 2) + byte // 2 + 4 * (byte % 2)
     elif ORDER == 6:
         element = 32 * local + 16 * (word % 2) + 4 * byte + word // 2
+    elif ORDER == 7:
+        element = 32 * local + 8 * (word // 2) + 2 * (word % 2) + byte // 2 + 4 * (byte % 2)
+    elif ORDER == 8:
+        element = 64 * (local // 2) + 16 * (local % 2) + 32 * (word // 4) + 8 * (word // 2 % 2)
+        element += 2 * (word % 2) + byte // 2 + 4 * (byte % 2)
     else:
         element = 32 * local + 4 * word + byte
     element += 256 * group
@@ -227,7 +239,13 @@ def _prepare(
 @triton.jit
 def dots4(x, FIRST: tl.constexpr, c0, c1, c2, c3, SIGNED: tl.constexpr):
     """Integer product of four words of codes with pairs ``2 * FIRST`` to ``2 * FIRST + 7``."""
-    a = dot2_low(x[2 * FIRST], c0, (c0 * 0).to(tl.int32), SIGNED)
+    return more4(x, FIRST, c0, c1, c2, c3, (c0 * 0).to(tl.int32), SIGNED)
+
+
+@triton.jit
+def more4(x, FIRST: tl.constexpr, c0, c1, c2, c3, total, SIGNED: tl.constexpr):
+    """As :func:`dots4`, added to ``total``."""
+    a = dot2_low(x[2 * FIRST], c0, total, SIGNED)
     a = dot2_high(x[2 * FIRST + 1], c0, a, SIGNED)
     a = dot2_low(x[2 * FIRST + 2], c1, a, SIGNED)
     a = dot2_high(x[2 * FIRST + 3], c1, a, SIGNED)

@@ -18,6 +18,7 @@ import triton.language as tl
 __all__ = [
     "INTERPRETED",
     "MAGIC",
+    "add",
     "bits_at",
     "byte_at",
     "codes16",
@@ -33,18 +34,23 @@ __all__ = [
     "half_at",
     "headed4",
     "headed8",
+    "load_byte",
     "locate",
     "merge",
+    "moved2",
+    "moved4",
     "narrow",
     "nibbles_at",
     "permute",
     "put8",
     "put_bytes",
+    "rotate",
     "second_half",
     "short_at",
     "table_words",
     "times",
     "to_float",
+    "upper",
     "widen_half",
     "word_at",
     "words2",
@@ -95,6 +101,15 @@ def funnel(low, high, shift):
         return tl.inline_asm_elementwise(
             "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, shift], dtype=tl.uint32, is_pure=True, pack=1
         )
+
+
+@triton.jit
+def rotate(word, shift):
+    """``word`` with its bits moved right in a circle by ``shift`` (int32), of which only the low five bits count."""
+    if INTERPRETED:
+        return funnel(word, word, shift & 31)
+    else:
+        return funnel(word, word, shift)
 
 
 @triton.jit
@@ -261,6 +276,33 @@ def entry16(table, AT: tl.constexpr, codes, j: tl.constexpr):
 
 
 @triton.jit
+def add(a, b):
+    """``a + b`` (uint32) as a product."""
+    if INTERPRETED:
+        return a + b
+    else:
+        return tl.inline_asm_elementwise(
+            "mad.lo.u32 $0, $1, $3, $2;", "=r,r,r,r", [a, b, a * 0 + 1], dtype=tl.uint32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def upper(word):
+    """``word >> 16`` (uint32) as a product: the integer unit has no part in it."""
+    if INTERPRETED:
+        return word >> 16
+    else:
+        return tl.inline_asm_elementwise(
+            "dp2a.lo.u32.u32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [word, word * 0 + 0x0100, word * 0],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
 def word_at(words, at, mask, ALIGNED: tl.constexpr):
     """The uint32 at byte ``at`` (int32) after ``words``, a pointer to aligned uint32; any alignment unless ``ALIGNED``."""
     # The word past an aligned one is not loaded, and anything: a funnel by nothing ignores it.
@@ -302,6 +344,34 @@ def words4(words, at, mask, ALIGNED: tl.constexpr):
         e = tl.load(place + 4, mask & (odd != 0))
         shift = odd * 8
         return funnel(a, b, shift), funnel(b, c, shift), funnel(c, d, shift), funnel(d, e, shift)
+
+
+@triton.jit
+def moved2(words, at, shift, mask):
+    """Two uint32 in a row at byte ``at``, each moved right by ``shift`` (int32, below 8).
+
+    What comes into the upper bits of either is undefined. Of words that are not aligned this costs no shift of its own.
+    """
+    place = words + (at >> 2)
+    a = tl.load(place, mask, other=0)
+    b = tl.load(place + 1, mask, other=0)
+    odd = (at & 3).to(tl.int32) * 8
+    c = tl.load(place + 2, mask & (odd != 0))
+    return funnel(a, b, odd + shift), funnel(b, c, odd + shift)
+
+
+@triton.jit
+def moved4(words, at, shift, mask):
+    """As :func:`moved2`, four of them."""
+    place = words + (at >> 2)
+    a = tl.load(place, mask, other=0)
+    b = tl.load(place + 1, mask, other=0)
+    c = tl.load(place + 2, mask, other=0)
+    d = tl.load(place + 3, mask, other=0)
+    odd = (at & 3).to(tl.int32) * 8
+    e = tl.load(place + 4, mask & (odd != 0))
+    s = odd + shift
+    return funnel(a, b, s), funnel(b, c, s), funnel(c, d, s), funnel(d, e, s)
 
 
 @triton.jit
@@ -406,6 +476,12 @@ def words8(words, at, mask, ALIGNED: tl.constexpr):
 def byte_at(words, at, mask):
     """The byte at byte ``at`` (int32) after ``words``, uint32."""
     return (tl.load(words + (at >> 2), mask, other=0) >> ((at & 3).to(tl.uint32) * 8)) & 255
+
+
+@triton.jit
+def load_byte(words, at, mask):
+    """As :func:`byte_at` by a load of just that byte: no shift and no mask, but a byte has to have an address of its own."""
+    return tl.load(words.to(tl.pointer_type(tl.uint8)) + at, mask, other=0).to(tl.uint32)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from ggufx.kernels.cuda._words import (
     half_at,
     locate,
     merge,
+    moved2,
     nibbles_at,
     permute,
     put_bytes,
@@ -76,13 +77,13 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
     block = row + unit // 8 * 102
     part = unit % 8
     shift = 4 * (part // 4)
-    p, q = words2(words, block + 70 + 8 * (part % 4), mask, ALIGNED)
+    p, q = moved2(words, block + 70 + 8 * (part % 4), shift, mask)
     # Of the flags (from bit 0 on the scales' fifth bits, from bit 8 on the table's), scales and third bits those of the lane's
     # half; the third bits of the second word one nibble up.
     return words2(words, block + 6 + 8 * part, mask, ALIGNED) + (
         bits_at(words, block, shift, mask, EVEN),
         nibbles_at(words, block + 2, shift, mask, ALIGNED),
-        merge(p >> shift.to(tl.uint32), q << (4 - shift).to(tl.uint32), 0x0F0F0F0F),
+        merge(p, q * 16, 0x0F0F0F0F),
     )
 
 
@@ -95,13 +96,20 @@ def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
     second = merge(a >> 4, b, 0x0F0F0F0F)
     # The four scales, a byte each: four bits, and above them the bit that a product moves to bits 4, 12, 20 and 28.
     s = (scales & 0x0F0F0F0F) | (times(flags & 15, 0x02040810 + a * 0) & 0x10101010)
+    # Third bits of two sub-blocks each: moved to bit 2 of a nibble, either leaves bit 3 zero.
+    even, odd = third & 0x55555555, third & 0xAAAAAAAA
+    table = flags >> 8
     total = (a * 0).to(tl.int32)
     for sub in tl.static_range(4):
         codes = first if sub < 2 else second
-        bits = third >> 1 if sub == 3 else third * (4 >> sub)
-        p = ((codes >> (2 * (sub % 2))) & 0x33333333) | (bits & 0x44444444)
-        # The shift is added to four bytes at once: no entry lies so little below zero that it would carry.
-        more = times((flags >> (8 + sub)) & 1, _SHIFT * 0x01010101 + a * 0)
+        bits = odd >> 1 if sub == 3 else (odd if sub == 1 else even) * (4 >> sub)
+        p = merge(codes >> (2 * (sub % 2)), bits, 0x33333333)
+        # The shift is added to four bytes at once: no entry lies so little below zero that it would carry. A bit times a
+        # number that moves it costs no shift.
+        if sub == 3:
+            more = times((table >> 3) & 1, _SHIFT * 0x01010101 + a * 0)
+        else:
+            more = times(table & (1 << sub), (_SHIFT >> sub) * 0x01010101 + a * 0)
         product = dots2(x, 2 * sub, permute(low, high, p) + more, permute(low, high, p >> 16) + more, True)
         # At most 2^24 times 16, four times: within 32 bits.
         total += product * dot4(s, (1 << (8 * sub)) + a * 0, total * 0 - 16)

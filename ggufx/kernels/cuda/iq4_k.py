@@ -8,24 +8,31 @@ import triton.language as tl
 
 from ggufx import tables
 from ggufx.kernels.cuda import _launch, _linear
-from ggufx.kernels.cuda._linear import dots4
+from ggufx.kernels.cuda._codebook4 import WORDS
+from ggufx.kernels.cuda._linear import more4
 from ggufx.kernels.cuda._words import (
     MAGIC,
     byte_at,
     codes16,
+    dot4,
     half_at,
+    load_byte,
     locate,
+    merge,
     permute,
     put_bytes,
+    rotate,
     short_at,
     table_words,
+    upper,
+    widen_half,
     words2,
     words4,
 )
 
 __all__ = ["ORDER", "decode", "linear"]
 
-ORDER = _linear.NATURAL.value
+ORDER = _linear.EIGHTS.value
 """How its product wants activations prepared."""
 
 _SHAPE = _launch.Shape(block_len=256, block_nbytes=144, header_nbytes=0, parts=16, warps=8, repeat=1)
@@ -65,35 +72,78 @@ def _decode(
 def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
     block = row + unit // 8 * 144
     g = unit % 8
-    shift = (4 * (g % 2)).to(tl.uint32)
+    first, high = words2(words, block, mask, ALIGNED)
     return words4(words, block + 16 + 16 * g, mask, ALIGNED) + (
-        half_at(words, block, mask, EVEN),
-        short_at(words, block + 2, mask, EVEN) >> (2 * g).to(tl.uint32),
-        byte_at(words, block + 8 + g, mask),
-        byte_at(words, block + 4 + g // 2, mask) >> shift,
+        first,
+        first >> (14 + 2 * g).to(tl.uint32),
+        rotate(high, 4 * unit + 22),
+        load_byte(words, block + 8 + g, mask),
     )
 
 
 @triton.jit
+def _lookup(x, FIRST: tl.constexpr, a, b, total, known, DOUBLE: tl.constexpr):
+    """Add to ``total`` the integer product of the codes of two words with pairs from ``2 * FIRST`` on."""
+    if not DOUBLE:
+        # Several rows of activations share the lookups, not the products.
+        a0, a1 = codes16(a, _U0, _U1, _U2, _U3), codes16(a >> 16, _U0, _U1, _U2, _U3)
+        b0, b1 = codes16(b, _U0, _U1, _U2, _U3), codes16(b >> 16, _U0, _U1, _U2, _U3)
+        return more4(x, FIRST, a0, a1, b0, b1, total, True)
+    else:
+        _, t4, t5, t6, t7 = known
+        # As in codes_product: all of the lower half are negative and all of the upper half positive, so what one table's lookup
+        # gives for the other's codes is -1 or 0, and both are multiplied.
+        c, e = a ^ 0x88888888, b ^ 0x88888888
+        total = more4(
+            x,
+            FIRST,
+            permute(t4, t5, a),
+            permute(t4, t5, a >> 16),
+            permute(t4, t5, b),
+            permute(t4, t5, b >> 16),
+            total,
+            True,
+        )
+        return more4(
+            x,
+            FIRST,
+            permute(t6, t7, c),
+            permute(t6, t7, upper(c)),
+            permute(t6, t7, e),
+            permute(t6, t7, upper(e)),
+            total,
+            True,
+        )
+
+
+@triton.jit
 def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
-    a, b, c, e, d, flags, low, high = raw
-    a0, a1 = codes16(a, _U0, _U1, _U2, _U3), codes16(a >> 16, _U0, _U1, _U2, _U3)
-    b0, b1 = codes16(b, _U0, _U1, _U2, _U3), codes16(b >> 16, _U0, _U1, _U2, _U3)
-    c0, c1 = codes16(c, _U0, _U1, _U2, _U3), codes16(c >> 16, _U0, _U1, _U2, _U3)
-    e0, e1 = codes16(e, _U0, _U1, _U2, _U3), codes16(e >> 16, _U0, _U1, _U2, _U3)
-    order = 0x6420 + a * 0
-    first = dots4(
-        x, 0, permute(a0, a1, order), permute(b0, b1, order), permute(c0, c1, order), permute(e0, e1, order), True
+    a, b, c, e, first, flags, high, low = raw
+    # Nibbles of neighbouring words beside each other: what is looked up together then belongs to one sub-block.
+    sum0 = _lookup(
+        x,
+        0,
+        merge(a, b * 16, 0x0F0F0F0F),
+        merge(c, e * 16, 0x0F0F0F0F),
+        (flags & 4).to(tl.int32) * sums[0],
+        known,
+        DOUBLE,
     )
-    order = 0x7531 + a * 0
-    second = dots4(
-        x, 4, permute(a0, a1, order), permute(b0, b1, order), permute(c0, c1, order), permute(e0, e1, order), True
+    sum1 = _lookup(
+        x,
+        4,
+        merge(a >> 4, b, 0x0F0F0F0F),
+        merge(c >> 4, e, 0x0F0F0F0F),
+        ((flags >> 1) & 4).to(tl.int32) * sums[1],
+        known,
+        DOUBLE,
     )
-    first += _SHIFT * (flags & 1).to(tl.int32) * sums[0]
-    second += _SHIFT * ((flags >> 1) & 1).to(tl.int32) * sums[1]
-    s0 = ((low & 15) | ((high & 3) << 4)).to(tl.int32) - 32
-    s1 = ((low >> 4) | (((high >> 2) & 3) << 4)).to(tl.int32) - 32
-    return d * (s0.to(tl.float32) * first.to(tl.float32) + s1.to(tl.float32) * second.to(tl.float32))
+    # Low bits of both scales below, high bits from bit 10 on.
+    s = low | (high & 0x3C00)
+    s0 = dot4(s & 0x0C0F, 0x0401 + a * 0, sum0 * 0 - 32)
+    s1 = dot4((s >> 4) & 0x030F, 0x1001 + a * 0, sum0 * 0 - 32)
+    # At most 16 * 127 * 32767 times 32: each within 32 bits, both together not.
+    return widen_half(first) * ((sum0 * s0).to(tl.float32) + (sum1 * s1).to(tl.float32))
 
 
 _FUSED = _linear.Fused(
@@ -104,6 +154,9 @@ _FUSED = _linear.Fused(
     layout=(144, 0),
     unit_nbytes=144 / 8,
     tuned=((4, 128, 2, False), (4, 128, 2, False), (1, 128, 4, False)),
+    words=WORDS,
+    known=4,
+    double=True,
 )
 
 

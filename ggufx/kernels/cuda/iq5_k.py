@@ -8,29 +8,40 @@ import triton.language as tl
 
 from ggufx import tables
 from ggufx.kernels.cuda import _launch, _linear
-from ggufx.kernels.cuda._linear import dots4
+from ggufx.kernels.cuda._linear import more4
 from ggufx.kernels.cuda._words import (
     MAGIC,
+    add,
     byte_at,
     codes16,
+    dot4,
     half_at,
     locate,
+    merge,
     permute,
     put_bytes,
+    rotate,
     short_at,
     table_words,
+    times,
+    upper,
+    widen_half,
+    word_at,
     words2,
     words4,
 )
 
 __all__ = ["ORDER", "decode", "linear"]
 
-ORDER = _linear.PAIR32.value
+ORDER = _linear.EIGHTS32.value
 """How its product wants activations prepared."""
 
 _SHAPE = _launch.Shape(block_len=256, block_nbytes=176, header_nbytes=0, parts=16, warps=8, repeat=2)
 
 _T0, _T1, _T2, _T3, _T4, _T5, _T6, _T7 = table_words(tables.IQ5, 128)
+_WORDS = table_words(tables.IQ5[:16], 128) + table_words(
+    high - low for low, high in zip(tables.IQ5[:16], tables.IQ5[16:], strict=True)
+)
 _SHIFT = tl.constexpr(tables.SHIFTS[5])
 
 
@@ -78,39 +89,60 @@ def _decode(
 def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
     block = row + unit // 8 * 176
     q, side = (unit % 8) // 2, unit % 2
-    k = 4 * q + side
+    first, high = words2(words, block, mask, ALIGNED)
+    low = word_at(words, block + 8 + 4 * (q // 2), mask, ALIGNED)
+    a, b, c, e = words4(words, block + 16 + 16 * (unit % 8), mask, ALIGNED)
+    p, r, t, u = words4(words, block + 144 + 16 * side, mask, ALIGNED)
+    # Bits 2q and 2q + 1 of a byte of fifth bits moved to bits 2 and 3 or, of every other word, 6 and 7.
+    up = (64 >> (2 * q)).to(tl.uint32)
     return (
-        words4(words, block + 16 + 16 * (unit % 8), mask, ALIGNED)
-        + words4(words, block + 144 + 16 * side, mask, ALIGNED)
-        + (
-            half_at(words, block, mask, EVEN),
-            short_at(words, block + 2, mask, EVEN) >> k.to(tl.uint32),
-            short_at(words, block + 8 + 2 * q, mask, EVEN) >> (4 * side).to(tl.uint32),
-            byte_at(words, block + 4 + q, mask) >> (2 * side).to(tl.uint32),
-            (2 * q).to(tl.uint32),
-        )
+        a,
+        b,
+        c,
+        e,
+        merge(rotate(p, 2 * q - 2), times(r, up), 0x0F0F0F0F),
+        merge(rotate(t, 2 * q - 2), times(u, up), 0x0F0F0F0F),
+        first,
+        first >> (15 + 4 * q + side).to(tl.uint32),
+        low >> (16 * (q % 2) + 4 * side).to(tl.uint32),
+        high >> (8 * q + 2 * side).to(tl.uint32),
     )
 
 
 @triton.jit
+def _codes(n, m, e, f, known):
+    """Four codes, plus 128, of four selectors of four nibbles: see :func:`_lookup`."""
+    _, t0, t1, t2, t3, d0, d1, d2, d3 = known
+    return add(permute(t0, t1, n) + permute(t2, t3, m) + permute(d0, d1, e), permute(d2, d3, f))
+
+
+@triton.jit
+def _lookup(n, fifths, known):
+    """Look up eight codes, plus 128: the nibbles of ``n`` and, above them, the fourth bits of the nibbles of ``fifths``."""
+    # A permute repeats the sign, 0, of the byte that a nibble of 8 or more, less 8, names. So the codes of 4 bits are the sum
+    # of the lookups in either half of their table, and what a fifth bit adds to them (100 to 127) the sum of two more, whose
+    # selectors are 8 or more without the bit. No byte carries.
+    m = n ^ 0x88888888
+    e, f = n | (~fifths & 0x88888888), m | (~fifths & 0x88888888)
+    return _codes(n, m, e, f, known), _codes(upper(n), upper(m), upper(e), upper(f), known)
+
+
+@triton.jit
 def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
-    a, b, c, e, p, q, r, t, d, flags, low, high, shift = raw
-    p, q, r, t = p >> shift, q >> shift, r >> shift, t >> shift
-    a0, a1, b0, b1 = codes32(a, p), codes32(a >> 16, p >> 16), codes32(b, q), codes32(b >> 16, q >> 16)
-    c0, c1, e0, e1 = codes32(c, r), codes32(c >> 16, r >> 16), codes32(e, t), codes32(e >> 16, t >> 16)
-    order = 0x6420 + a * 0
-    first = dots4(
-        x, 0, permute(a0, a1, order), permute(b0, b1, order), permute(c0, c1, order), permute(e0, e1, order), False
-    )
-    order = 0x7531 + a * 0
-    second = dots4(
-        x, 4, permute(a0, a1, order), permute(b0, b1, order), permute(c0, c1, order), permute(e0, e1, order), False
-    )
-    first += (_SHIFT * (flags & 1).to(tl.int32) - 128) * sums[0]
-    second += (_SHIFT * ((flags >> 2) & 1).to(tl.int32) - 128) * sums[1]
-    s0 = ((low & 15) | ((high & 3) << 4)).to(tl.int32) - 32
-    s1 = (((low >> 8) & 15) | (((high >> 4) & 3) << 4)).to(tl.int32) - 32
-    return d * (s0.to(tl.float32) * first.to(tl.float32) + s1.to(tl.float32) * second.to(tl.float32))
+    a, b, c, e, p, q, first, flags, low, high = raw
+    # Nibbles of neighbouring words beside each other: what is looked up together then belongs to one sub-block.
+    c0, c1 = _lookup(merge(a, b * 16, 0x0F0F0F0F), times(p, 2 + a * 0), known)
+    c2, c3 = _lookup(merge(c, e * 16, 0x0F0F0F0F), times(q, 2 + a * 0), known)
+    sum0 = more4(x, 0, c0, c1, c2, c3, ((flags & 2) | 0xFFFFFF80).to(tl.int32, bitcast=True) * sums[0], False)
+    c0, c1 = _lookup(merge(a >> 4, b, 0x0F0F0F0F), p, known)
+    c2, c3 = _lookup(merge(c >> 4, e, 0x0F0F0F0F), q, known)
+    sum1 = more4(x, 4, c0, c1, c2, c3, (((flags >> 2) & 2) | 0xFFFFFF80).to(tl.int32, bitcast=True) * sums[1], False)
+    # Both scales, a byte each: four bits, and above them two that a product moves to bits 4 and 12.
+    s = (low & 0x0F0F) | (times(high & 0x33, 0x0110 + a * 0) & 0x3030)
+    s0 = dot4(s, 0x0001 + a * 0, sum0 * 0 - 32)
+    s1 = dot4(s, 0x0100 + a * 0, sum0 * 0 - 32)
+    # At most 16 * 126 * 32767 times 32: each within 32 bits, both together not.
+    return widen_half(first) * ((sum0 * s0).to(tl.float32) + (sum1 * s1).to(tl.float32))
 
 
 _FUSED = _linear.Fused(
@@ -121,6 +153,8 @@ _FUSED = _linear.Fused(
     layout=(176, 0),
     unit_nbytes=176 / 8,
     tuned=((2, 128, 4, False), (4, 128, 2, False), (1, 128, 4, False)),
+    words=tuple(word.value for word in _WORDS),
+    known=8,
 )
 
 

@@ -8,8 +8,19 @@ import triton.language as tl
 
 from ggufx import tables
 from ggufx.kernels.cuda import _launch, _linear
-from ggufx.kernels.cuda._linear import dots4
-from ggufx.kernels.cuda._words import MAGIC, byte_at, headed4, locate, permute, put_bytes, table_words, words2
+from ggufx.kernels.cuda._linear import more4
+from ggufx.kernels.cuda._words import (
+    MAGIC,
+    add,
+    byte_at,
+    headed4,
+    locate,
+    permute,
+    put_bytes,
+    table_words,
+    upper,
+    words2,
+)
 
 __all__ = ["ORDER", "decode", "linear"]
 
@@ -20,7 +31,7 @@ _SHAPE = _launch.Shape(block_len=32, block_nbytes=17, header_nbytes=0, parts=2, 
 
 _P0, _P1 = table_words(tables.E2M1_DOUBLED[:8], 243)
 _N0, _N1 = table_words(tables.E2M1_DOUBLED[:8], 12)
-_M0, _M1 = table_words(tables.E2M1_DOUBLED[:8])
+_WORDS = table_words(tables.E2M1_DOUBLED, 12)
 
 
 @triton.jit
@@ -82,56 +93,29 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
-def _magnitudes(x, a, b, c, d, low, high):
-    # The magnitudes of positive codes with their activations: a negative code's permute repeats a sign, 0.
-    total = dots4(
-        x,
-        0,
-        permute(low, high, a),
-        permute(low, high, a >> 16),
-        permute(low, high, b),
-        permute(low, high, b >> 16),
-        False,
-    )
-    return total + dots4(
-        x,
-        4,
-        permute(low, high, c),
-        permute(low, high, c >> 16),
-        permute(low, high, d),
-        permute(low, high, d >> 16),
-        False,
+def _eight(word, known):
+    """Twice the E2M1 values of eight nibbles, plus 12, a byte each.
+
+    A permute gives a byte's sign, 0, for a nibble of 8 or more: the lookups of either sign add up, and not even in the integer
+    unit.
+    """
+    _, p0, p1, n0, n1 = known
+    other = word ^ 0x88888888
+    return (
+        add(permute(p0, p1, word), permute(n0, n1, other)),
+        add(permute(p0, p1, word >> 16), permute(n0, n1, upper(other))),
     )
 
 
 @triton.jit
 def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
     a, b, c, d, e = raw
-    _, p0, p1, n0, n1, low, high = known
-    if DOUBLE:
-        # Twice the products, which do not burden the integer unit, and no subtractions, which do.
-        total = _magnitudes(x, a, b, c, d, low, high)
-        total -= _magnitudes(x, a ^ 0x88888888, b ^ 0x88888888, c ^ 0x88888888, d ^ 0x88888888, low, high)
-    else:
-        total = dots4(
-            x,
-            0,
-            signed4(a, p0, p1, n0, n1),
-            signed4(a >> 16, p0, p1, n0, n1),
-            signed4(b, p0, p1, n0, n1),
-            signed4(b >> 16, p0, p1, n0, n1),
-            False,
-        )
-        total += dots4(
-            x,
-            4,
-            signed4(c, p0, p1, n0, n1),
-            signed4(c >> 16, p0, p1, n0, n1),
-            signed4(d, p0, p1, n0, n1),
-            signed4(d >> 16, p0, p1, n0, n1),
-            False,
-        )
-        total -= 243 * sums[2]
+    a0, a1 = _eight(a, known)
+    b0, b1 = _eight(b, known)
+    c0, c1 = _eight(c, known)
+    d0, d1 = _eight(d, known)
+    total = more4(x, 0, a0, a1, b0, b1, -12 * sums[2], False)
+    total = more4(x, 4, c0, c1, d0, d1, total, False)
     return total.to(tl.float32) * half_e8m0(e & 255)
 
 
@@ -143,8 +127,8 @@ _FUSED = _linear.Fused(
     layout=(17, 0),
     unit_nbytes=17,
     tuned=((2, 128, 2, False), (4, 128, 1, False), (4, 128, 4, False)),
-    words=tuple(word.value for word in (_P0, _P1, _N0, _N1, _M0, _M1)),
-    known=6,
+    words=tuple(word.value for word in _WORDS),
+    known=4,
 )
 
 
