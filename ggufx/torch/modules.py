@@ -159,7 +159,9 @@ class GGUFEmbedding(_Packed):
     ndim = 2
 
     def __init__(self, weight: GGUFTensor, *, dtype: torch.dtype | None = None) -> None:
-        super().__init__(GGUFTensor(weight.packed, weight.codec, weight.shape, dtype=dtype or weight.dtype))
+        if isinstance(weight, GGUFTensor):
+            weight = GGUFTensor(weight.packed, weight.codec, weight.shape, dtype=dtype or weight.dtype)
+        super().__init__(weight)
         self.num_embeddings, self.embedding_dim = self.shape
 
     @classmethod

@@ -79,6 +79,13 @@ class GGUFTensor:
                 )
             if codec is not None and self.shape:
                 packed = packed.reshape(*self.shape[:-1], codec.layout.row_nbytes(self.shape[-1]))
+        elif (
+            codec is None
+            or self.planes is None
+            or sum(plane.nbytes for plane in self.planes[:2]) != codec.layout.nbytes(self.shape)
+        ):
+            got = [list(plane.shape) for plane in planes or ()]
+            raise CodecError(f"planes {got} do not make up {self.type}{list(self.shape)}")
         self._packed = packed
 
     @property
@@ -247,7 +254,7 @@ def linear(x: Tensor, w: GGUFTensor, bias: Tensor | None = None) -> Tensor:
 
 def _matrix(w: GGUFTensor, what: str) -> Codec:
     if not isinstance(w, GGUFTensor):
-        raise TypeError(f"{what} as a GGUFTensor, got {type(w).__name__}")
+        raise TypeError(f"{what} (GGUFTensor), got {type(w).__name__}")
     if w.ndim != 2:
         raise CodecError(f"{what}, {w!r} has {w.ndim} axes")
     return w._known()
@@ -329,6 +336,8 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
 
 def autocast(x: Tensor) -> Tensor:
     """Return activations in the dtype that torch.autocast asks for, where it is on."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"activations are a torch.Tensor, got {type(x).__name__}")
     device = x.device.type
     # Devices without autocast, such as meta, refuse to be asked whether it is on.
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
