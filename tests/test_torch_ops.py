@@ -616,6 +616,8 @@ def test_experts_of_few_tokens_are_one_launch(fake_cuda: dict[str, list[str]]) -
     fake_cuda["ways"].clear()
     torch.testing.assert_close(gt.GGUFExperts(w)(activations(2, 64), ids), expected)
     assert fake_cuda["ways"] == ["experts"]
+    with pytest.raises(IndexError, match="expert id 0 is not one of 0"):
+        gt.GGUFExperts(w[:0])(activations(2, 64), ids)
     gt.GGUFExperts(w)(activations(9, 64), ids.repeat(5, 1)[:9])
     # Expert 0 has nine tokens, the other two no more than a fused product takes.
     assert fake_cuda["ways"] == ["experts", "decode", "fused", "fused"]

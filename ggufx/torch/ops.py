@@ -516,7 +516,8 @@ def experts(x: Tensor, packed: Tensor, expert_ids: Tensor, type: str) -> Tensor:
     out = x.new_empty((tokens, k, packed.shape[1]))
     if out.numel() == 0:
         return out
-    if tokens <= FUSED_BATCH and runs_cuda(x.device) and x.dtype in CUDA_DTYPES:
+    # The kernel reads expert 0 in place of one that is not there.
+    if tokens <= FUSED_BATCH and packed.numel() and runs_cuda(x.device) and x.dtype in CUDA_DTYPES:
         fused = _cuda_verb("experts", "linear")
         if fused is not None and _cuda_verb(codec.name, "linear") is not None:
             fused(x.contiguous(), packed.contiguous(), expert_ids.int().contiguous(), out, codec.name)
