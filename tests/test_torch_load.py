@@ -146,6 +146,13 @@ def test_the_lazy_mapping_reads_on_access_and_once_while_alive(model: Path, monk
         f["norm"]
 
 
+def test_a_relative_path_stays_that_of_the_file(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model.parent)
+    with gt.open(model.name) as f:
+        monkeypatch.chdir("/")
+        assert f["norm"].shape == (48,)
+
+
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     """Return the list that every read is added to as (path, offset, bytes)."""
     reads: list[tuple[str, int, int]] = []

@@ -485,7 +485,8 @@ def open(
         As :func:`ggufx.open`; ShardError for a bad ``shard``.
     """
     _check_options(shard, dtype)
-    opened = file.open(path, dialect=dialect)
+    # Read later, when this process may be in another folder.
+    opened = file.open(Path(path).absolute(), dialect=dialect)
     return TorchFile(opened, device, dtype, shard=shard, dim=dim, planes=planes, threads=threads)
 
 

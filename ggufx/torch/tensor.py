@@ -246,7 +246,11 @@ def linear(x: Tensor, w: GGUFTensor, bias: Tensor | None = None) -> Tensor:
     Raises
     ------
     CodecError
-        Shapes or dtypes do not fit.
+        Shapes, dtypes or devices do not fit.
+    UnknownType, UnsupportedType
+        No dialect knows the type, or it has no decoder.
+    TypeError
+        A weight is not a GGUFTensor, or a bias is one.
     """
     codec = _matrix(w, "linear takes a matrix")
     return linear_of(x, w.planes, None if w.planes is not None else w.packed, codec.name, w.shape[0], bias)
@@ -282,7 +286,11 @@ def linears(x: Tensor, weights: Sequence[GGUFTensor], biases: Sequence[Tensor | 
     Raises
     ------
     CodecError
-        Shapes or dtypes do not fit.
+        Shapes, dtypes or devices do not fit.
+    UnknownType, UnsupportedType
+        No dialect knows the type, or it has no decoder.
+    TypeError
+        A weight is not a GGUFTensor, or a bias is one.
     """
     # Whatever can be gone through, but more than once.
     weights, biases = list(weights), None if biases is None else list(biases)
