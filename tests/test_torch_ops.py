@@ -502,6 +502,11 @@ def test_planes_take_a_state_without_the_types_name() -> None:
     moved = deepcopy(layer).to("meta")
     moved.load_state_dict(state, strict=False, assign=True)
     assert torch.equal(moved(x), layer(x))
+    # In two pieces, as large checkpoints come.
+    moved.to("meta")
+    for name, tensor in state.items():
+        moved.load_state_dict({name: tensor}, strict=False, assign=True)
+    assert torch.equal(moved(x), layer(x))
 
 
 def test_modules_move_and_keep_their_bytes() -> None:

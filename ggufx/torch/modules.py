@@ -24,6 +24,8 @@ class _Packed(nn.Module):
     """A module with one packed weight of ``ndim`` axes."""
 
     ndim: int
+    codes: Tensor
+    scales: Tensor
 
     def __init__(self, weight: GGUFTensor) -> None:
         super().__init__()
@@ -56,25 +58,26 @@ class _Packed(nn.Module):
         """Codes, scales and what a kernel made of these; ``None`` where the weight is packed."""
         if not self.in_planes:
             return None
-        codes, scales = self.get_buffer("codes"), self.get_buffer("scales")
+        codes, scales = self.codes, self.scales
         # Export, functional_call and replicas put other buffers in their places, without a word.
         return (codes, scales, *self._made) if scales is self._made_of else (codes, scales)
 
     def _renew_planes(self) -> None:
         """Make the planes of the buffers, which may be others now, or elsewhere."""
-        if self.in_planes:
-            parts = [self.get_buffer("codes"), self.get_buffer("scales")]
-            self.codes, self.scales, *made = (
-                ops.split_planes(self.type_name, ops.join_planes(self.type_name, parts)) or parts
-            )
-            self._made, self._made_of = tuple(made), self.scales
+        parts = [self.codes, self.scales]
+        # A state in several pieces may bring one before the other.
+        if self.codes.device == self.scales.device:
+            parts = ops.split_planes(self.type_name, ops.join_planes(self.type_name, parts)) or parts
+        self.codes, self.scales, *made = parts
+        self._made, self._made_of = tuple(made), self.scales
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move, as every module; a cast leaves the bytes alone and says what they decode to, where that is floats."""
         super()._apply(fn, recurse)
         if self.dtype.is_floating_point:
             self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        self._renew_planes()
+        if self.in_planes:
+            self._renew_planes()
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -82,7 +85,8 @@ class _Packed(nn.Module):
         if prefix + "_extra_state" in state_dict:
             self.set_extra_state(state_dict[prefix + "_extra_state"])
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._renew_planes()
+        if self.in_planes and (prefix + "codes" in state_dict or prefix + "scales" in state_dict):
+            self._renew_planes()
 
     def gguf(self) -> GGUFTensor:
         """Return the weight."""

@@ -22,6 +22,7 @@ from ggufx.types import Codec
 
 __all__ = [
     "FUSED_BATCH",
+    "check_bias",
     "choose",
     "dequantize",
     "experts",
@@ -167,7 +168,7 @@ def linear(x: Tensor, packed: Tensor, type: str, bias: Tensor | None = None) -> 
     Raises
     ------
     CodecError
-        Lengths or dtypes do not fit.
+        Lengths, dtypes or devices do not fit.
     """
     codec = _codec(type, packed)
     _check_columns(codec, x, packed, _row_len(codec, packed))
