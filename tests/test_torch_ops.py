@@ -526,6 +526,15 @@ def test_a_cast_says_what_an_embedding_gives() -> None:
     assert gt.GGUFEmbedding(numbers).half()(torch.tensor([1])).dtype == torch.int32
 
 
+def test_a_cut_with_gaps_is_copied_once(tmp_path: Path) -> None:
+    w, x, ids = weight("Q4_0", 4, 8, 64), activations(3, 64), torch.tensor([[0], [3], [1]])
+    experts = gt.GGUFExperts(w[:, :4])
+    assert experts.get_buffer("weight").is_contiguous()
+    assert torch.equal(experts(x, ids), gt.GGUFExperts(w)(x, ids)[..., :4])
+    save_file(experts.state_dict(), tmp_path / "state.safetensors")
+    assert gt.GGUFExperts(w).get_buffer("weight").data_ptr() == w.packed.data_ptr()
+
+
 def test_modules_refuse_what_they_cannot_hold() -> None:
     with pytest.raises(CodecError, match="GGUFExperts takes a weight of 3 axes"):
         gt.GGUFExperts(weight("Q4_0", 4, 64))

@@ -40,7 +40,8 @@ class _Packed(nn.Module):
         self.dtype = weight.dtype
         self.in_planes = weight.planes is not None
         if weight.planes is None:
-            self.register_buffer("weight", weight.packed)
+            # A cut through experts has gaps: kernels and formats of state dicts would copy it every time.
+            self.register_buffer("weight", weight.packed.contiguous())
         else:
             codes, scales, *made = weight.planes
             self.register_buffer("codes", codes)
