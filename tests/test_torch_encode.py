@@ -79,6 +79,8 @@ def test_errors_are_those_of_arrays() -> None:
         assert (found.type, str(found.value)) == (expected.type, str(expected.value))
     with pytest.raises(CodecError, match=r"real numbers, got torch\.complex64"):
         gt.encode(torch.zeros(32, dtype=torch.complex64), "Q8_0")
+    with pytest.raises(TypeError, match=r"values are a torch\.Tensor, got ndarray"):
+        gt.encode(np.zeros(32, np.float32), "Q8_0")  # type: ignore[arg-type]
     with pytest.raises(CodecError, match="effort 'best'"):
         gt.encode(torch.zeros(32), "Q8_0", effort="best")  # type: ignore[arg-type]
 

@@ -131,6 +131,10 @@ def test_the_lazy_mapping_reads_on_access_and_once_while_alive(model: Path, monk
         assert len(f) == len(SHAPES)
         assert list(f) == list(SHAPES)
         assert f.file["ks"].shape == (8, 1024)
+        assert "ks" in f
+        assert "nor" not in f
+        assert f == f
+        assert f != {}
         assert repr(f) == f"<TorchFile model.gguf: 9 tensors, {f.file.data_nbytes} bytes>"
         assert not reads
         w = f["ks"]
@@ -145,6 +149,13 @@ def test_the_lazy_mapping_reads_on_access_and_once_while_alive(model: Path, monk
         assert sum(n for _, _, n in reads) == 2 * f.file["ks"].nbytes + 48 * 4
     with pytest.raises(ValueError, match="is closed"):
         f["norm"]
+
+
+def test_a_relative_path_stays_that_of_the_file(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model.parent)
+    with gt.open(model.name) as f:
+        monkeypatch.chdir("/")
+        assert f["norm"].shape == (48,)
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
@@ -310,6 +321,20 @@ def test_what_does_not_divide_is_refused_by_name_before_anything_is_read(
     assert not reads
 
 
+def test_options_that_make_no_sense_are_refused_before_anything_is_read(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = recorded(monkeypatch)
+    for shard in ((0, 1, 2), 2, "01", (0.0, 2.0)):
+        with pytest.raises(gt.ShardError, match=r"shard is \(rank, world\), two integers"):
+            gt.load(model, shard=shard)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"dtype is a torch\.dtype or None, got 'bfloat16'"):
+        gt.open(model, dtype="bfloat16")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="tensor 'ks': None is not a device"):
+        gt.load(model, {"ks": None}.get, names=["ks"])  # type: ignore[arg-type]
+    assert not reads
+
+
 def test_axes_by_name(model: Path) -> None:
     def dim(name: str) -> int | None:
         return {"ks": 1, "f8": 0}.get(name)
@@ -343,9 +368,20 @@ def test_slices_stay_packed(model: Path) -> None:
         part = experts[index]
         assert part.dtype == torch.bfloat16
         assert torch.equal(part.dequantize().view(torch.int16), whole[index].view(torch.int16))
-    for bad in ((0, 0, 0), (..., 0), None, True):
+    for bad in ((0, 0, 0), (..., 0), None, True, "name", 1.5):
         with pytest.raises(IndexError):
-            experts[bad]
+            experts[bad]  # type: ignore[index]
+    scalar = gt.GGUFTensor(torch.zeros(4, dtype=torch.uint8), types.get("F32"), ())
+    assert scalar[...].dequantize() == 0
+
+
+def test_rows_are_gone_through_but_no_numbers(model: Path) -> None:
+    w = gt.load(model, names=["q4_0"])["q4_0"]
+    assert [row.shape for row in w] == [(128,)] * 6
+    with pytest.raises(TypeError, match=r"dequantize\(\) first"):
+        list(w[0])
+    with pytest.raises(TypeError, match=r"dequantize\(\) first"):
+        np.asarray(w)
 
 
 def test_to_moves_and_renames_the_dtype(model: Path) -> None:
@@ -366,6 +402,10 @@ def test_bytes_that_do_not_fit_are_refused() -> None:
         gt.GGUFTensor(None, codec, (2, 32))
     with pytest.raises(CodecError, match="the shape is unknown"):
         gt.GGUFTensor(torch.zeros(36, dtype=torch.uint8), None)
+    planes = [torch.zeros(n, dtype=torch.uint8) for n in ((2, 128), (2, 1))]
+    for kind, shape in (("F8_E4M3_B128", (3, 128)), ("Q4_0", (2, 128))):
+        with pytest.raises(CodecError, match=r"planes \[\[2, 128\], \[2, 1\]\] do not make up"):
+            gt.GGUFTensor(None, types.get(kind), shape, planes=planes)
     assert gt.GGUFTensor(torch.zeros((2, 18), dtype=torch.uint8), codec).shape == (2, 32)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import ggufx.torch as gt
 from ggufx import kernels, types
-from ggufx.errors import CodecError, UnsupportedType
+from ggufx.errors import CodecError, UnknownType, UnsupportedType
 from ggufx.torch import ops
 
 TYPES = ["Q4_0", "Q6_K", "IQ2_KS", "MXFP4", "F8_E4M3_B128", "BF16"]
@@ -161,6 +161,68 @@ def test_what_does_not_fit_is_refused() -> None:
         torch.ops.ggufx.dequantize(torch.zeros(60, dtype=torch.uint8), "IQ1_KT", torch.float32)
 
 
+@pytest.mark.parametrize("planes", [False, True])
+def test_a_bias_that_does_not_fit_is_refused(planes: bool) -> None:
+    w = weight("F8_E4M3_B128", 4, 128)
+    w, x = w.with_planes() if planes else w, activations(3, 128)
+    stored = gt.GGUFTensor(torch.zeros(16, dtype=torch.uint8), types.get("F32"), (4,))
+    for call in (gt.linear, lambda x, w, b: gt.linears(x, [w], [b]), lambda x, w, b: gt.GGUFLinear(w, b)(x)):
+        for shape in ((1,), (3, 4), (5,)):
+            with pytest.raises(CodecError, match=r"bias has the shape .*, expected \[4\]"):
+                call(x, w, torch.zeros(shape))
+        with pytest.raises(TypeError, match=r"a bias is a torch\.Tensor, got GGUFTensor; dequantize\(\) it first"):
+            call(x, w, stored)
+
+
+def test_what_is_no_packed_tensor_or_no_tensor_is_refused() -> None:
+    w, plain = weight("Q4_0", 4, 64), torch.zeros(4, 64)
+    for module in (gt.GGUFLinear, gt.GGUFEmbedding, gt.GGUFExperts):
+        with pytest.raises(TypeError, match=f"{module.__name__} takes a weight as a GGUFTensor, got Tensor"):
+            module(plain)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"linear takes a matrix \(GGUFTensor\), got Tensor"):
+        gt.linear(activations(2, 64), plain)  # type: ignore[arg-type]
+    for call in (lambda x: gt.linear(x, w), lambda x: gt.linears(x, [w]), gt.GGUFLinear(w)):
+        with pytest.raises(TypeError, match=r"activations are a torch\.Tensor, got ndarray"):
+            call(np.zeros((2, 64), np.float32))
+        with pytest.raises(CodecError, match="activations must be floats of 16, 32 or 64 bits"):
+            call(activations(2, 64).to(torch.float8_e4m3fn))
+        with pytest.raises(CodecError, match="activations are on meta, Q4_0 weights on cpu"):
+            call(activations(2, 64).to("meta"))
+    unknown = gt.GGUFTensor(torch.zeros(64, dtype=torch.uint8), None, (2, 32), name="mystery", type="id 999")
+    with pytest.raises(UnknownType, match="'mystery' is of type id 999"):
+        gt.linear(activations(2, 32), unknown)
+
+
+def test_dequantize_gives_what_the_cpus_decoder_gives_and_nothing_else() -> None:
+    w = weight("Q4_0", 4, 64)
+    for dtype in (torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(CodecError, match=f"Q4_0 decodes to torch.float32 .*, not to {dtype}"):
+            w.dequantize(dtype)
+    for wrong in (lambda: w.dequantize("bfloat16"), lambda: w.to(dtype="bfloat16")):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"dtype is a torch\.dtype or None, got 'bfloat16'"):
+            wrong()
+
+
+def test_matrices_may_come_from_generators() -> None:
+    w, x, bias = weight("Q4_0", 4, 64), activations(2, 64), activations(2, 4)
+    one, other = gt.linears(x, (w for _ in range(2)), iter(bias))  # type: ignore[arg-type]
+    assert torch.equal(one, gt.linear(x, w, bias[0]))
+    assert torch.equal(other, gt.linear(x, w, bias[1]))
+
+
+@pytest.mark.parametrize("planes", [False, True])
+@pytest.mark.parametrize("shape", [(0, 256), (4, 0)], ids=str)
+def test_empty_matrices_are_multiplied_and_have_gradients(shape: tuple[int, int], planes: bool) -> None:
+    w = gt.GGUFTensor(torch.zeros(0, dtype=torch.uint8), types.get("F8_E4M3_B128"), shape)
+    w, x, bias = w.with_planes() if planes else w, activations(3, shape[1]).requires_grad_(), activations(shape[0])
+    bias.requires_grad_()
+    assert w.packed.shape == (shape[0], shape[1] * 129 // 128)
+    for y in (gt.linear(x, w, bias), gt.linears(x, [w, w], [bias, None])[0]):
+        assert torch.equal(y, bias.expand(3, -1))
+        grads = torch.autograd.grad(y.sum(), (x, bias))
+        assert [grad.shape for grad in grads] == [x.shape, bias.shape]
+
+
 # What torch is told -----------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +275,15 @@ def test_a_model_compiles_and_exports_in_one_graph(planes: bool) -> None:
     torch.testing.assert_close(exported.module()(IDS, ROUTED), expected)
 
 
+def test_an_exported_model_has_its_planes_once_and_reads_them_from_its_state() -> None:
+    layer, x = gt.GGUFLinear(weight("F8_E4M3_B128", 8, 256).with_planes()), activations(3, 256)
+    exported = torch.export.export(layer, (x,))
+    assert not exported.constants
+    assert torch.equal(exported.module()(x), layer(x))
+    other = {"codes": torch.zeros(8, 256, dtype=torch.uint8)}
+    assert not torch.func.functional_call(layer, other, (x,)).any()
+
+
 def test_a_compiled_model_takes_other_batches_and_gradients() -> None:
     layer = gt.GGUFLinear(weight("Q4_0", 16, 64))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -263,6 +334,19 @@ def test_gradients_are_those_of_the_decoded_weight(planes: bool) -> None:
     theirs = torch.autograd.grad(expected.square().sum(), (x, bias))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
     assert gt.linear(x.detach(), w).grad_fn is None
+
+
+@pytest.mark.parametrize("name", ["linear", "planes", "linears", "experts"])
+def test_gradients_have_gradients(name: str) -> None:
+    w, ids = weight("F8_E4M3_B128", 6, 128), torch.tensor([[0, 1], [1, 1], [3, 0]])
+    functions = {
+        "linear": lambda x: gt.linear(x, w),
+        "planes": lambda x: gt.linear(x, w.with_planes(), activations(6).double()),
+        "linears": lambda x: torch.cat(gt.linears(x, [w, w.with_planes(), weight("Q4_0", 4, 128)]), 1),
+        "experts": lambda x: gt.GGUFExperts(weight("Q4_0", 4, 8, 128))(x, ids),
+    }
+    x = activations(3, 128, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: functions[name](x).square(), (x,), fast_mode=True)
 
 
 def test_a_lora_step_on_a_packed_base_learns() -> None:
@@ -335,6 +419,13 @@ def test_an_expert_that_is_not_there_is_an_index_error() -> None:
     for bad in (4, -1):
         with pytest.raises(IndexError, match=f"expert id {bad} is not one of 4"):
             gt.GGUFExperts(w)(activations(1, 64), torch.tensor([[0, bad]]))
+    for wrong in (torch.tensor([[0.9, 0.1]]), torch.tensor([[True]])):
+        with pytest.raises(CodecError, match="expert ids must be integers"):
+            gt.GGUFExperts(w)(activations(1, 64), wrong)
+    with pytest.raises(CodecError, match="expert ids are on meta, Q4_0 weights on cpu"):
+        gt.GGUFExperts(w)(activations(1, 64), torch.tensor([[0]], device="meta"))
+    with pytest.raises(CodecError, match=r"expected activations \[T, row_len\]"):
+        gt.GGUFExperts(w)(activations(2, 64), torch.tensor([0, 1]))
     with pytest.raises(CodecError, match="expected activations"):
         torch.ops.ggufx.experts(activations(2, 64), w.packed, torch.tensor([[0]]), "Q4_0")
 
@@ -399,8 +490,23 @@ def test_a_state_loads_into_empty_modules() -> None:
 def test_bytes_of_another_type_are_not_taken_for_numbers() -> None:
     # Both have 18 bytes for 32 elements.
     q4, nl = gt.GGUFLinear(weight("Q4_0", 4, 64)), gt.GGUFLinear(weight("IQ4_NL", 4, 64))
+    before = q4.get_buffer("weight").clone()
     with pytest.raises(CodecError, match="the state is of type IQ4_NL, the module of type Q4_0"):
         q4.load_state_dict(nl.state_dict())
+    assert torch.equal(q4.get_buffer("weight"), before)
+
+
+def test_planes_take_a_state_without_the_types_name() -> None:
+    layer, x = gt.GGUFLinear(weight("F8_E4M3_B128", 8, 128).with_planes()), activations(2, 128)
+    state = {name: tensor for name, tensor in layer.state_dict().items() if name != "_extra_state"}
+    moved = deepcopy(layer).to("meta")
+    moved.load_state_dict(state, strict=False, assign=True)
+    assert torch.equal(moved(x), layer(x))
+    # In two pieces, as large checkpoints come.
+    moved.to("meta")
+    for name, tensor in state.items():
+        moved.load_state_dict({name: tensor}, strict=False, assign=True)
+    assert torch.equal(moved(x), layer(x))
 
 
 def test_modules_move_and_keep_their_bytes() -> None:
@@ -411,6 +517,22 @@ def test_modules_move_and_keep_their_bytes() -> None:
     assert repr(linear) == "GGUFLinear(F8_E4M3_B128[8, 128], planes)"
     assert repr(gt.GGUFLinear(weight("Q4_0", 8, 128))) == "GGUFLinear(Q4_0[8, 128])"
     assert linear.to("meta").gguf().device.type == "meta"
+
+
+def test_a_cast_says_what_an_embedding_gives() -> None:
+    embedding = nn.Sequential(gt.GGUFEmbedding(weight("Q4_0", 8, 128)), nn.Linear(128, 4)).to(torch.bfloat16)
+    assert embedding(torch.tensor([3])).dtype == torch.bfloat16
+    numbers = gt.GGUFTensor(torch.zeros((4, 8), dtype=torch.uint8), types.get("I32"))
+    assert gt.GGUFEmbedding(numbers).half()(torch.tensor([1])).dtype == torch.int32
+
+
+def test_a_cut_with_gaps_is_copied_once(tmp_path: Path) -> None:
+    w, x, ids = weight("Q4_0", 4, 8, 64), activations(3, 64), torch.tensor([[0], [3], [1]])
+    experts = gt.GGUFExperts(w[:, :4])
+    assert experts.get_buffer("weight").is_contiguous()
+    assert torch.equal(experts(x, ids), gt.GGUFExperts(w)(x, ids)[..., :4])
+    save_file(experts.state_dict(), tmp_path / "state.safetensors")
+    assert gt.GGUFExperts(w).get_buffer("weight").data_ptr() == w.packed.data_ptr()
 
 
 def test_modules_refuse_what_they_cannot_hold() -> None:
@@ -508,6 +630,8 @@ def test_experts_of_few_tokens_are_one_launch(fake_cuda: dict[str, list[str]]) -
     fake_cuda["ways"].clear()
     torch.testing.assert_close(gt.GGUFExperts(w)(activations(2, 64), ids), expected)
     assert fake_cuda["ways"] == ["experts"]
+    with pytest.raises(IndexError, match="expert id 0 is not one of 0"):
+        gt.GGUFExperts(w[:0])(activations(2, 64), ids)
     gt.GGUFExperts(w)(activations(9, 64), ids.repeat(5, 1)[:9])
     # Expert 0 has nine tokens, the other two no more than a fused product takes.
     assert fake_cuda["ways"] == ["experts", "decode", "fused", "fused"]

@@ -16,7 +16,7 @@ from ggufx import kernels
 from ggufx.errors import CodecError
 from ggufx.types import Codec
 
-__all__ = ["CUDA_DTYPES", "as_numpy", "decode_rows", "dtype_of", "runs_cuda", "way_of"]
+__all__ = ["CUDA_DTYPES", "FLOATS", "as_numpy", "decode_rows", "dtype_of", "runs_cuda", "way_of"]
 
 Way = Literal["cuda", "torch", "cpu"]
 
@@ -27,6 +27,8 @@ _CHUNK_LEN_ELSEWHERE: Final = 1 << 24
 
 CUDA_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 """What the Triton kernels write."""
+FLOATS: Final = (*CUDA_DTYPES, torch.float64)
+"""What all types decode to."""
 
 _DTYPES: Final = {
     np.dtype(np.float32): torch.float32,

@@ -78,6 +78,8 @@ def encode(
         The type has no encoder.
     """
     codec = types.get(type) if isinstance(type, str) else type
+    if not isinstance(values, Tensor):
+        raise TypeError(f"values are a torch.Tensor, got {values.__class__.__name__}")
     values = values.detach()
     if values.ndim == 0:
         raise CodecError("a row has at least one axis; got a scalar")

@@ -297,6 +297,24 @@ def _way(device: torch.device) -> _Way:
     return {"cpu": _Way.IN_PLACE, "cuda": _Way.UPLOADED}.get(device.type, _Way.STAGED)
 
 
+def _check_options(shard: Any, dtype: Any) -> None:
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is a torch.dtype or None, got {dtype!r}")
+    if shard is None:
+        return
+    if not isinstance(shard, Sequence) or len(shard) != 2 or not all(isinstance(n, (int, np.integer)) for n in shard):
+        raise ShardError(f"shard is (rank, world), two integers, got {shard!r}")
+    if not 0 <= shard[0] < shard[1]:
+        raise ShardError(f"shard is (rank, world) with 0 <= rank < world, got {shard}")
+
+
+def _device(choice: Any, name: str) -> torch.device:
+    device = _of(choice, name, "devices")
+    if not isinstance(device, (str, int, torch.device)):
+        raise TypeError(f"tensor {name!r}: {device!r} is not a device")
+    return torch.device(device)
+
+
 def _of(choice: Any, name: str, what: str) -> Any:
     if callable(choice):
         return choice(name)
@@ -331,8 +349,7 @@ class TorchFile(Mapping[str, GGUFTensor]):
         planes: bool | Callable[[str], bool] = False,
         threads: int | None = None,
     ) -> None:
-        if shard is not None and not 0 <= shard[0] < shard[1]:
-            raise ShardError(f"shard is (rank, world) with 0 <= rank < world, got {shard}")
+        _check_options(shard, dtype)
         self.file = opened
         self._device, self._dtype, self._dim, self._planes = device, dtype, dim, planes
         self._shard = shard
@@ -342,6 +359,15 @@ class TorchFile(Mapping[str, GGUFTensor]):
     def __getitem__(self, name: str) -> GGUFTensor:
         held = self._alive.get(name)
         return self.load([name])[name] if held is None else held
+
+    # A mapping's own ways to say these two would read tensors.
+    def __contains__(self, name: object) -> bool:
+        return name in self.file
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.file)
@@ -383,7 +409,7 @@ class TorchFile(Mapping[str, GGUFTensor]):
         held = {name: tensor for name in wanted if (tensor := self._alive.get(name)) is not None}
         # Checked for all before the first byte is read or memory taken.
         cuts = {name: self._cut(tensor) for name, tensor in self.file.items() if name in wanted and name not in held}
-        devices = {name: torch.device(_of(self._device, name, "devices")) for name in cuts}
+        devices = {name: _device(self._device, name) for name in cuts}
         if progress is True:
             with _bar() as bar:
                 fresh = self._read(cuts, devices, bar)
@@ -513,9 +539,9 @@ def open(
     GGUFError
         As :func:`ggufx.open`; ShardError for a bad ``shard``.
     """
-    if shard is not None and not 0 <= shard[0] < shard[1]:
-        raise ShardError(f"shard is (rank, world) with 0 <= rank < world, got {shard}")
-    opened = file.open(path, dialect=dialect)
+    _check_options(shard, dtype)
+    # Read later, when this process may be in another folder.
+    opened = file.open(Path(path).absolute(), dialect=dialect)
     return TorchFile(opened, device, dtype, shard=shard, dim=dim, planes=planes, threads=threads)
 
 

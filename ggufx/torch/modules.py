@@ -6,7 +6,7 @@ and not taken for numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ggufx import types
 from ggufx.errors import CodecError
 from ggufx.torch import ops
-from ggufx.torch.tensor import GGUFTensor, autocast, linear_of
+from ggufx.torch.tensor import GGUFTensor, autocast, linear_of, prepared_bias
 
 __all__ = ["GGUFEmbedding", "GGUFExperts", "GGUFLinear"]
 
@@ -24,9 +24,13 @@ class _Packed(nn.Module):
     """A module with one packed weight of ``ndim`` axes."""
 
     ndim: int
+    codes: Tensor
+    scales: Tensor
 
     def __init__(self, weight: GGUFTensor) -> None:
         super().__init__()
+        if not isinstance(weight, GGUFTensor):
+            raise TypeError(f"{type(self).__name__} takes a weight as a GGUFTensor, got {type(weight).__name__}")
         if weight.codec is None or weight.ndim != self.ndim:
             raise CodecError(
                 f"{type(self).__name__} takes a weight of {self.ndim} axes and a known type, got {weight!r}"
@@ -34,12 +38,15 @@ class _Packed(nn.Module):
         self.type_name = weight.codec.name
         self.shape = weight.shape
         self.dtype = weight.dtype
-        self.planes = weight.planes
+        self.in_planes = weight.planes is not None
         if weight.planes is None:
-            self.register_buffer("weight", weight.packed)
+            # A cut through experts has gaps: kernels and formats of state dicts would copy it every time.
+            self.register_buffer("weight", weight.packed.contiguous())
         else:
-            self.register_buffer("codes", weight.planes[0])
-            self.register_buffer("scales", weight.planes[1])
+            codes, scales, *made = weight.planes
+            self.register_buffer("codes", codes)
+            self.register_buffer("scales", scales)
+            self._made, self._made_of = tuple(made), scales
 
     @classmethod
     def _empty(cls, shape: Sequence[int], type: str, device: Any, dtype: torch.dtype | None) -> GGUFTensor:
@@ -47,23 +54,44 @@ class _Packed(nn.Module):
         packed = torch.zeros((*shape[:-1], codec.layout.row_nbytes(shape[-1])), dtype=torch.uint8, device=device)
         return GGUFTensor(packed, codec, tuple(shape), dtype=dtype)
 
+    @property
+    def planes(self) -> tuple[Tensor, ...] | None:
+        """Codes, scales and what a kernel made of these; ``None`` where the weight is packed."""
+        if not self.in_planes:
+            return None
+        codes, scales = self.codes, self.scales
+        # Export, functional_call and replicas put other buffers in their places, without a word.
+        return (codes, scales, *self._made) if scales is self._made_of else (codes, scales)
+
     def _renew_planes(self) -> None:
         """Make the planes of the buffers, which may be others now, or elsewhere."""
-        if self.planes is not None:
-            parts = [self.get_buffer("codes"), self.get_buffer("scales")]
-            self.planes = tuple(ops.split_planes(self.type_name, ops.join_planes(self.type_name, parts)) or parts)
-            # Codes and scales are what the buffers hold: once is enough.
-            self.codes, self.scales = self.planes[:2]
+        parts = [self.codes, self.scales]
+        # A state in several pieces may bring one before the other.
+        if self.codes.device == self.scales.device:
+            parts = ops.split_planes(self.type_name, ops.join_planes(self.type_name, parts)) or parts
+        self.codes, self.scales, *made = parts
+        self._made, self._made_of = tuple(made), self.scales
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move, as every module; ``fn`` may be a cast, which leaves integers alone."""
+        """Move, as every module; a cast leaves the bytes alone and says what they decode to, where that is floats."""
         super()._apply(fn, recurse)
-        self._renew_planes()
+        if self.dtype.is_floating_point:
+            self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if self.in_planes:
+            self._renew_planes()
         return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Load, as every module, but nothing of another type; the state of the planes may come without the type's name."""
+        if prefix + "_extra_state" in state_dict:
+            self.set_extra_state(state_dict[prefix + "_extra_state"])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.in_planes and (prefix + "codes" in state_dict or prefix + "scales" in state_dict):
+            self._renew_planes()
 
     def gguf(self) -> GGUFTensor:
         """Return the weight."""
-        packed = self.get_buffer("weight") if self.planes is None else None
+        packed = None if self.in_planes else self.get_buffer("weight")
         return GGUFTensor(packed, types.get(self.type_name), self.shape, dtype=self.dtype, planes=self.planes)
 
     def get_extra_state(self) -> Tensor:
@@ -71,15 +99,14 @@ class _Packed(nn.Module):
         return torch.tensor(list(self.type_name.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Any) -> None:
-        """Refuse the state of another type; raises CodecError. Called when the buffers have been filled."""
+        """Refuse the state of another type; raises CodecError."""
         name = bytes(torch.as_tensor(state).tolist()).decode()
         if name != self.type_name:
             raise CodecError(f"the state is of type {name}, the module of type {self.type_name}")
-        self._renew_planes()
 
     def extra_repr(self) -> str:
         """Return type and shape for ``print(module)``."""
-        return f"{self.type_name}{list(self.shape)}" + ("" if self.planes is None else ", planes")
+        return f"{self.type_name}{list(self.shape)}" + (", planes" if self.in_planes else "")
 
 
 class GGUFLinear(_Packed):
@@ -99,8 +126,7 @@ class GGUFLinear(_Packed):
     def __init__(self, weight: GGUFTensor, bias: Tensor | None = None) -> None:
         super().__init__(weight)
         self.out_features, self.in_features = self.shape
-        if bias is not None and bias.shape != (self.out_features,):
-            raise CodecError(f"bias has the shape {list(bias.shape)}, expected [{self.out_features}]")
+        bias = prepared_bias(bias, self.out_features)
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     @classmethod
@@ -120,7 +146,7 @@ class GGUFLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply: [..., in_features] -> [..., out_features]."""
-        packed = self.get_buffer("weight") if self.planes is None else None
+        packed = None if self.in_planes else self.get_buffer("weight")
         return linear_of(x, self.planes, packed, self.type_name, self.out_features, self.bias)
 
 
@@ -138,7 +164,9 @@ class GGUFEmbedding(_Packed):
     ndim = 2
 
     def __init__(self, weight: GGUFTensor, *, dtype: torch.dtype | None = None) -> None:
-        super().__init__(GGUFTensor(weight.packed, weight.codec, weight.shape, dtype=dtype or weight.dtype))
+        if isinstance(weight, GGUFTensor):
+            weight = GGUFTensor(weight.packed, weight.codec, weight.shape, dtype=dtype or weight.dtype)
+        super().__init__(weight)
         self.num_embeddings, self.embedding_dim = self.shape
 
     @classmethod
@@ -186,7 +214,7 @@ class GGUFExperts(_Packed):
     def forward(self, x: Tensor, expert_ids: Tensor) -> Tensor:
         """Multiply: ``x`` [T, in], or [T, K, in] for one row an expert, ``expert_ids`` integers [T, K] -> [T, K, out]."""
         weight, x = self.get_buffer("weight"), autocast(x)
-        if x.ndim == expert_ids.ndim:
+        if x.ndim != 3 or expert_ids.ndim != 2:
             return ops.experts(x, weight, expert_ids, self.type_name)
         if x.shape[:-1] != expert_ids.shape:
             raise CodecError(f"activations {list(x.shape)} do not fit expert ids {list(expert_ids.shape)}")

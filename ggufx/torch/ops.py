@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from math import prod
 from typing import Any, Final
 
 import torch
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from ggufx import kernels, types
 from ggufx.errors import CodecError
-from ggufx.torch.decoding import CUDA_DTYPES, decode_rows, runs_cuda
+from ggufx.torch.decoding import CUDA_DTYPES, FLOATS, decode_rows, dtype_of, runs_cuda
 from ggufx.types import Codec
 
 __all__ = [
     "FUSED_BATCH",
+    "check_bias",
     "choose",
     "dequantize",
     "experts",
@@ -87,11 +89,24 @@ def _row_len(codec: Codec, packed: Tensor) -> int:
     return codec.layout.row_len(int(packed.shape[-1]))
 
 
-def _check_columns(codec: Codec, x: Tensor, row_len: int) -> None:
+def _check_columns(codec: Codec, x: Tensor, weight: Tensor, row_len: int) -> None:
     if x.ndim == 0 or x.shape[-1] != row_len:
         raise CodecError(f"activations {list(x.shape)} do not fit {codec.name} rows of {row_len} elements")
-    if not x.dtype.is_floating_point:
-        raise CodecError(f"activations must be floats, got {x.dtype}")
+    if x.dtype not in FLOATS:
+        raise CodecError(f"activations must be floats of 16, 32 or 64 bits, got {x.dtype}")
+    if x.device != weight.device:
+        raise CodecError(f"activations are on {x.device}, {codec.name} weights on {weight.device}")
+
+
+def check_bias(bias: Tensor | None, rows: int) -> None:
+    """Raise CodecError unless a bias has one element for each row of the weight."""
+    if bias is not None and (bias.ndim != 1 or bias.shape[0] != rows):
+        raise CodecError(f"bias has the shape {list(bias.shape)}, expected [{rows}]")
+
+
+def _flat(x: Tensor) -> Tensor:
+    # As many rows as there are: of an empty tensor reshape(-1, ...) cannot tell.
+    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
 # dequantize -------------------------------------------------------------------------------------------------------------
@@ -108,17 +123,23 @@ def dequantize(packed: Tensor, type: str, dtype: torch.dtype) -> Tensor:
     UnknownType, UnsupportedType
         No type of that name, or no decoder for it.
     """
-    codec = _codec(type, packed)
-    row_len = _row_len(codec, packed)
+    codec, row_len = _decoding(type, packed, dtype)
     out = torch.empty((*packed.shape[:-1], row_len), dtype=dtype, device=packed.device)
-    rows = packed.reshape(-1, packed.shape[-1]).contiguous() if out.numel() else packed.new_empty((0, packed.shape[-1]))
-    decode_rows(codec, rows, out.view(rows.shape[0], row_len) if out.numel() else out.new_empty((0, row_len)))
+    rows = _flat(packed).contiguous()
+    decode_rows(codec, rows, out.view(rows.shape[0], row_len))
     return out
 
 
 @dequantize.register_fake
 def _(packed: Tensor, type: str, dtype: torch.dtype) -> Tensor:
-    return packed.new_empty((*packed.shape[:-1], _row_len(_codec(type, packed), packed)), dtype=dtype)
+    return packed.new_empty((*packed.shape[:-1], _decoding(type, packed, dtype)[1]), dtype=dtype)
+
+
+def _decoding(type: str, packed: Tensor, dtype: torch.dtype) -> tuple[Codec, int]:
+    codec = _codec(type, packed)
+    if dtype not in FLOATS and dtype != dtype_of(codec):
+        raise CodecError(f"{codec.name} decodes to {dtype_of(codec)} or a float of 16, 32 or 64 bits, not to {dtype}")
+    return codec, _row_len(codec, packed)
 
 
 def _decoded_tiles(codec: Codec, packed: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -147,11 +168,12 @@ def linear(x: Tensor, packed: Tensor, type: str, bias: Tensor | None = None) -> 
     Raises
     ------
     CodecError
-        Lengths or dtypes do not fit.
+        Lengths, dtypes or devices do not fit.
     """
     codec = _codec(type, packed)
-    _check_columns(codec, x, _row_len(codec, packed))
-    out = _multiply(codec, x.reshape(-1, x.shape[-1]), packed)
+    _check_columns(codec, x, packed, _row_len(codec, packed))
+    check_bias(bias, packed.shape[0])
+    out = _multiply(codec, _flat(x), packed)
     if bias is not None:
         out += bias
     return out.view(*x.shape[:-1], packed.shape[0])
@@ -177,7 +199,8 @@ def _multiply(codec: Codec, x: Tensor, packed: Tensor, way: str | None = None) -
 @linear.register_fake
 def _(x: Tensor, packed: Tensor, type: str, bias: Tensor | None = None) -> Tensor:
     codec = _codec(type, packed)
-    _check_columns(codec, x, _row_len(codec, packed))
+    _check_columns(codec, x, packed, _row_len(codec, packed))
+    check_bias(bias, packed.shape[0])
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
@@ -185,7 +208,7 @@ def _(x: Tensor, packed: Tensor, type: str, bias: Tensor | None = None) -> Tenso
 def _linear_grad(grad: Tensor, packed: Tensor, type: str) -> Tensor:
     """Return the gradient [..., row_len] of :func:`linear`'s activations from that of its result [..., R]."""
     codec = _codec(type, packed)
-    flat = grad.reshape(-1, grad.shape[-1])
+    flat = _flat(grad)
     out = flat.new_zeros((flat.shape[0], _row_len(codec, packed)))
     for rows, values in _decoded_tiles(codec, packed, grad.dtype):
         if values.shape[0] == packed.shape[0]:
@@ -205,6 +228,15 @@ def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(packed)
 
 
+def _linear_twice_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (packed,) = ctx.saved_tensors
+    return linear(grad, packed, ctx.type), None, None
+
+
+# A product's gradient is a product: its own gradient is the first one again, here and below.
+_linear_grad.register_autograd(_linear_twice_backward, setup_context=_keep_weight)
+
+
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (packed,) = ctx.saved_tensors
     grad_x = _linear_grad(grad, packed, ctx.type) if ctx.needs_input_grad[0] else None
@@ -215,7 +247,7 @@ def _bias_grad(ctx: Any, grad: Tensor, position: int) -> Tensor | None:
     # The dispatcher drops arguments that have their default: without a bias there may be no such input.
     if len(ctx.needs_input_grad) <= position or not ctx.needs_input_grad[position]:
         return None
-    return grad.reshape(-1, grad.shape[-1]).sum(0)
+    return _flat(grad).sum(0)
 
 
 linear.register_autograd(_linear_backward, setup_context=_keep_weight)
@@ -244,6 +276,11 @@ def join_planes(type_name: str, planes: Sequence[Tensor]) -> Tensor:
     return rows
 
 
+def _aligned(planes: Sequence[Tensor]) -> bool:
+    """Return whether a fused kernel can read the planes."""
+    return planes[0].data_ptr() % 16 == 0 and planes[0].is_contiguous() and planes[1].is_contiguous()
+
+
 @torch.library.custom_op("ggufx::linear_planes", mutates_args=())
 def linear_planes(
     x: Tensor, planes: Sequence[Tensor], type: str, out_features: int, bias: Tensor | None = None
@@ -254,14 +291,15 @@ def linear_planes(
     FP8, which costs some 3 % of error.
     """
     codec = types.get(type)
-    _check_columns(codec, x, planes[0].shape[-1])
-    flat = x.reshape(-1, x.shape[-1])
+    _check_columns(codec, x, planes[0], planes[0].shape[-1])
+    check_bias(bias, out_features)
+    flat = _flat(x)
     way = choose(codec.name, flat, out_features, planes=True)
     if way == "fp8":
         scaled = _cuda_verb("_scaled", "linear_fp8")
         assert scaled is not None
         out: Tensor = scaled(flat.contiguous(), tuple(planes)).to(x.dtype)
-    elif way == "fused" and planes[0].data_ptr() % 16 == 0:
+    elif way == "fused" and _aligned(planes):
         fused = _cuda_verb(codec.name, "linear")
         assert fused is not None
         out = x.new_empty((flat.shape[0], out_features))
@@ -277,6 +315,8 @@ def linear_planes(
 
 @linear_planes.register_fake
 def _(x: Tensor, planes: Sequence[Tensor], type: str, out_features: int, bias: Tensor | None = None) -> Tensor:
+    _check_columns(types.get(type), x, planes[0], int(planes[0].shape[-1]))
+    check_bias(bias, out_features)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -292,14 +332,22 @@ def _(grad: Tensor, planes: Sequence[Tensor], type: str, in_features: int) -> Te
 
 def _keep_planes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, planes, ctx.type, *_ = inputs
-    ctx.in_features, ctx.n_planes = x.shape[-1], len(planes)
+    ctx.columns, ctx.n_planes = x.shape[-1], len(planes)
     ctx.save_for_backward(*planes)
+
+
+def _linear_planes_twice_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grad_grad = linear_planes(grad, list(ctx.saved_tensors), ctx.type, ctx.columns)
+    return grad_grad, [None] * ctx.n_planes, None, None
+
+
+_linear_planes_grad.register_autograd(_linear_planes_twice_backward, setup_context=_keep_planes)
 
 
 def _linear_planes_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x = _linear_planes_grad(grad, list(ctx.saved_tensors), ctx.type, ctx.in_features)
+        grad_x = _linear_planes_grad(grad, list(ctx.saved_tensors), ctx.type, ctx.columns)
     # As many as there were inputs: without a bias torch counts one less, and is strict where an input is a list.
     return (grad_x, [None] * ctx.n_planes, None, None, _bias_grad(ctx, grad, 4))[: len(ctx.needs_input_grad)]
 
@@ -335,15 +383,15 @@ def linears(
     """
     matrices = list(_matrices(parts, counts, type, out_features))
     for codec, own, _ in matrices:
-        _check_columns(codec, x, _columns(codec, own))
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
+        _check_columns(codec, x, own[0], _columns(codec, own))
+    flat = _flat(x).contiguous()
     # Before the activations are prepared: what comes after that may begin while the kernel before still runs.
     whole = [own if len(own) > 1 else [own[0].contiguous()] for _, own, _ in matrices]
     prepared: dict[int, Any] = {}
     outs = []
     for (codec, _, rows), own in zip(matrices, whole, strict=True):
         way = choose(codec.name, flat, rows, planes=len(own) > 1)
-        if way != "fused" or not flat.numel() or not rows or (len(own) > 1 and own[0].data_ptr() % 16):
+        if way != "fused" or not flat.numel() or not rows or (len(own) > 1 and not _aligned(own)):
             outs.append(_multiply_parts(codec, flat, own, rows))
         else:
             fused, prepare = _cuda_verb(codec.name, "linear"), _cuda_verb("_linear", "prepare")
@@ -381,7 +429,7 @@ def _(
     x: Tensor, parts: Sequence[Tensor], counts: Sequence[int], type: str, out_features: Sequence[int]
 ) -> list[Tensor]:
     for codec, own, _ in _matrices(parts, counts, type, out_features):
-        _check_columns(codec, x, _columns(codec, own))
+        _check_columns(codec, x, own[0], int(_columns(codec, own)))
     return [x.new_empty((*x.shape[:-1], rows)) for rows in out_features]
 
 
@@ -412,6 +460,14 @@ def _keep_matrices(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*parts)
 
 
+def _linears_twice_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grads = linears(grad, list(ctx.saved_tensors), ctx.counts, ctx.type, ctx.out_features)
+    return grads, [None] * ctx.n_parts, None, None, None
+
+
+_linears_grad.register_autograd(_linears_twice_backward, setup_context=_keep_matrices)
+
+
 def _linears_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     grad_x = None
     if ctx.needs_input_grad[0]:
@@ -424,6 +480,9 @@ linears.register_autograd(_linears_backward, setup_context=_keep_matrices)
 
 
 # experts ----------------------------------------------------------------------------------------------------------------
+
+
+_ID_DTYPES: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @torch.library.custom_op("ggufx::experts", mutates_args=())
@@ -458,7 +517,8 @@ def experts(x: Tensor, packed: Tensor, expert_ids: Tensor, type: str) -> Tensor:
     out = x.new_empty((tokens, k, packed.shape[1]))
     if out.numel() == 0:
         return out
-    if tokens <= FUSED_BATCH and runs_cuda(x.device) and x.dtype in CUDA_DTYPES:
+    # The kernel reads expert 0 in place of one that is not there.
+    if tokens <= FUSED_BATCH and packed.numel() and runs_cuda(x.device) and x.dtype in CUDA_DTYPES:
         fused = _cuda_verb("experts", "linear")
         if fused is not None and _cuda_verb(codec.name, "linear") is not None:
             fused(x.contiguous(), packed.contiguous(), expert_ids.int().contiguous(), out, codec.name)
@@ -476,7 +536,11 @@ def _(x: Tensor, packed: Tensor, expert_ids: Tensor, type: str) -> Tensor:
 
 
 def _check_routing(codec: Codec, x: Tensor, packed: Tensor, expert_ids: Tensor) -> None:
-    _check_columns(codec, x, _row_len(codec, packed))
+    _check_columns(codec, x, packed, _row_len(codec, packed))
+    if expert_ids.dtype not in _ID_DTYPES:
+        raise CodecError(f"expert ids must be integers, got {expert_ids.dtype}")
+    if expert_ids.device != packed.device:
+        raise CodecError(f"expert ids are on {expert_ids.device}, {codec.name} weights on {packed.device}")
     if x.ndim != 2 or packed.ndim != 3 or expert_ids.ndim != 2 or x.shape[0] != expert_ids.shape[0]:
         raise CodecError(
             f"expected activations [T, row_len], experts [E, R, row_nbytes] and ids [T, K]; got {list(x.shape)}, "
@@ -502,12 +566,12 @@ def _experts_grad(grad: Tensor, packed: Tensor, expert_ids: Tensor, type: str) -
     codec = _codec(type, packed)
     tokens, k = expert_ids.shape
     out = grad.new_zeros((tokens * k, _row_len(codec, packed)))
-    flat = grad.reshape(tokens * k, -1)
+    flat = grad.reshape(tokens * k, packed.shape[1])
     if flat.numel():
         for expert, pairs in _grouped(expert_ids, packed.shape[0]):
             out[pairs] = _linear_grad(flat[pairs], packed[expert], type)
     # Summed per token at the end: an addition per expert would depend on their order.
-    return out.view(tokens, k, -1).sum(1)
+    return out.view(tokens, k, out.shape[1]).sum(1)
 
 
 @_experts_grad.register_fake
@@ -518,6 +582,14 @@ def _(grad: Tensor, packed: Tensor, expert_ids: Tensor, type: str) -> Tensor:
 def _keep_routing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, packed, expert_ids, ctx.type = inputs
     ctx.save_for_backward(packed, expert_ids)
+
+
+def _experts_twice_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    packed, expert_ids = ctx.saved_tensors
+    return experts(grad, packed, expert_ids, ctx.type), None, None, None
+
+
+_experts_grad.register_autograd(_experts_twice_backward, setup_context=_keep_routing)
 
 
 def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from types import EllipsisType
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ggufx.torch import ops
 from ggufx.torch.decoding import dtype_of
 from ggufx.types import Codec
 
-__all__ = ["GGUFTensor", "autocast", "linear", "linear_of", "linears"]
+__all__ = ["GGUFTensor", "autocast", "linear", "linear_of", "linears", "prepared_bias"]
 
 Index: TypeAlias = int | slice | EllipsisType | list[int] | Tensor
 
@@ -42,6 +42,8 @@ class GGUFTensor:
     ------
     CodecError
         The bytes are not those of the shape.
+    TypeError
+        ``dtype`` is not torch's.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class GGUFTensor:
             if packed is None or codec is None or packed.ndim == 0:
                 raise CodecError("the shape is unknown: give one")
             shape = (*packed.shape[:-1], codec.layout.row_len(packed.shape[-1]))
+        _check_dtype(dtype)
         self.name = name
         self.codec = codec
         self.type = type or ("unknown" if codec is None else codec.name)
@@ -76,6 +79,13 @@ class GGUFTensor:
                 )
             if codec is not None and self.shape:
                 packed = packed.reshape(*self.shape[:-1], codec.layout.row_nbytes(self.shape[-1]))
+        elif (
+            codec is None
+            or self.planes is None
+            or sum(plane.nbytes for plane in self.planes[:2]) != codec.layout.nbytes(self.shape)
+        ):
+            got = [list(plane.shape) for plane in planes or ()]
+            raise CodecError(f"planes {got} do not make up {self.type}{list(self.shape)}")
         self._packed = packed
 
     @property
@@ -85,7 +95,7 @@ class GGUFTensor:
             return self._packed
         assert self.planes is not None
         assert self.codec is not None
-        rows = ops.join_planes(self.type, self.planes)
+        rows = ops.join_planes(self.codec.name, self.planes)
         return rows.view(*self.shape[:-1], rows.shape[-1])
 
     @property
@@ -119,11 +129,14 @@ class GGUFTensor:
         ------
         UnknownType, UnsupportedType
             No dialect knows the type, or it has no decoder.
+        CodecError
+            ``dtype`` is neither a float of 16, 32 or 64 bits nor the stored dtype of integers.
         """
-        self._known()
+        codec = self._known()
+        _check_dtype(dtype)
         dtype = self.dtype if dtype is None else dtype
         packed = self.packed if self.shape else self.packed.view(1, -1)
-        return ops.dequantize(packed, self.type, dtype).view(self.shape)
+        return ops.dequantize(packed, codec.name, dtype).view(self.shape)
 
     def with_planes(self) -> GGUFTensor:
         """Return the tensor with codes and scales in memory of their own; itself, if its type has no such form.
@@ -132,7 +145,7 @@ class GGUFTensor:
         """
         if self.codec is None or self._packed is None or self.ndim != 2:
             return self
-        planes = ops.split_planes(self.type, self._packed)
+        planes = ops.split_planes(self.codec.name, self._packed)
         return self if planes is None else self._like(None, self.shape, planes)
 
     def to(
@@ -152,7 +165,8 @@ class GGUFTensor:
         if self.planes is None:
             return self._like(parts[0], self.shape, None, dtype or self._dtype)
         if target != self.device:
-            return self._like(None, self.shape, ops.split_planes(self.type, ops.join_planes(self.type, parts)), dtype)
+            name = self._known().name
+            return self._like(None, self.shape, ops.split_planes(name, ops.join_planes(name, parts)), dtype)
         return self._like(None, self.shape, self.planes, dtype)
 
     def __getitem__(self, index: Index | tuple[Index, ...]) -> GGUFTensor:
@@ -169,16 +183,25 @@ class GGUFTensor:
                 f"a packed tensor of {self.ndim} axes is cut along the first {outer} only, got {len(parts)} indices; "
                 "dequantize() first to cut rows"
             )
-        if any(part is None or isinstance(part, bool) for part in parts):
+        if any(part is None or isinstance(part, (bool, float, str)) for part in parts):
             raise IndexError("only integers, slices, ..., lists and integer tensors index a packed tensor")
         self._known()
         packed = self.packed[parts]
-        return self._like(packed, (*packed.shape[:-1], self.shape[-1]))
+        return self._like(packed, (*packed.shape[:-1], *self.shape[-1:]))
 
     def __len__(self) -> int:
         if not self.shape:
             raise TypeError("len() of a tensor without axes")
         return self.shape[0]
+
+    def __iter__(self) -> Iterator[GGUFTensor]:
+        if self.ndim < 2:
+            raise TypeError("a packed row is not iterated over; dequantize() first")
+        return (self[number] for number in range(len(self)))
+
+    def __array__(self, *args: object, **kwargs: object) -> NoReturn:
+        # Else numpy would take what can be indexed for a list.
+        raise TypeError("a packed tensor is no array; dequantize() first")
 
     def __repr__(self) -> str:
         name = f"{self.name} " if self.name else ""
@@ -223,11 +246,22 @@ def linear(x: Tensor, w: GGUFTensor, bias: Tensor | None = None) -> Tensor:
     Raises
     ------
     CodecError
-        Shapes or dtypes do not fit.
+        Shapes, dtypes or devices do not fit.
+    UnknownType, UnsupportedType
+        No dialect knows the type, or it has no decoder.
+    TypeError
+        A weight is not a GGUFTensor, or a bias is one.
     """
+    codec = _matrix(w, "linear takes a matrix")
+    return linear_of(x, w.planes, None if w.planes is not None else w.packed, codec.name, w.shape[0], bias)
+
+
+def _matrix(w: GGUFTensor, what: str) -> Codec:
+    if not isinstance(w, GGUFTensor):
+        raise TypeError(f"{what} (GGUFTensor), got {type(w).__name__}")
     if w.ndim != 2:
-        raise CodecError(f"linear takes a matrix, {w!r} has {w.ndim} axes")
-    return linear_of(x, w.planes, None if w.planes is not None else w.packed, w.type, w.shape[0], bias)
+        raise CodecError(f"{what}, {w!r} has {w.ndim} axes")
+    return w._known()
 
 
 def linears(x: Tensor, weights: Sequence[GGUFTensor], biases: Sequence[Tensor | None] | None = None) -> list[Tensor]:
@@ -252,26 +286,32 @@ def linears(x: Tensor, weights: Sequence[GGUFTensor], biases: Sequence[Tensor | 
     Raises
     ------
     CodecError
-        Shapes or dtypes do not fit.
+        Shapes, dtypes or devices do not fit.
+    UnknownType, UnsupportedType
+        No dialect knows the type, or it has no decoder.
+    TypeError
+        A weight is not a GGUFTensor, or a bias is one.
     """
-    for w in weights:
-        if w.ndim != 2:
-            raise CodecError(f"linears takes matrices, {w!r} has {w.ndim} axes")
+    # Whatever can be gone through, but more than once.
+    weights, biases = list(weights), None if biases is None else list(biases)
+    codecs = [_matrix(w, "linears takes matrices") for w in weights]
     if biases is not None and len(biases) != len(weights):
         raise CodecError(f"{len(weights)} matrices have {len(biases)} biases: one for each, or None")
     if not weights:
         return []
     x = autocast(x)
+    added = [
+        prepared_bias(b, w.shape[0], x.dtype) for w, b in zip(weights, biases or [None] * len(weights), strict=True)
+    ]
     parts = [list(w.planes) if w.planes is not None else [w.packed] for w in weights]
     outs = ops.linears(
         x,
         [part for own in parts for part in own],
         [len(own) for own in parts],
-        ",".join(w.type for w in weights),
+        ",".join(codec.name for codec in codecs),
         [w.shape[0] for w in weights],
     )
-    added = biases or [None] * len(weights)
-    return [y if b is None else y + b.to(x.dtype) for y, b in zip(outs, added, strict=True)]
+    return [y if b is None else y + b for y, b in zip(outs, added, strict=True)]
 
 
 def linear_of(
@@ -279,15 +319,33 @@ def linear_of(
 ) -> Tensor:
     """Multiply by planes or packed rows, whichever is given; see :func:`linear`."""
     x = autocast(x)
-    bias = None if bias is None else bias.to(x.dtype)
+    bias = prepared_bias(bias, out_features, x.dtype)
     if packed is not None:
         return ops.linear(x, packed, type, bias)
     assert planes is not None
     return ops.linear_planes(x, list(planes), type, out_features, bias)
 
 
+def prepared_bias(bias: Tensor | None, rows: int, dtype: torch.dtype | None = None) -> Tensor | None:
+    """Return a bias in the activations' dtype; raises CodecError or TypeError for one that does not fit."""
+    if bias is None:
+        return None
+    if not isinstance(bias, Tensor):
+        hint = "; dequantize() it first" if isinstance(bias, GGUFTensor) else ""
+        raise TypeError(f"a bias is a torch.Tensor, got {type(bias).__name__}{hint}")
+    ops.check_bias(bias, rows)
+    return bias if dtype is None else bias.to(dtype)
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is a torch.dtype or None, got {dtype!r}")
+
+
 def autocast(x: Tensor) -> Tensor:
     """Return activations in the dtype that torch.autocast asks for, where it is on."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"activations are a torch.Tensor, got {type(x).__name__}")
     device = x.device.type
     # Devices without autocast, such as meta, refuse to be asked whether it is on.
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):

@@ -167,7 +167,7 @@ def split(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     scales
         float32: :func:`ggufx.kernels.cuda._scaled.weight_scales` of the exponents, for the FP8 product; empty for stacked rows.
     """
-    blocks = rows.unflatten(-1, (-1, 129))
+    blocks = rows.unflatten(-1, (rows.shape[-1] // 129, 129))
     codes, exponents = blocks[..., 1:].flatten(-2).contiguous(), blocks[..., 0].contiguous()
     scales = _scaled.weight_scales(exponents) if exponents.ndim == 2 else exponents.new_empty(0, dtype=torch.float32)
     return codes, exponents, scales

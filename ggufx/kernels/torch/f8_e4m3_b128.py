@@ -32,9 +32,9 @@ def decode(block: Fields, header: Fields) -> Tensor:
 
 
 def split(rows: Tensor) -> tuple[Tensor, Tensor]:
-    blocks = rows.unflatten(-1, (-1, 129))
+    blocks = rows.unflatten(-1, (rows.shape[-1] // 129, 129))
     return blocks[..., 1:].flatten(-2).contiguous(), blocks[..., 0].contiguous()
 
 
 def join(codes: Tensor, scales: Tensor) -> Tensor:
-    return torch.cat([scales[..., None], codes.unflatten(-1, (-1, 128))], dim=-1).flatten(-2)
+    return torch.cat([scales[..., None], codes.unflatten(-1, (codes.shape[-1] // 128, 128))], dim=-1).flatten(-2)
