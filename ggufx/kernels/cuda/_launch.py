@@ -46,16 +46,9 @@ def lead_of(rows: torch.Tensor) -> int:
 
 @cache
 def table(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Return 32-bit words on ``device``, uploaded once per device: by its first use, which no graph may capture.
-
-    They lie within an aligned power of two of bytes, so that all their addresses have the same high half: kernels add to the
-    low one only.
-    """
+    """Return 32-bit words on ``device``, uploaded once per device: by its first use, which no graph may capture."""
     signed = [value - (1 << 32) if value >= 1 << 31 else value for value in values]
-    size = triton.next_power_of_2(len(signed))
-    place = torch.empty(2 * size, dtype=torch.int32, device=device)
-    start = -(place.data_ptr() // 4) % size
-    return place[start : start + len(signed)].copy_(torch.tensor(signed, dtype=torch.int32))
+    return torch.tensor(signed, dtype=torch.int32, device=device)
 
 
 def decode(kernel: Any, shape: Shape, rows: torch.Tensor, out: torch.Tensor, *extra: torch.Tensor, **more: Any) -> None:

@@ -100,6 +100,8 @@ BATCHED: Tuned = (4, 128, 4, False)
 """As :attr:`Fused.tuned`, for several rows of activations."""
 EXPERTS: Tuned = (4, 128, 2, False)
 """For experts with rows of at most 4096 elements."""
+EXPERTS_SETTLED: Tuned = (4, 32, 1, False)
+"""The same, for products that need not wait for their activations."""
 
 
 @dataclass
@@ -607,7 +609,7 @@ def linear(
     if n_units > SHORT:
         best = chosen[2] if width == 1 else BATCHED
     elif ids is not None:
-        best = EXPERTS
+        best = EXPERTS_SETTLED if prepared.settled else EXPERTS
     elif width > 1:
         best = BATCHED
     else:

@@ -26,7 +26,6 @@ __all__ = [
     "dot2_low",
     "dot4",
     "e4m3_pairs",
-    "entry16",
     "first_half",
     "fma_pairs",
     "funnel",
@@ -253,26 +252,6 @@ def times(bit, number):
         return tl.inline_asm_elementwise(
             "mul.lo.u32 $0, $1, $2;", "=r,r,r", [bit, number], dtype=tl.uint32, is_pure=True, pack=1
         )
-
-
-@triton.jit
-def entry16(table, AT: tl.constexpr, codes, j: tl.constexpr):
-    """Entry number "byte ``j`` of ``codes``" of the 16-bit ones ``AT`` words into ``table``, of ``_launch.table``; uint32.
-
-    A dot product picks the byte, doubles it and adds it to the low half of the address, which never carries in such a table:
-    one instruction of the multiplier instead of five, most of them of the integer unit.
-    """
-    if INTERPRETED:
-        place = table.to(tl.pointer_type(tl.uint16)) + 2 * AT
-        return tl.load(place + ((codes >> (8 * j)) & 255)).to(tl.uint32)
-    else:
-        return tl.inline_asm_elementwise(
-            """{ .reg .b64 at; .reg .b32 low, high; .reg .b16 entry;
-                 mov.b64 {low, high}, $1; dp4a.u32.u32 low, $2, $3, low; mov.b64 at, {low, high};
-                 ld.global.nc.u16 entry, [at+$4]; cvt.u32.u16 $0, entry; }""",
-            "=r,l,r,r,n", [table.to(tl.int64), codes, codes * 0 + (2 << (8 * j)), 4 * AT],
-            dtype=tl.uint32, is_pure=True, pack=1,
-        )  # fmt: skip
 
 
 @triton.jit

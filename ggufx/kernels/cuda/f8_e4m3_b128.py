@@ -126,9 +126,11 @@ _FUSED = {
         order=ORDER,
         layout=(129, 0),
         unit_nbytes=129 / 4,
-        tuned=((4, 128, 1, False), (4, 128, 1, False), (2, 256, 8, False)),
+        tuned=((2, 128, 2, False), (4, 128, 2, False), (2, 256, 8, False)),
+        settled=((4, 32, 1, False), (4, 32, 1, False)),
         load_planes=_load_planes,
-        tuned_planes=((2, 128, 4, False), (4, 128, 4, False), (4, 256, 8, False)),
+        tuned_planes=((4, 128, 4, False), (2, 128, 4, False), (4, 256, 8, False)),
+        settled_planes=((2, 32, 1, False), (2, 32, 1, False)),
     )
     for hardware in (False, True)
 }

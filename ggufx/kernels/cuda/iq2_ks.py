@@ -123,7 +123,8 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(70, 2),
     unit_nbytes=70 / 8,
-    tuned=((2, 128, 4, False), (4, 128, 4, False), (1, 128, 4, False)),
+    tuned=((2, 128, 2, False), (2, 64, 2, False), (2, 128, 4, False)),
+    settled=((4, 128, 1, False), (4, 32, 1, False)),
     words=(_U0.value, _U1.value),
     known=2,
 )

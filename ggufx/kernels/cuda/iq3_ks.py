@@ -128,7 +128,8 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(102, 2),
     unit_nbytes=102 / 8,
-    tuned=((2, 128, 4, False), (2, 128, 2, False), (1, 128, 4, False)),
+    tuned=((4, 128, 2, False), (4, 128, 2, False), (1, 256, 8, False)),
+    settled=((4, 128, 1, False), (2, 32, 1, False)),
     words=(_U0.value, _U1.value),
     known=2,
 )

@@ -152,7 +152,8 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(176, 0),
     unit_nbytes=176 / 8,
-    tuned=((2, 128, 4, False), (4, 128, 2, False), (1, 128, 4, False)),
+    tuned=((2, 128, 4, False), (2, 128, 2, False), (2, 128, 4, False)),
+    settled=((4, 32, 1, False), (4, 32, 1, False)),
     words=tuple(word.value for word in _WORDS),
     known=8,
 )

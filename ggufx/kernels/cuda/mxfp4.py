@@ -126,7 +126,8 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(17, 0),
     unit_nbytes=17,
-    tuned=((2, 128, 2, False), (4, 128, 1, False), (4, 128, 4, False)),
+    tuned=((2, 128, 4, False), (2, 128, 2, False), (4, 128, 4, False)),
+    settled=((4, 32, 1, False), (4, 32, 1, False)),
     words=tuple(word.value for word in _WORDS),
     known=4,
 )

@@ -61,7 +61,8 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(18, 0),
     unit_nbytes=18,
-    tuned=((4, 128, 4, False), (4, 128, 1, False), (4, 128, 2, False)),
+    tuned=((4, 128, 4, False), (4, 128, 4, False), (4, 128, 2, False)),
+    settled=((4, 32, 1, False), (4, 32, 1, False)),
 )
 
 

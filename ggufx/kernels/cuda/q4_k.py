@@ -97,7 +97,8 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(144, 0),
     unit_nbytes=144 / 8,
-    tuned=((4, 128, 1, False), (4, 128, 1, False), (2, 256, 8, False)),
+    tuned=((4, 128, 4, False), (4, 128, 4, False), (2, 256, 8, False)),
+    settled=((4, 32, 1, False), (4, 32, 1, False)),
 )
 
 

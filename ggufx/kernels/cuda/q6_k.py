@@ -82,7 +82,8 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(210, 0),
     unit_nbytes=210 / 8,
-    tuned=((4, 128, 1, False), (4, 128, 2, False), (4, 128, 4, False)),
+    tuned=((2, 128, 4, False), (2, 128, 4, False), (4, 128, 4, False)),
+    settled=((4, 32, 1, False), (4, 32, 1, False)),
 )
 
 

@@ -71,7 +71,8 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(34, 0),
     unit_nbytes=34,
-    tuned=((4, 128, 4, False), (4, 128, 2, False), (4, 256, 8, False)),
+    tuned=((4, 128, 2, False), (4, 128, 2, False), (4, 256, 8, False)),
+    settled=((2, 32, 1, False), (4, 32, 1, False)),
 )
 
 
