@@ -647,7 +647,8 @@ def linear(
             HEADER_NBYTES=fused.layout[1],
             LEAD=lead,
             EVEN=all(step % 2 == 0 for step in steps),
-            ALIGNED=all(step % 4 == 0 for step in steps),
+            # Sixteen where a lane's words may come in one load.
+            ALIGNED=16 if all(step % 16 == 0 for step in (data.data_ptr(), *steps)) else all(s % 4 == 0 for s in steps),
             # Words and bytes that a step of T units takes of a row.
             STEP=(units * 32 if side is not data else int(units * fused.unit_nbytes)) // 4,
             SIDE_STEP=units // 4,

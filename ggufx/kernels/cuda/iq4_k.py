@@ -25,9 +25,9 @@ from ggufx.kernels.cuda._words import (
     short_at,
     table_words,
     upper,
+    vector4,
     widen_half,
     words2,
-    words4,
 )
 
 __all__ = ["ORDER", "decode", "linear"]
@@ -73,7 +73,7 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
     block = row + unit // 8 * 144
     g = unit % 8
     first, high = words2(words, block, mask, ALIGNED)
-    return words4(words, block + 16 + 16 * g, mask, ALIGNED) + (
+    return vector4(words, block + 16 + 16 * g, mask, ALIGNED) + (
         first,
         first >> (14 + 2 * g).to(tl.uint32),
         rotate(high, 4 * unit + 22),
@@ -153,8 +153,8 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(144, 0),
     unit_nbytes=144 / 8,
-    tuned=((2, 128, 2, False), (4, 128, 4, False), (2, 128, 2, False)),
-    settled=((4, 128, 1, False), (2, 32, 1, False)),
+    tuned=((2, 128, 2, False), (4, 128, 4, False), (2, 128, 4, False)),
+    settled=((4, 32, 1, True), (2, 32, 1, False)),
     words=WORDS,
     known=4,
     double=True,

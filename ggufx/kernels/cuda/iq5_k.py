@@ -25,10 +25,10 @@ from ggufx.kernels.cuda._words import (
     table_words,
     times,
     upper,
+    vector4,
     widen_half,
     word_at,
     words2,
-    words4,
 )
 
 __all__ = ["ORDER", "decode", "linear"]
@@ -89,10 +89,14 @@ def _decode(
 def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
     block = row + unit // 8 * 176
     q, side = (unit % 8) // 2, unit % 2
-    first, high = words2(words, block, mask, ALIGNED)
-    low = word_at(words, block + 8 + 4 * (q // 2), mask, ALIGNED)
-    a, b, c, e = words4(words, block + 16 + 16 * (unit % 8), mask, ALIGNED)
-    p, r, t, u = words4(words, block + 144 + 16 * side, mask, ALIGNED)
+    if ALIGNED == 16:
+        first, high, low, last = vector4(words, block, mask, ALIGNED)
+        low = tl.where(q < 2, low, last)
+    else:
+        first, high = words2(words, block, mask, ALIGNED)
+        low = word_at(words, block + 8 + 4 * (q // 2), mask, ALIGNED)
+    a, b, c, e = vector4(words, block + 16 + 16 * (unit % 8), mask, ALIGNED)
+    p, r, t, u = vector4(words, block + 144 + 16 * side, mask, ALIGNED)
     # Bits 2q and 2q + 1 of a byte of fifth bits moved to bits 2 and 3 or, of every other word, 6 and 7.
     up = (64 >> (2 * q)).to(tl.uint32)
     return (
@@ -152,8 +156,8 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(176, 0),
     unit_nbytes=176 / 8,
-    tuned=((2, 128, 4, False), (2, 128, 2, False), (2, 128, 4, False)),
-    settled=((4, 32, 1, False), (4, 32, 1, False)),
+    tuned=((2, 128, 4, False), (2, 128, 2, False), (4, 128, 4, False)),
+    settled=((2, 32, 1, False), (2, 32, 1, False)),
     words=tuple(word.value for word in _WORDS),
     known=8,
 )

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from ggufx.kernels.cuda import _launch, _linear
-from ggufx.kernels.cuda._linear import more4
-from ggufx.kernels.cuda._words import MAGIC, byte_at, half_at, locate, merge, moved4, put_bytes, words2, words4
+from ggufx.kernels.cuda._linear import dots4
+from ggufx.kernels.cuda._words import MAGIC, byte_at, half_at, locate, put_bytes, words2, words4
 
 __all__ = ["ORDER", "decode", "linear"]
 
@@ -49,30 +49,30 @@ def _load(words, header, row, unit, mask, EVEN: tl.constexpr, ALIGNED: tl.conste
     half, g = (unit % 8) // 4, unit % 4
     return (
         words4(words, block + 64 * half + 16 * g, mask, ALIGNED)
-        + moved4(words, block + 128 + 32 * half + 16 * (g % 2), 2 * (g // 2), mask)
+        + words4(words, block + 128 + 32 * half + 16 * (g % 2), mask, ALIGNED)
         + (
             half_at(words, block + 208, mask, EVEN),
             byte_at(words, block + 192 + 8 * half + g, mask).to(tl.int32),
             byte_at(words, block + 196 + 8 * half + g, mask).to(tl.int32),
+            (2 * (g // 2)).to(tl.uint32),
         )
     )
 
 
 @triton.jit
 def _dot(raw, x, sums, known, DOUBLE: tl.constexpr):
-    a, b, c, e, p, q, r, t, d, s0, s1 = raw
-    # Bits 0 and 1 are of the lane's low nibbles, 4 and 5 of its high ones.
-    p, q, r, t = p & 0x33333333, q & 0x33333333, r & 0x33333333, t & 0x33333333
-    first = more4(x, 0, _six(a, p * 16), _six(b, q * 16), _six(c, r * 16), _six(e, t * 16), -32 * sums[0], False)
-    second = more4(x, 4, _six(a >> 4, p), _six(b >> 4, q), _six(c >> 4, r), _six(e >> 4, t), -32 * sums[1], False)
-    s0, s1 = (s0 ^ 128) - 128, (s1 ^ 128) - 128
-    # At most 16 * 32 * 32767 times 128: each within 32 bits, both together not.
-    return d * ((s0 * first).to(tl.float32) + (s1 * second).to(tl.float32))
+    a, b, c, e, p, q, r, t, d, s0, s1, shift = raw
+    p, q, r, t = p >> shift, q >> shift, r >> shift, t >> shift
+    first = dots4(x, 0, _six(a, p), _six(b, q), _six(c, r), _six(e, t), False) - 32 * sums[0]
+    second = dots4(x, 4, _six(a >> 4, p >> 4), _six(b >> 4, q >> 4), _six(c >> 4, r >> 4), _six(e >> 4, t >> 4), False)
+    second -= 32 * sums[1]
+    s0, s1 = ((s0 ^ 128) - 128).to(tl.float32), ((s1 ^ 128) - 128).to(tl.float32)
+    return d * (s0 * first.to(tl.float32) + s1 * second.to(tl.float32))
 
 
 @triton.jit
 def _six(low, high):
-    return merge(low, high, 0x0F0F0F0F)
+    return (low & 0x0F0F0F0F) | ((high & 0x03030303) << 4)
 
 
 _FUSED = _linear.Fused(
@@ -82,7 +82,7 @@ _FUSED = _linear.Fused(
     order=ORDER,
     layout=(210, 0),
     unit_nbytes=210 / 8,
-    tuned=((2, 128, 4, False), (2, 128, 4, False), (4, 128, 4, False)),
+    tuned=((4, 128, 1, False), (4, 128, 2, False), (4, 128, 4, False)),
     settled=((4, 32, 1, False), (4, 32, 1, False)),
 )
 
