@@ -32,6 +32,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import ggufx.torch
 from ggufx import kernels, types
 from ggufx.kernels.cuda import _linear, _scaled, experts
 
@@ -42,7 +43,7 @@ TYPES = (
 LARGE, MIDDLE, SQUARE, SMALL = (8192, 65536), (11008, 4096), (4096, 4096), (2048, 4096)
 """Rows and row lengths: outputs and inputs of a product."""
 ROTATED_NBYTES = 256 << 20
-SUBJECTS = ("ceilings", "decode", "linear", "batches", "experts", "large", "fp8")
+SUBJECTS = ("ceilings", "decode", "linear", "shared", "batches", "experts", "large", "fp8")
 
 
 @dataclass
@@ -343,6 +344,27 @@ class Bench:
                     if (n_rows, row_len) != SMALL:
                         yield self._products(name, n_rows, row_len, 1, planes, prepared=False)
 
+    def shared(self) -> Iterator[Result]:
+        """Three matrices of 4096 x 4096 with one x, as a user calls them: ``linears``, and ``linear`` three times."""
+        n_rows, row_len = SQUARE
+        x = torch.randn(1, row_len, device="cuda").bfloat16()
+        for name in self.names:
+            rows = random_rows(name, n_rows, row_len)
+            count = 3 * math.ceil(copies(rows.numel()) / 3)
+            matrices = [ggufx.torch.GGUFTensor(rows.clone(), types.get(name)) for _ in range(count)]
+            threes = [matrices[i : i + 3] for i in range(0, count, 3)]
+            error = max(error_of(name, rows, x, y) for y in ggufx.torch.linears(x, threes[0]))
+            for note, work in (
+                ("linears", lambda three: ggufx.torch.linears(x, three)),
+                ("linear, three times", lambda three: [ggufx.torch.linear(x, w) for w in three]),
+            ):
+                took = timed([lambda t=t, w=work: w(t) for t in threes]) / 3
+                rate = rows.numel() / took / 1e3
+                yield Result(
+                    "linear, three of one x", name, f"{n_rows} x {row_len}", took, rate, rate / self.reading, "read", error,
+                    note,
+                )  # fmt: skip
+
     def batches(self) -> Iterator[Result]:
         """Batches of 2 to 8, fused, beside the bfloat16 product."""
         for n_rows, row_len in (LARGE, SQUARE):
@@ -473,7 +495,7 @@ def summary(results: Sequence[Result], head: str) -> str:
         "11008 x 4096, us": ("linear, batch 1", MIDDLE, False),
         "4096 x 4096, us (of a plain read)": ("linear, batch 1", SQUARE, False),
         "2048 x 4096": ("linear, batch 1", SMALL, False),
-        "eight x, 4096 x 4096, us": ("linear, batch 8", SQUARE, False),
+        "four x, 4096 x 4096, us": ("linear, batch 4", SQUARE, False),
     }
     lines = [head, "", "| type | " + " | ".join(columns) + " |", "|---" + "|--:" * len(columns) + "|"]
     for name in dict.fromkeys(r.type for r in results if r.subject == "decode"):

@@ -43,7 +43,7 @@ THRESHOLDS: Final = {
 }
 """Type -> thresholds, on an H200 at 4096 x 4096 (tools/bench_cuda.py prints what they follow from).
 
-Eight rows of activations take 10 to 15 us fused and 21 to 24 us by way of a workspace, and sixteen about as much as the
+Eight rows of activations take 9 to 15 us fused and 21 to 24 us by way of a workspace, and sixteen about as much as the
 workspace by two fused products. The FP8 product would be faster than the workspace from about 16 rows on, but rounds the
 activations to 2.6 %: it begins where it is no slower than a product with bfloat16 weights."""
 
