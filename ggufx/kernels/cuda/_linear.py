@@ -663,7 +663,8 @@ def linear(
             AHEAD=ahead,
             EXPERTS=ids is not None,
             WAIT=wait,
-            **_launch.options(num_warps=warps, launch_pdl=dependent),
+            # Said, as Triton 3.10 will not fuse by itself.
+            **_launch.options(num_warps=warps, launch_pdl=dependent, enable_fp_fusion=True),
         )
     # Only now: a launch that failed did not wait.
     prepared.settled = True
