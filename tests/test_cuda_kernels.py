@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import math
@@ -160,6 +161,73 @@ def test_linear_with_steps_in_every_way() -> None:
         out = torch.full((1, 3), math.nan, device=DEVICE)
         _linear.linear(fused, prepared, rows, out, tuned=tuned)
         assert error("Q4_0", rows, x, out) < 5e-4
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_products_with_the_same_activations(name: str) -> None:
+    # The second is cut into other programs; a row has more units than a step of theirs, and not a whole number of steps.
+    units = types.get(name).layout.block_len // 32
+    rows = finite_rows(name, 2, 40 // units, lead=4)
+    x = normal(1, 40 * 32)
+    prepared = _linear.prepare(x, kernel(name).ORDER)
+    planes = kernel(name).split(rows) if hasattr(kernel(name), "split") else None
+    for parts in (None, None, planes):
+        out = torch.full((1, 2), math.nan, device=DEVICE)
+        kernel(name).linear(prepared, rows, out, planes=parts)
+        assert error(name, rows, x, out) < LIMITS[name]
+
+
+class Launches:
+    """In place of a kernel: notes what each launch waits for, and fails on demand."""
+
+    def __init__(self) -> None:
+        self.waits: list[int] = []
+        self.fails = False
+
+    def __getitem__(self, grid: object) -> Any:
+        def launch(*_: object, WAIT: int, **__: object) -> None:
+            if self.fails:
+                raise RuntimeError
+            self.waits.append(WAIT)
+
+        return launch
+
+
+def test_the_first_product_that_is_launched_waits_for_its_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    never, first, before, last = _linear._NEVER, _linear._FIRST, _linear._BEFORE_ACTIVATIONS, _linear._LAST
+    rows, ids = finite_rows("Q8_0", 4, 2), torch.zeros((1, 1), dtype=torch.int32, device=DEVICE)
+    prepared = [_linear.prepare(normal(1, 64), kernel("Q8_0").ORDER) for _ in range(4)]
+    long, many = finite_rows("Q8_0", 1, 130), _linear.prepare(normal(8, 130 * 32), kernel("Q8_0").ORDER)
+    launches = Launches()
+    monkeypatch.setattr(_linear, "_linear", launches)
+    monkeypatch.setattr(_linear, "_dependent", lambda device: True)
+
+    def waits(x: Any, count: int = 1, fails: bool = False, **options: Any) -> list[int]:
+        launches.waits.clear()
+        launches.fails = fails
+        for _ in range(count):
+            with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+                if options:
+                    out = torch.empty(1, 1, 4, device=DEVICE)
+                    kernel("Q8_0").linear(x, rows[None], out, ids=ids, **options)
+                else:
+                    kernel("Q8_0").linear(x, rows, torch.empty(1, 4, device=DEVICE))
+        return list(launches.waits)
+
+    assert waits(prepared[0], 3) == [before, last, last]
+    # Others' products do not count, nor do those that failed.
+    assert waits(prepared[1], fails=True) == []
+    assert waits(prepared[1], 2) == [before, last]
+    # Expert numbers may be newer than the activations, if nobody says otherwise.
+    assert waits(prepared[2], 2, settled=False) == [first, first]
+    assert waits(prepared[2], settled=True) == [last]
+    assert waits(prepared[3], 2, settled=True) == [before, last]
+    launches.waits.clear()
+    kernel("Q8_0").linear(many, long, torch.empty(8, 1, device=DEVICE))
+    assert launches.waits == [before, last]
+    assert many.settled
+    monkeypatch.setattr(_linear, "_dependent", lambda device: False)
+    assert waits(prepared[0]) == [never]
 
 
 def test_linear_of_long_rows_and_eight_tokens() -> None:

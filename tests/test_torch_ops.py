@@ -560,8 +560,15 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[str]]]
         called["ways"].append("decode")
         out.copy_(torch.from_numpy(types.get("Q4_0").decode(rows.numpy())))
 
-    def linear(x: Tensor, rows: Tensor, out: Tensor, *, planes: object = None) -> None:
+    def prepare(x: Tensor, order: int) -> tuple[int, Tensor]:
+        called["ways"].append(f"prepare {order}")
+        return order, x
+
+    def linear(x: Tensor | tuple[int, Tensor], rows: Tensor, out: Tensor, *, planes: object = None) -> None:
         called["ways"].append("fused")
+        if isinstance(x, tuple):
+            order, x = x
+            assert order == 1
         assert x.is_contiguous()
         assert rows.is_contiguous()
         assert x.shape[0] <= 8
@@ -578,8 +585,13 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[str]]]
         # Column-major: a copy that loses the strides would be of no use to the kernel.
         return codes, scales, torch.exp2(scales.float() - 127).t().contiguous().t()
 
-    def linear_of_planes(x: Tensor, rows: Tensor, out: Tensor, *, planes: tuple[Tensor, ...]) -> None:
+    def linear_of_planes(
+        x: Tensor | tuple[int, Tensor], rows: Tensor, out: Tensor, *, planes: tuple[Tensor, ...]
+    ) -> None:
         called["ways"].append("planes")
+        if isinstance(x, tuple):
+            order, x = x
+            assert order == 5
         codes, _, scales = planes
         assert scales.dtype == torch.float32
         assert scales.stride(0) == 1
@@ -588,8 +600,9 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[str]]]
 
     plain = kernels.find("F8_E4M3_B128", torch=True)
     assert plain is not None
-    module("f8_e4m3_b128", linear=linear_of_planes, split=split)
-    module("q4_0", decode=decode, linear=linear)
+    module("f8_e4m3_b128", linear=linear_of_planes, split=split, ORDER=5)
+    module("q4_0", decode=decode, linear=linear, ORDER=1)
+    module("_linear", prepare=prepare)
     module("experts", linear=experts)
     module("_thresholds", choose=lambda type_name, batch, rows, columns: called["table"][0])
     called["table"] = ["fused"]
@@ -622,6 +635,21 @@ def test_small_batches_are_fused_and_large_ones_are_not(fake_cuda: dict[str, lis
     gt.linear(activations(1, 64, dtype=torch.float64), w)
     gt.linear(activations(1, 64), weight("Q5_1", 4, 64))
     assert fake_cuda["ways"] == ["decode", "decode"]
+
+
+def test_one_x_is_prepared_once_for_each_order(fake_cuda: dict[str, list[str]]) -> None:
+    q4, f8, other = weight("Q4_0", 24, 256), weight("F8_E4M3_B128", 8, 256).with_planes(), weight("Q5_1", 3, 256)
+    few = [q4, other, f8, q4, weight("Q4_0", 0, 256), f8]
+    shared = ["prepare 1", "fused", "prepare 5", "planes", "fused", "planes"]
+    for batch, ws, ways in ((2, few, shared), (0, few, []), (9, [q4, q4], ["decode", "decode"])):
+        x = activations(batch, 256)
+        fake_cuda["ways"].clear()
+        ys = gt.linears(x, ws)
+        assert fake_cuda["ways"] == ways
+        for y, w in zip(ys, ws, strict=True):
+            assert w.codec is not None
+            expected = x @ torch.from_numpy(w.codec.decode(w.packed.numpy())).T
+            torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-2)
 
 
 def test_experts_of_few_tokens_are_one_launch(fake_cuda: dict[str, list[str]]) -> None:

@@ -208,7 +208,7 @@ def first_nonfinite(values: torch.Tensor) -> int:
     found = empty(triton.cdiv(n, tile), values, torch.int32)
     launch: Any = _first_nonfinite[lanes_of(n, tile)]
     with torch.cuda.device_of(values):
-        launch(values, found, n, TILE=tile, num_warps=8)
+        launch(values, found, n, TILE=tile, num_warps=8, **STRICT)
     tiles = torch.arange(len(found), device=values.device) * tile
     nowhere = len(found) * tile
     first = int(torch.where(found < tile, tiles + found, nowhere).min().item())

@@ -24,7 +24,8 @@ waits for.
   what the memory of its result held before, and so that whoever waits for it has waited for all before it.
 
 Weights must therefore have been written before the activations were prepared: :func:`prepare` waits for all before it. Where a
-product is given plain activations, that is so; whoever gives prepared ones promises it.
+product is given plain activations, that is so; whoever gives prepared ones promises it, and that all of it is launched on one
+stream: on another one, what begins after a product that has waited is something else.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ EXPERTS_SETTLED: Tuned = (4, 32, 1, False)
 
 @dataclass
 class Prepared:
-    """Activations as the fused kernels read them.
+    """Activations as the fused kernels read them: for products on the stream that they were prepared on.
 
     Attributes
     ----------
@@ -155,6 +156,8 @@ class Fused(NamedTuple):
     tuned, tuned_planes
         (rows of a program, units of a step, warps, whether the next step's weights are loaded ahead), for few rows of at most
         4096 elements, for many, and for longer ones: measured, without and with planes.
+    settled, settled_planes
+        The first two of these for products that need not wait for their activations.
     """
 
     load: Any
@@ -619,7 +622,6 @@ def linear(
     steps = (lead, row_nbytes, *fused.layout)
     dependent = _dependent(rows.device)
     wait = _NEVER if not dependent else _FIRST if not early else _LAST if prepared.settled else _BEFORE_ACTIVATIONS
-    prepared.settled = True
     per_token = 1 if ids is None else ids.shape[1]
     none = prepared.records
     with _launch.on(rows.device):
@@ -661,5 +663,8 @@ def linear(
             AHEAD=ahead,
             EXPERTS=ids is not None,
             WAIT=wait,
-            **_launch.options(num_warps=warps, launch_pdl=dependent),
+            # Said, as Triton 3.10 will not fuse by itself.
+            **_launch.options(num_warps=warps, launch_pdl=dependent, enable_fp_fusion=True),
         )
+    # Only now: a launch that failed did not wait.
+    prepared.settled = True

@@ -65,7 +65,7 @@ def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with _launch.on(x.device):
             _quantize[(triton.cdiv(n_groups, tile),)](
                 x, codes, scales, n_groups, per_row, n_rows, x.stride(0), TILE=tile,
-                **_launch.options(num_warps=4 if tile == 16 else 1),
+                **_launch.options(num_warps=4 if tile == 16 else 1, enable_fp_fusion=False),
             )  # fmt: skip
     return codes.view(torch.float8_e4m3fn), scales.t()
 
