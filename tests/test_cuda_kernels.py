@@ -285,9 +285,10 @@ def test_experts(name: str) -> None:
                 assert error(name, rows[int(ids[token, k])], x[token : token + 1], out[token, k][None]) < LIMITS[name]
 
 
-def test_no_expert_of_that_number() -> None:
+@pytest.mark.parametrize(("dtype", "number"), [(torch.int32, 4), (torch.int64, 4), (torch.int64, 1 << 32)])
+def test_no_expert_of_that_number(dtype: torch.dtype, number: int) -> None:
     rows = finite_rows("MXFP4", 4 * 3, 2).view(4, 3, -1)
-    ids = torch.tensor([[3, 4], [-1, 1]], dtype=torch.int32, device=DEVICE)
+    ids = torch.tensor([[3, number], [-1, 1]], dtype=dtype, device=DEVICE)
     out = torch.zeros(2, 2, 3, device=DEVICE)
     experts.linear(normal(2, 64), rows, ids, out, "MXFP4")
     assert torch.isnan(out).all(-1).tolist() == [[False, True], [True, False]]

@@ -521,7 +521,9 @@ def experts(x: Tensor, packed: Tensor, expert_ids: Tensor, type: str) -> Tensor:
     if tokens <= FUSED_BATCH and packed.numel() and runs_cuda(x.device) and x.dtype in CUDA_DTYPES:
         fused = _cuda_verb("experts", "linear")
         if fused is not None and _cuda_verb(codec.name, "linear") is not None:
-            fused(x.contiguous(), packed.contiguous(), expert_ids.int().contiguous(), out, codec.name)
+            # As they are, where the kernel reads them: in 32 bits a number of 2^32 would name an expert.
+            ids = expert_ids if expert_ids.dtype in (torch.int32, torch.int64) else expert_ids.long()
+            fused(x.contiguous(), packed.contiguous(), ids.contiguous(), out, codec.name)
             return out
     flat = out.view(tokens * k, -1)
     for expert, pairs in _grouped(expert_ids, packed.shape[0]):

@@ -8,7 +8,7 @@ contiguous):
 ``linear(x, rows, out, *, planes=None, ids=None)``
     Fill ``out``, float [B, R], with ``x @ decode(rows).T`` of float x [B, row_len], B at most 8; x may be prepared once for
     several matrices by :func:`ggufx.kernels.cuda._linear.prepare` in the order of the module's ``ORDER``. With ``ids``,
-    int32 [T, K], rows are [E, R, row_nbytes] and ``out`` is [T, K, R]: see :mod:`ggufx.kernels.cuda.experts`.
+    int32 or int64 [T, K], rows are [E, R, row_nbytes] and ``out`` is [T, K, R]: see :mod:`ggufx.kernels.cuda.experts`.
 ``split(rows)``
     Planes that ``linear`` reads faster than the rows, where that pays; they serve the FP8 product of
     :mod:`ggufx.kernels.cuda._scaled` too.

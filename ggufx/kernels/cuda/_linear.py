@@ -573,7 +573,7 @@ def linear(
     planes
         What the type's ``split`` gives: read instead of ``rows``.
     ids
-        int32 [B, K]: which experts each row of x is multiplied with; NaN comes of a number that is no expert's.
+        int32 or int64 [B, K]: which experts each row of x is multiplied with; NaN comes of a number that is no expert's.
     settled
         Promises that ``ids`` were written before x was prepared: they may then be read while the kernel before still runs.
     tuned

@@ -33,7 +33,7 @@ def linear(
     rows
         uint8 [E, R, row_nbytes], contiguous.
     expert_ids
-        int32 [T, K], contiguous, each in 0..E-1; any other gives NaN, as an error would have to wait for the device.
+        int32 or int64 [T, K], contiguous, each in 0..E-1; any other gives NaN, as an error would have to wait for the device.
     out
         float [T, K, R], contiguous.
     type_name
