@@ -16,6 +16,7 @@ from ggufx import types
 # Not imported here: other tests of this process want Triton's interpreter, and say so before its first import.
 TRITON = importlib.util.find_spec("triton")
 TOOL = Path(__file__).parent.parent / "tools" / "compile_cuda.py"
+VERBS = ("decode", "linear", "settled", "experts")
 
 
 @pytest.mark.skipif(
@@ -30,7 +31,7 @@ def test_every_kernel_compiles_and_keeps_to_its_registers(tmp_path: Path) -> Non
     run = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    wanted = {(codec.name, verb) for codec in types.all_codecs() if codec.has_cuda for verb in ("decode", "linear")}
+    wanted = {(codec.name, verb) for codec in types.all_codecs() if codec.has_cuda for verb in VERBS}
     assert {(line["type"], line["verb"]) for line in report} == wanted
     for line in report:
         assert line["spilled"] == 0, line

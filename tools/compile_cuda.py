@@ -4,10 +4,11 @@
     python tools/compile_cuda.py [--capability 90] [--types MXFP4,IQ2_KS] [--rows 8192] [--row-len 65536] [--sass DIR]
 
 Triton's interpreter, which the tests use without a GPU, does not see what the compiler refuses, nor what a kernel costs. Here
-every decoder and every fused product of a batch of one is brought to machine code by the ``ptxas`` that comes with Triton. Of
-the innermost loop (of all, where a row is one step) the table gives instructions a weight: all of them, those of the integer
-and logic unit (shifts, masks, permutes, additions), of the multiplier (products, dot products), and loads. Each of these units
-takes a warp's instruction in two cycles, so the fuller one is the bound where memory is not. Registers beyond 255 spill.
+every decoder and every fused product of a batch of one (of short rows, too, as they run where activations were prepared before,
+and of experts) is brought to machine code by the ``ptxas`` that comes with Triton. Of the innermost loop (of all, where a row
+is one step) the table gives instructions a weight: all of them, those of the integer and logic unit (shifts, masks, permutes,
+additions), of the multiplier (products, dot products), and loads. Each of these units takes a warp's instruction in two cycles,
+so the fuller one is the bound where memory is not. Registers beyond 255 spill.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ INTEGER = (
 )  # fmt: skip
 MULTIPLIER = ("FADD", "FFMA", "FMUL", "HADD2", "HFMA2", "HMUL2", "IDP", "IMAD")
 LOADS = ("LDC", "LDG", "LDS")
+SHORT_LEN = 4096
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -156,8 +158,19 @@ def compile_type(name: str, capability: int, n_rows: int, row_len: int, folder: 
     with compiling(capability) as made:
         module.decode(rows, torch.empty(n_rows, row_len, dtype=torch.bfloat16))
         found.append(row_of(name, "decode", made[-1], row_len, folder))
-        module.linear(torch.empty(1, row_len, dtype=torch.bfloat16), rows, torch.empty(1, n_rows, dtype=torch.bfloat16))
+        x, out = torch.empty(1, row_len, dtype=torch.bfloat16), torch.empty(1, n_rows, dtype=torch.bfloat16)
+        prepared = _linear.prepare(x, module.ORDER)
+        module.linear(prepared, rows, out)
         found.append(row_of(name, "linear", made[-1], row_len, folder))
+        # Short rows, with activations that need not be waited for; and experts.
+        short = torch.empty(n_rows, types.get(name).layout.row_nbytes(SHORT_LEN), dtype=torch.uint8)
+        prepared = _linear.prepare(x[:, :SHORT_LEN].contiguous(), module.ORDER)
+        prepared.settled = True
+        module.linear(prepared, short, out)
+        found.append(row_of(name, "settled", made[-1], SHORT_LEN, folder))
+        ids = torch.zeros(1, 2, dtype=torch.int64)
+        module.linear(prepared, short[None], torch.empty(1, 2, n_rows, dtype=torch.bfloat16), ids=ids, settled=True)
+        found.append(row_of(name, "experts", made[-1], SHORT_LEN, folder))
     return found
 
 
