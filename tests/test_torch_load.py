@@ -267,18 +267,23 @@ def test_shards_put_together_are_the_tensor(
         assert_same_bits(np.concatenate([as_numpy(s.dequantize()) for s in shards], axis=dim), expected)
 
 
-@given(data=st.data())
-def test_any_shard_is_that_slice(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def any_cut(data: st.DataObject, folder: Path) -> tuple[Path, np.ndarray, int, int]:
+    """Return a file, the values of its tensor ``w``, and a number of shards into which an axis of it divides."""
     codec = types.get(data.draw(st.sampled_from(["Q4_0", "IQ2_KS", "IQ4_KS", "F8_E4M3_B128", "F16"])))
     world = data.draw(st.integers(1, 3))
     shape = [data.draw(st.integers(1, 4)) for _ in range(data.draw(st.integers(1, 3)))]
     dim = data.draw(st.integers(0, len(shape) - 1))
     shape[dim] *= world
     blocks = [*shape[:-1], shape[-1] * codec.layout.block_len]
-    path = tmp_path_factory.mktemp("shard") / "any.gguf"
+    path = folder / "any.gguf"
     write_gguf(path, {"first": ("F32", (3,)), "w": (codec.name, tuple(blocks))})
     with ggufx.open(path) as file:
-        whole = file["w"].numpy()
+        return path, file["w"].numpy(), world, dim
+
+
+@given(data=st.data())
+def test_any_shard_is_that_slice(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    path, whole, world, dim = any_cut(data, tmp_path_factory.mktemp("shard"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "_PIECE_NBYTES", data.draw(st.integers(1, 2000)))
         patch.setattr(loading, "_THROUGH_NBYTES", data.draw(st.sampled_from([-1, 0, 4096])))

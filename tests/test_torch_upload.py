@@ -20,11 +20,10 @@ import torch
 from double import Double, install
 from hypothesis import given
 from hypothesis import strategies as st
-from test_torch_load import SHAPES, assert_disjoint, assert_same, write_gguf
+from test_torch_load import SHAPES, any_cut, assert_disjoint, assert_same, write_gguf
 
-import ggufx
 import ggufx.torch as gt
-from ggufx import execute, types
+from ggufx import execute
 from ggufx.errors import CheckpointError
 from ggufx.torch import loading, uploading
 
@@ -309,16 +308,7 @@ def test_an_impatient_ctrl_c_waits_for_the_threads() -> None:
 
 @given(data=st.data())
 def test_any_shard_is_that_slice(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    codec = types.get(data.draw(st.sampled_from(["Q4_0", "IQ2_KS", "IQ4_KS", "F8_E4M3_B128", "F16"])))
-    world = data.draw(st.integers(1, 3))
-    shape = [data.draw(st.integers(1, 4)) for _ in range(data.draw(st.integers(1, 3)))]
-    dim = data.draw(st.integers(0, len(shape) - 1))
-    shape[dim] *= world
-    blocks = [*shape[:-1], shape[-1] * codec.layout.block_len]
-    path = tmp_path_factory.mktemp("shard") / "any.gguf"
-    write_gguf(path, {"first": ("F32", (3,)), "w": (codec.name, tuple(blocks))})
-    with ggufx.open(path) as file:
-        whole = file["w"].numpy()
+    path, whole, world, dim = any_cut(data, tmp_path_factory.mktemp("shard"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "_PIECE_NBYTES", data.draw(st.integers(1, 2000)))
         patch.setattr(uploading, "SLOT_NBYTES", 10**6)

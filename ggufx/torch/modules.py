@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ggufx import types
 from ggufx.errors import CodecError
 from ggufx.torch import ops
-from ggufx.torch.tensor import GGUFTensor, autocast, linear_of, prepared_bias
+from ggufx.torch.tensor import GGUFTensor, autocast, checked_bias, linear_of
 
 __all__ = ["GGUFEmbedding", "GGUFExperts", "GGUFLinear"]
 
@@ -126,7 +126,7 @@ class GGUFLinear(_Packed):
     def __init__(self, weight: GGUFTensor, bias: Tensor | None = None) -> None:
         super().__init__(weight)
         self.out_features, self.in_features = self.shape
-        bias = prepared_bias(bias, self.out_features)
+        bias = checked_bias(bias, self.out_features)
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     @classmethod

@@ -15,7 +15,7 @@ from ggufx.torch import ops
 from ggufx.torch.decoding import dtype_of
 from ggufx.types import Codec
 
-__all__ = ["GGUFTensor", "autocast", "linear", "linear_of", "linears", "prepared_bias"]
+__all__ = ["GGUFTensor", "autocast", "checked_bias", "linear", "linear_of", "linears"]
 
 Index: TypeAlias = int | slice | EllipsisType | list[int] | Tensor
 
@@ -301,7 +301,7 @@ def linears(x: Tensor, weights: Sequence[GGUFTensor], biases: Sequence[Tensor | 
         return []
     x = autocast(x)
     added = [
-        prepared_bias(b, w.shape[0], x.dtype) for w, b in zip(weights, biases or [None] * len(weights), strict=True)
+        checked_bias(b, w.shape[0], x.dtype) for w, b in zip(weights, biases or [None] * len(weights), strict=True)
     ]
     parts = [list(w.planes) if w.planes is not None else [w.packed] for w in weights]
     outs = ops.linears(
@@ -319,14 +319,14 @@ def linear_of(
 ) -> Tensor:
     """Multiply by planes or packed rows, whichever is given; see :func:`linear`."""
     x = autocast(x)
-    bias = prepared_bias(bias, out_features, x.dtype)
+    bias = checked_bias(bias, out_features, x.dtype)
     if packed is not None:
         return ops.linear(x, packed, type, bias)
     assert planes is not None
     return ops.linear_planes(x, list(planes), type, out_features, bias)
 
 
-def prepared_bias(bias: Tensor | None, rows: int, dtype: torch.dtype | None = None) -> Tensor | None:
+def checked_bias(bias: Tensor | None, rows: int, dtype: torch.dtype | None = None) -> Tensor | None:
     """Return a bias in the activations' dtype; raises CodecError or TypeError for one that does not fit."""
     if bias is None:
         return None
