@@ -15,14 +15,24 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ggufx import kernels, types
+from ggufx import kernels
 from ggufx.errors import CodecError
-from ggufx.torch.decoding import CUDA_DTYPES, FLOATS, decode_rows, dtype_of, runs_cuda
+from ggufx.torch.arguments import (
+    Matrix,
+    check_activations,
+    check_bias,
+    check_decoding,
+    check_grad,
+    check_matrices,
+    check_matrix,
+    check_planes,
+    check_routing,
+)
+from ggufx.torch.decoding import CUDA_DTYPES, decode_rows, runs_cuda
 from ggufx.types import Codec
 
 __all__ = [
     "FUSED_BATCH",
-    "check_bias",
     "choose",
     "dequantize",
     "experts",
@@ -75,35 +85,6 @@ def choose(type_name: str, x: Tensor, out_features: int, *, planes: bool = False
     return "fused" if "fused" in able else "workspace"
 
 
-def _codec(type_name: str, *tensors: Tensor) -> Codec:
-    for tensor in tensors:
-        if tensor.dtype != torch.uint8:
-            raise CodecError(f"packed rows of {type_name} must be torch.uint8, got {tensor.dtype}")
-    return types.get(type_name)
-
-
-def _row_len(codec: Codec, packed: Tensor) -> int:
-    if packed.ndim == 0:
-        raise CodecError(f"packed rows of {codec.name} have at least one axis; got a scalar")
-    # While a graph is traced the length may be a symbol: a weight's row is one length for ever, so it becomes a number.
-    return codec.layout.row_len(int(packed.shape[-1]))
-
-
-def _check_columns(codec: Codec, x: Tensor, weight: Tensor, row_len: int) -> None:
-    if x.ndim == 0 or x.shape[-1] != row_len:
-        raise CodecError(f"activations {list(x.shape)} do not fit {codec.name} rows of {row_len} elements")
-    if x.dtype not in FLOATS:
-        raise CodecError(f"activations must be floats of 16, 32 or 64 bits, got {x.dtype}")
-    if x.device != weight.device:
-        raise CodecError(f"activations are on {x.device}, {codec.name} weights on {weight.device}")
-
-
-def check_bias(bias: Tensor | None, rows: int) -> None:
-    """Raise CodecError unless a bias has one element for each row of the weight."""
-    if bias is not None and (bias.ndim != 1 or bias.shape[0] != rows):
-        raise CodecError(f"bias has the shape {list(bias.shape)}, expected [{rows}]")
-
-
 def _flat(x: Tensor) -> Tensor:
     # As many rows as there are: of an empty tensor reshape(-1, ...) cannot tell.
     return x.reshape(prod(x.shape[:-1]), x.shape[-1])
@@ -123,7 +104,7 @@ def dequantize(packed: Tensor, type: str, dtype: torch.dtype) -> Tensor:
     UnknownType, UnsupportedType
         No type of that name, or no decoder for it.
     """
-    codec, row_len = _decoding(type, packed, dtype)
+    codec, row_len = check_decoding(type, packed, dtype)
     out = torch.empty((*packed.shape[:-1], row_len), dtype=dtype, device=packed.device)
     rows = _flat(packed).contiguous()
     decode_rows(codec, rows, out.view(rows.shape[0], row_len))
@@ -132,19 +113,12 @@ def dequantize(packed: Tensor, type: str, dtype: torch.dtype) -> Tensor:
 
 @dequantize.register_fake
 def _(packed: Tensor, type: str, dtype: torch.dtype) -> Tensor:
-    return packed.new_empty((*packed.shape[:-1], _decoding(type, packed, dtype)[1]), dtype=dtype)
-
-
-def _decoding(type: str, packed: Tensor, dtype: torch.dtype) -> tuple[Codec, int]:
-    codec = _codec(type, packed)
-    if dtype not in FLOATS and dtype != dtype_of(codec):
-        raise CodecError(f"{codec.name} decodes to {dtype_of(codec)} or a float of 16, 32 or 64 bits, not to {dtype}")
-    return codec, _row_len(codec, packed)
+    return packed.new_empty((*packed.shape[:-1], check_decoding(type, packed, dtype)[1]), dtype=dtype)
 
 
 def _decoded_tiles(codec: Codec, packed: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Yield ``(rows, their values [rows, row_len])`` in one workspace: valid until the next is asked for."""
-    row_len = _row_len(codec, packed)
+    row_len = codec.layout.row_len(packed.shape[-1])
     limit = _WORKSPACE_LEN_CPU if packed.device.type == "cpu" else _WORKSPACE_LEN
     step = min(max(1, limit // max(1, row_len)), packed.shape[0])
     workspace = torch.empty((step, row_len), dtype=dtype, device=packed.device)
@@ -170,9 +144,7 @@ def linear(x: Tensor, packed: Tensor, type: str, bias: Tensor | None = None) -> 
     CodecError
         Lengths, dtypes or devices do not fit.
     """
-    codec = _codec(type, packed)
-    _check_columns(codec, x, packed, _row_len(codec, packed))
-    check_bias(bias, packed.shape[0])
+    codec = _check_linear(x, packed, type, bias).codec
     out = _multiply(codec, _flat(x), packed)
     if bias is not None:
         out += bias
@@ -198,18 +170,22 @@ def _multiply(codec: Codec, x: Tensor, packed: Tensor, way: str | None = None) -
 
 @linear.register_fake
 def _(x: Tensor, packed: Tensor, type: str, bias: Tensor | None = None) -> Tensor:
-    codec = _codec(type, packed)
-    _check_columns(codec, x, packed, _row_len(codec, packed))
-    check_bias(bias, packed.shape[0])
-    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+    return x.new_empty((*x.shape[:-1], _check_linear(x, packed, type, bias).out_features))
+
+
+def _check_linear(x: Tensor, packed: Tensor, type: str, bias: Tensor | None) -> Matrix:
+    matrix = check_matrix(type, packed)
+    check_activations(matrix.codec, x, packed, matrix.row_len)
+    check_bias(bias, matrix.out_features, x)
+    return matrix
 
 
 @torch.library.custom_op("ggufx::linear_grad", mutates_args=())
 def _linear_grad(grad: Tensor, packed: Tensor, type: str) -> Tensor:
     """Return the gradient [..., row_len] of :func:`linear`'s activations from that of its result [..., R]."""
-    codec = _codec(type, packed)
+    codec, _, row_len, _ = _check_linear_grad(grad, packed, type)
     flat = _flat(grad)
-    out = flat.new_zeros((flat.shape[0], _row_len(codec, packed)))
+    out = flat.new_zeros((flat.shape[0], row_len))
     for rows, values in _decoded_tiles(codec, packed, grad.dtype):
         if values.shape[0] == packed.shape[0]:
             torch.mm(flat, values, out=out)
@@ -220,7 +196,13 @@ def _linear_grad(grad: Tensor, packed: Tensor, type: str) -> Tensor:
 
 @_linear_grad.register_fake
 def _(grad: Tensor, packed: Tensor, type: str) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], _row_len(_codec(type, packed), packed)))
+    return grad.new_empty((*grad.shape[:-1], _check_linear_grad(grad, packed, type).row_len))
+
+
+def _check_linear_grad(grad: Tensor, packed: Tensor, type: str) -> Matrix:
+    matrix = check_matrix(type, packed)
+    check_grad(matrix.codec, grad, packed, matrix.out_features)
+    return matrix
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -290,9 +272,7 @@ def linear_planes(
     Large batches of bfloat16 go through torch's block-scaled FP8 matmul on Hopper and newer: the activations are rounded to
     FP8, which costs some 3 % of error.
     """
-    codec = types.get(type)
-    _check_columns(codec, x, planes[0], planes[0].shape[-1])
-    check_bias(bias, out_features)
+    codec = _check_linear_planes(x, planes, type, out_features, bias).codec
     flat = _flat(x)
     way = choose(codec.name, flat, out_features, planes=True)
     if way == "fp8":
@@ -315,19 +295,35 @@ def linear_planes(
 
 @linear_planes.register_fake
 def _(x: Tensor, planes: Sequence[Tensor], type: str, out_features: int, bias: Tensor | None = None) -> Tensor:
-    _check_columns(types.get(type), x, planes[0], int(planes[0].shape[-1]))
-    check_bias(bias, out_features)
-    return x.new_empty((*x.shape[:-1], out_features))
+    return x.new_empty((*x.shape[:-1], _check_linear_planes(x, planes, type, out_features, bias).out_features))
+
+
+def _check_linear_planes(
+    x: Tensor, planes: Sequence[Tensor], type: str, out_features: int, bias: Tensor | None
+) -> Matrix:
+    matrix = check_planes(type, planes, out_features)
+    check_activations(matrix.codec, x, planes[0], matrix.row_len)
+    check_bias(bias, out_features, x)
+    return matrix
 
 
 @torch.library.custom_op("ggufx::linear_planes_grad", mutates_args=())
 def _linear_planes_grad(grad: Tensor, planes: Sequence[Tensor], type: str, in_features: int) -> Tensor:
+    _check_linear_planes_grad(grad, planes, type, in_features)
     return _linear_grad(grad, join_planes(type, planes), type)
 
 
 @_linear_planes_grad.register_fake
 def _(grad: Tensor, planes: Sequence[Tensor], type: str, in_features: int) -> Tensor:
+    _check_linear_planes_grad(grad, planes, type, in_features)
     return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _check_linear_planes_grad(grad: Tensor, planes: Sequence[Tensor], type: str, in_features: int) -> None:
+    matrix = check_planes(type, planes, grad.shape[-1] if grad.ndim else 0)
+    check_grad(matrix.codec, grad, planes[0], matrix.out_features)
+    if matrix.row_len != in_features:
+        raise CodecError(f"in_features is {in_features}, but {matrix.codec.name} planes have rows of {matrix.row_len}")
 
 
 def _keep_planes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -381,15 +377,13 @@ def linears(
     -------
     A tensor [..., R] of ``x``'s dtype for each matrix
     """
-    matrices = list(_matrices(parts, counts, type, out_features))
-    for codec, own, _ in matrices:
-        _check_columns(codec, x, own[0], _columns(codec, own))
+    matrices = _check_linears(x, parts, counts, type, out_features)
     flat = _flat(x).contiguous()
     # Before the activations are prepared: what comes after that may begin while the kernel before still runs.
-    whole = [own if len(own) > 1 else [own[0].contiguous()] for _, own, _ in matrices]
+    whole = [m.parts if len(m.parts) > 1 else [m.parts[0].contiguous()] for m in matrices]
     prepared: dict[int, Any] = {}
     outs = []
-    for (codec, _, rows), own in zip(matrices, whole, strict=True):
+    for (codec, _, _, rows), own in zip(matrices, whole, strict=True):
         way = choose(codec.name, flat, rows, planes=len(own) > 1)
         if way != "fused" or not flat.numel() or not rows or (len(own) > 1 and not _aligned(own)):
             outs.append(_multiply_parts(codec, flat, own, rows))
@@ -406,18 +400,13 @@ def linears(
     return [out.view(*x.shape[:-1], out.shape[-1]) for out in outs]
 
 
-def _matrices(
-    parts: Sequence[Tensor], counts: Sequence[int], type: str, out_features: Sequence[int]
-) -> Iterator[tuple[Codec, list[Tensor], int]]:
-    at = 0
-    for name, count, rows in zip(type.split(","), counts, out_features, strict=True):
-        own = list(parts[at : at + count])
-        yield (_codec(name, *own) if count == 1 else types.get(name)), own, rows
-        at += count
-
-
-def _columns(codec: Codec, own: list[Tensor]) -> int:
-    return own[0].shape[-1] if len(own) > 1 else _row_len(codec, own[0])
+def _check_linears(
+    x: Tensor, parts: Sequence[Tensor], counts: Sequence[int], type: str, out_features: Sequence[int]
+) -> list[Matrix]:
+    matrices = check_matrices(parts, counts, type, out_features)
+    for matrix in matrices:
+        check_activations(matrix.codec, x, matrix.parts[0], matrix.row_len)
+    return matrices
 
 
 def _multiply_parts(codec: Codec, x: Tensor, own: list[Tensor], rows: int) -> Tensor:
@@ -428,9 +417,8 @@ def _multiply_parts(codec: Codec, x: Tensor, own: list[Tensor], rows: int) -> Te
 def _(
     x: Tensor, parts: Sequence[Tensor], counts: Sequence[int], type: str, out_features: Sequence[int]
 ) -> list[Tensor]:
-    for codec, own, _ in _matrices(parts, counts, type, out_features):
-        _check_columns(codec, x, own[0], int(_columns(codec, own)))
-    return [x.new_empty((*x.shape[:-1], rows)) for rows in out_features]
+    matrices = _check_linears(x, parts, counts, type, out_features)
+    return [x.new_empty((*x.shape[:-1], matrix.out_features)) for matrix in matrices]
 
 
 @torch.library.custom_op("ggufx::linears_grad", mutates_args=())
@@ -439,7 +427,8 @@ def _linears_grad(
 ) -> Tensor:
     """Return the gradient of :func:`linears`' activations from those of its results: the sum over the matrices."""
     total: Tensor | None = None
-    for grad, (codec, own, _) in zip(grads, _matrices(parts, counts, type, out_features), strict=True):
+    matrices = _check_linears_grad(grads, parts, counts, type, out_features)
+    for grad, (codec, own, _, _) in zip(grads, matrices, strict=True):
         one = _linear_grad(grad, own[0] if len(own) == 1 else join_planes(codec.name, own), codec.name)
         total = one if total is None else total + one
     assert total is not None
@@ -450,8 +439,24 @@ def _linears_grad(
 def _(
     grads: Sequence[Tensor], parts: Sequence[Tensor], counts: Sequence[int], type: str, out_features: Sequence[int]
 ) -> Tensor:
-    codec, own, _ = next(_matrices(parts, counts, type, out_features))
-    return grads[0].new_empty((*grads[0].shape[:-1], _columns(codec, own)))
+    matrices = _check_linears_grad(grads, parts, counts, type, out_features)
+    return grads[0].new_empty((*grads[0].shape[:-1], matrices[0].row_len))
+
+
+def _check_linears_grad(
+    grads: Sequence[Tensor], parts: Sequence[Tensor], counts: Sequence[int], type: str, out_features: Sequence[int]
+) -> list[Matrix]:
+    matrices = check_matrices(parts, counts, type, out_features)
+    if len(grads) != len(matrices):
+        raise CodecError(f"{len(matrices)} matrices have {len(grads)} gradients: one for each")
+    for grad, matrix in zip(grads, matrices, strict=True):
+        check_grad(matrix.codec, grad, matrix.parts[0], matrix.out_features)
+        if grad.shape[:-1] != grads[0].shape[:-1] or matrix.row_len != matrices[0].row_len:
+            raise CodecError(
+                f"gradients {[list(g.shape) for g in grads]} of matrices of rows {[m.row_len for m in matrices]} are not "
+                "those of one x"
+            )
+    return matrices
 
 
 def _keep_matrices(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -482,9 +487,6 @@ linears.register_autograd(_linears_backward, setup_context=_keep_matrices)
 # experts ----------------------------------------------------------------------------------------------------------------
 
 
-_ID_DTYPES: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
 @torch.library.custom_op("ggufx::experts", mutates_args=())
 def experts(x: Tensor, packed: Tensor, expert_ids: Tensor, type: str) -> Tensor:
     """Multiply each token by the experts it is routed to; only these are decoded, each once.
@@ -511,8 +513,7 @@ def experts(x: Tensor, packed: Tensor, expert_ids: Tensor, type: str) -> Tensor:
     CodecError
         Lengths or dtypes do not fit.
     """
-    codec = _codec(type, packed)
-    _check_routing(codec, x, packed, expert_ids)
+    codec = check_routing(type, x, packed, expert_ids).codec
     tokens, k = expert_ids.shape
     out = x.new_empty((tokens, k, packed.shape[1]))
     if out.numel() == 0:
@@ -533,21 +534,7 @@ def experts(x: Tensor, packed: Tensor, expert_ids: Tensor, type: str) -> Tensor:
 
 @experts.register_fake
 def _(x: Tensor, packed: Tensor, expert_ids: Tensor, type: str) -> Tensor:
-    _check_routing(_codec(type, packed), x, packed, expert_ids)
-    return x.new_empty((*expert_ids.shape, packed.shape[1]))
-
-
-def _check_routing(codec: Codec, x: Tensor, packed: Tensor, expert_ids: Tensor) -> None:
-    _check_columns(codec, x, packed, _row_len(codec, packed))
-    if expert_ids.dtype not in _ID_DTYPES:
-        raise CodecError(f"expert ids must be integers, got {expert_ids.dtype}")
-    if expert_ids.device != packed.device:
-        raise CodecError(f"expert ids are on {expert_ids.device}, {codec.name} weights on {packed.device}")
-    if x.ndim != 2 or packed.ndim != 3 or expert_ids.ndim != 2 or x.shape[0] != expert_ids.shape[0]:
-        raise CodecError(
-            f"expected activations [T, row_len], experts [E, R, row_nbytes] and ids [T, K]; got {list(x.shape)}, "
-            f"{list(packed.shape)}, {list(expert_ids.shape)}"
-        )
+    return x.new_empty((*expert_ids.shape, check_routing(type, x, packed, expert_ids).out_features))
 
 
 def _grouped(expert_ids: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
@@ -565,9 +552,9 @@ def _grouped(expert_ids: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
 @torch.library.custom_op("ggufx::experts_grad", mutates_args=())
 def _experts_grad(grad: Tensor, packed: Tensor, expert_ids: Tensor, type: str) -> Tensor:
     """Return the gradient [T, row_len] of :func:`experts`' activations from that of its result [T, K, R]."""
-    codec = _codec(type, packed)
+    _, _, row_len, _ = check_routing(type, grad, packed, expert_ids, grad=True)
     tokens, k = expert_ids.shape
-    out = grad.new_zeros((tokens * k, _row_len(codec, packed)))
+    out = grad.new_zeros((tokens * k, row_len))
     flat = grad.reshape(tokens * k, packed.shape[1])
     if flat.numel():
         for expert, pairs in _grouped(expert_ids, packed.shape[0]):
@@ -578,7 +565,8 @@ def _experts_grad(grad: Tensor, packed: Tensor, expert_ids: Tensor, type: str) -
 
 @_experts_grad.register_fake
 def _(grad: Tensor, packed: Tensor, expert_ids: Tensor, type: str) -> Tensor:
-    return grad.new_empty((grad.shape[0], _row_len(_codec(type, packed), packed)))
+    matrix = check_routing(type, grad, packed, expert_ids, grad=True)
+    return grad.new_empty((grad.shape[0], matrix.row_len))
 
 
 def _keep_routing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from types import EllipsisType
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ggufx import types
 from ggufx.errors import CodecError, UnknownType
 from ggufx.torch import ops
+from ggufx.torch.arguments import check_bias, check_planes
 from ggufx.torch.decoding import dtype_of
 from ggufx.types import Codec
 
@@ -79,13 +81,12 @@ class GGUFTensor:
                 )
             if codec is not None and self.shape:
                 packed = packed.reshape(*self.shape[:-1], codec.layout.row_nbytes(self.shape[-1]))
-        elif (
-            codec is None
-            or self.planes is None
-            or sum(plane.nbytes for plane in self.planes[:2]) != codec.layout.nbytes(self.shape)
-        ):
-            got = [list(plane.shape) for plane in planes or ()]
-            raise CodecError(f"planes {got} do not make up {self.type}{list(self.shape)}")
+        else:
+            assert planes is not None
+            got = [list(plane.shape) for plane in planes]
+            if codec is None or len(self.shape) != 2 or got[:1] != [list(self.shape)]:
+                raise CodecError(f"planes {got} do not make up {self.type}{list(self.shape)}")
+            check_planes(codec.name, planes, self.shape[0])
         self._packed = packed
 
     @property
@@ -199,6 +200,30 @@ class GGUFTensor:
             raise TypeError("a packed row is not iterated over; dequantize() first")
         return (self[number] for number in range(len(self)))
 
+    def cpu(self) -> GGUFTensor:
+        """Return the tensor in the host's memory, as :meth:`to`."""
+        return self.to("cpu")
+
+    def cuda(self, device: torch.device | str | int | None = None, *, non_blocking: bool = False) -> GGUFTensor:
+        """Return the tensor on a CUDA device, the current one by default, as :meth:`to`."""
+        return self.to("cuda" if device is None else device, non_blocking=non_blocking)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Serve ``torch.nn.functional.linear(x, w, bias)``; no other function of torch's takes a packed tensor."""
+        if function is torch.nn.functional.linear:
+            return linear(*args, **_renamed(kwargs or {}))
+        name = getattr(function, "__name__", str(function))
+        raise TypeError(f"torch's {name} does not take a packed tensor; dequantize() first, or use ggufx.torch.linear")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By the type's name and what is stored: torch.load(weights_only=True) takes it, and no code object travels.
+        parts = list(self._parts[:2])
+        codec = None if self.codec is None else self.codec.name
+        return _restored, (parts, codec, self.shape, self._dtype, self.name, self.type)
+
     def __array__(self, *args: object, **kwargs: object) -> NoReturn:
         # Else numpy would take what can be indexed for a list.
         raise TypeError("a packed tensor is no array; dequantize() first")
@@ -232,6 +257,27 @@ class GGUFTensor:
                 f"tensor {self.name!r} is of type {self.type}, which no known dialect defines; it cannot be decoded"
             )
         return self.codec
+
+
+def _renamed(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keywords of torch's linear by the names that ours has."""
+    return {{"input": "x", "weight": "w"}.get(name, name): value for name, value in keywords.items()}
+
+
+def _restored(
+    parts: list[Tensor], codec: str | None, shape: Sequence[int], dtype: torch.dtype | None, name: str, type: str
+) -> GGUFTensor:
+    """Return the tensor of which ``GGUFTensor.__reduce__`` gave the parts: packed bytes, or codes and scales."""
+    known = None if codec is None else types.get(codec)
+    if len(parts) == 1:
+        return GGUFTensor(parts[0], known, shape, dtype=dtype, name=name, type=type)
+    assert codec is not None
+    # What a kernel makes of the scales belongs to its device, where they may be another's now.
+    planes = ops.split_planes(codec, ops.join_planes(codec, parts))
+    return GGUFTensor(None, known, shape, dtype=dtype, name=name, type=type, planes=planes)
+
+
+torch.serialization.add_safe_globals([_restored])
 
 
 def linear(x: Tensor, w: GGUFTensor, bias: Tensor | None = None) -> Tensor:
@@ -333,7 +379,7 @@ def checked_bias(bias: Tensor | None, rows: int, dtype: torch.dtype | None = Non
     if not isinstance(bias, Tensor):
         hint = "; dequantize() it first" if isinstance(bias, GGUFTensor) else ""
         raise TypeError(f"a bias is a torch.Tensor, got {type(bias).__name__}{hint}")
-    ops.check_bias(bias, rows)
+    check_bias(bias, rows)
     return bias if dtype is None else bias.to(dtype)
 
 
