@@ -18,7 +18,7 @@ from ggufx.errors import CodecError
 from ggufx.types import Codec
 from ggufx.types import codec as codec_module
 from ggufx.types.mxfp4 import ROUNDED_UP
-from ggufx.types.packing import fields
+from ggufx.types.words import NumpyWords
 
 ROOT = Path(__file__).parent.parent
 REALISTIC = [0, 1, *range(4, 12)]
@@ -230,7 +230,7 @@ def grid_scales(codec: Codec, packed: np.ndarray) -> np.ndarray:
     elif codec.name == "IQ1_S":
         a, unit = blocks["qh"] >> 12 & 7, 1
     else:
-        a, unit = fields(blocks["scales"], 4, 1), 1 if codec.name == "IQ3_S" else 0.125
+        a, unit = NumpyWords().fields(blocks["scales"], 4, 1), 1 if codec.name == "IQ3_S" else 0.125
     return blocks["d"].astype(np.float64)[..., None] * unit * (2 * a.astype(np.float64) + 1)
 
 

@@ -199,3 +199,23 @@ def test_a_plugin_may_look_types_up_while_it_is_imported(tmp_path: Path) -> None
     code = TAKEN.replace("8}", "251}") + "from ggufx import types\nassert types.get('Q8_0').name == 'Q8_0'\n"
     install(tmp_path, name="acme-types", entry="TAKEN", code=code)
     assert run(tmp_path, "-c", "import ggufx; print(ggufx.types.get('taken').ids)").stdout == "{'llama.cpp': 251}\n"
+
+
+def test_its_specification_decodes_in_plain_torch(folder: Path, model: Path) -> None:
+    pytest.importorskip("torch")
+    code = f"""
+import numpy as np, torch
+import ggufx.torch
+from ggufx.torch.decoding import decode_rows, way_of
+w = ggufx.torch.load({str(model)!r})["a.weight"]
+out = torch.empty(4, 64)
+decode_rows(w.codec, w.packed, out, "torch")
+# By the formula: (q - 1) * d, by hand from the bytes.
+raw = w.packed.numpy().reshape(4, 4, 6)
+d = raw[..., :2].copy().view("<f2").astype(np.float32)
+q = (raw[..., 2:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3).reshape(4, 4, 16)
+assert np.array_equal(out.numpy().reshape(4, 4, 16), (q.astype(np.float32) - 1) * d)
+assert way_of(w.codec, torch.device("mps")) == "torch"
+"""
+    done = run(folder, "-c", code)
+    assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
-"""Numba kernels, one module per quant type, found by the type's name in lower case; their twins are in sub-packages.
+"""Numba kernels, one module per quant type, found by the type's name in lower case.
 
-``ggufx.kernels.cuda`` has Triton kernels under the same names, ``ggufx.kernels.torch`` decoders in plain torch; each says in
-its docstring what a module of it defines. A kernel module for the CPU may define, all over C-contiguous arrays (``rows``
+``ggufx.kernels.cuda`` has their Triton twins under the same names, and says in its docstring what a module of it defines. A
+kernel module for the CPU may define, all over C-contiguous arrays (``rows``
 read-only uint8 [R, row_nbytes]):
 
 ``decode(rows, out, block_len)``
@@ -37,14 +37,14 @@ OUTPUTS: Final = {"float32": "float32", "float16": "uint16", "bfloat16": "int16"
 bits tells which they are."""
 
 
-def _module_name(name: str, cuda: bool, torch: bool) -> str:
-    return ".".join([__name__, *(["cuda"] if cuda else []), *(["torch"] if torch else []), name.lower()])
+def _module_name(name: str, cuda: bool) -> str:
+    return ".".join([__name__, *(["cuda"] if cuda else []), name.lower()])
 
 
 @cache
-def exists(name: str, *, cuda: bool = False, torch: bool = False) -> bool:
-    """Return whether type ``name`` has a kernel module, for the CPU, for CUDA, or in plain torch, without importing it."""
-    module = _module_name(name, cuda, torch)
+def exists(name: str, *, cuda: bool = False) -> bool:
+    """Return whether type ``name`` has a kernel module, for the CPU or for CUDA, without importing it."""
+    module = _module_name(name, cuda)
     # A package must be there before one may ask for what is in it.
     return (
         importlib.util.find_spec(module.rpartition(".")[0]) is not None and importlib.util.find_spec(module) is not None
@@ -52,15 +52,15 @@ def exists(name: str, *, cuda: bool = False, torch: bool = False) -> bool:
 
 
 @cache
-def find(name: str, *, cuda: bool = False, torch: bool = False) -> ModuleType | None:
+def find(name: str, *, cuda: bool = False) -> ModuleType | None:
     """Return the kernel module of type ``name``, or ``None`` when the type has none.
 
-    The first call for a type imports Numba, with ``cuda`` Triton, with ``torch`` torch. A kernel that exists but fails to
+    The first call for a type imports Numba, with ``cuda`` Triton. A kernel that exists but fails to
     import raises: nothing falls back in silence.
     """
-    if not exists(name, cuda=cuda, torch=torch) or not (cuda or torch or compiles()):
+    if not exists(name, cuda=cuda) or not (cuda or compiles()):
         return None
-    return load(_module_name(name, cuda, torch).removeprefix(f"{__name__}."))
+    return load(_module_name(name, cuda).removeprefix(f"{__name__}."))
 
 
 def compiles() -> bool:
@@ -70,7 +70,7 @@ def compiles() -> bool:
 
 @cache
 def load(name: str) -> ModuleType:
-    """Return module ``name`` of this package; the first call imports what it needs: Numba, Triton or torch."""
+    """Return module ``name`` of this package; the first call imports what it needs: Numba or Triton."""
     with uncollected():
         return importlib.import_module(f"{__name__}.{name}")
 

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from ggufx import kernels, types
+from ggufx import types
 from ggufx.errors import CodecError
 from ggufx.torch.decoding import FLOATS, dtype_of
 from ggufx.types import Codec
@@ -103,7 +103,7 @@ def check_planes(type_name: str, planes: Sequence[Tensor], out_features: int) ->
         There is no type of that name.
     """
     codec = types.get(type_name)
-    if getattr(kernels.find(codec.name, torch=True), "join", None) is None:
+    if codec.planes is None:
         raise CodecError(f"{codec.name} has no planes; pass its packed rows")
     if len(planes) < 2:
         raise CodecError(f"planes of {codec.name} are codes and scales, got {len(planes)} tensors")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 import ml_dtypes
@@ -14,9 +13,12 @@ from torch import Tensor
 
 from ggufx import kernels
 from ggufx.errors import CodecError
+from ggufx.torch.words import TorchWords
 from ggufx.types import Codec
 
 __all__ = ["CUDA_DTYPES", "FLOATS", "as_numpy", "decode_rows", "dtype_of", "runs_cuda", "way_of"]
+
+_WORDS: Final = TorchWords()
 
 Way = Literal["cuda", "torch", "cpu"]
 
@@ -121,17 +123,6 @@ def decode_rows(codec: Codec, rows: Tensor, out: Tensor, way: Way | None = None)
 
 
 def _decoded(codec: Codec, rows: Tensor) -> Tensor:
-    """Return the values of rows uint8 [R, row_nbytes], [R, n, block_len], in plain torch."""
-    module = kernels.find(codec.name, torch=True)
-    assert module is not None
-    layout = codec.layout
-    split = layout.header_nbytes
-    blocks = rows[:, split:].unflatten(-1, (-1, layout.block.itemsize))
-    header = {} if layout.header is None else _fields(layout.header, rows[:, :split])
-    values: Tensor = module.decode(_fields(layout.block, blocks), header)
+    """Return the values of rows uint8 [R, row_nbytes], [R, n, block_len], by the specification in plain torch."""
+    values: Tensor = codec.decode_blocks(*codec.layout.fields(rows), _WORDS)
     return values
-
-
-def _fields(dtype: np.dtype[Any], data: Tensor) -> Mapping[str, Tensor]:
-    assert dtype.fields is not None
-    return {name: data[..., at : at + field.itemsize] for name, (field, at, *_) in dtype.fields.items()}

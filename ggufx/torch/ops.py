@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ggufx import kernels
+from ggufx import kernels, types
 from ggufx.errors import CodecError
 from ggufx.torch.arguments import (
     Matrix,
@@ -245,17 +245,25 @@ def split_planes(type_name: str, rows: Tensor) -> list[Tensor] | None:
     to its device, and may have strides that a copy would lose: it is made anew, never moved or stored.
     """
     split = _cuda_verb(type_name, "split") if runs_cuda(rows.device) else None
-    if split is None:
-        split = getattr(kernels.find(type_name, torch=True), "split", None)
-    return None if split is None else list(split(rows))
+    if split is not None:
+        return list(split(rows))
+    codec = types.get(type_name)
+    if codec.planes is None:
+        return None
+    block, _ = codec.layout.fields(rows)
+    return [block[field].flatten(-2).contiguous() for field in codec.planes]
 
 
 def join_planes(type_name: str, planes: Sequence[Tensor]) -> Tensor:
     """Return the packed rows uint8 [R, row_nbytes] that :func:`split_planes` took apart."""
-    module = kernels.find(type_name, torch=True)
-    assert module is not None
-    rows: Tensor = module.join(planes[0], planes[1])
-    return rows
+    codec = types.get(type_name)
+    assert codec.planes is not None
+    n_blocks = planes[1].shape[-1]
+    parts = {
+        field: plane.reshape(*plane.shape[:-1], n_blocks, plane.shape[-1] // max(1, n_blocks))
+        for field, plane in zip(codec.planes, planes, strict=False)
+    }
+    return torch.cat([parts[field] for field in codec.layout.block.names or ()], dim=-1).flatten(-2)
 
 
 def _aligned(planes: Sequence[Tensor]) -> bool:

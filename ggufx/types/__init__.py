@@ -14,17 +14,21 @@ from typing import TYPE_CHECKING
 
 from ggufx.errors import PluginError, UnknownType
 from ggufx.types.codec import Codec, Effort, ImportanceWarning, Layout, Objective, Search
+from ggufx.types.words import Array, Fields, Words
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 __all__ = [
+    "Array",
     "Codec",
     "Effort",
+    "Fields",
     "ImportanceWarning",
     "Layout",
     "Objective",
     "Search",
+    "Words",
     "all_codecs",
     "by_id",
     "get",

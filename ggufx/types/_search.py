@@ -9,7 +9,7 @@ import numpy as np
 
 from ggufx import kernels, tables
 from ggufx.types.codec import F32, U8, Effort, Search
-from ggufx.types.packing import trellis
+from ggufx.types.words import NumpyWords
 
 __all__ = ["search_blocks", "search_codebook", "search_trellis"]
 
@@ -107,7 +107,7 @@ def _zeros(kind: int) -> tuple[int, int]:
     """Return scale code and index of zeros: no sign shows under a scale of 0 and elements that are not negative."""
     group_len = 4 if kind == 4 else 8
     seeds = np.arange(1 << 15, dtype=np.uint32) + np.uint32(tables.TRELLIS_OFFSET)
-    values = trellis(seeds, group_len).reshape(-1, group_len)
+    values = NumpyWords().trellis(seeds, group_len).reshape(-1, group_len)
     return {2: 8, 3: 0, 4: 64}[kind], int((values >= 0).all(axis=1).argmax())
 
 

@@ -1,7 +1,8 @@
 """What a quant type is: its layout as data, and the verbs decode, encode, pack and unpack over rows.
 
-A type is one file with one subclass of :class:`Codec`. It writes the NumPy specification (``decode_rows``), and maybe
-``encode_rows``, ``pack_rows`` and ``unpack_rows``; validation, allocation, kernels and threads are in the base class.
+A type is one file with one subclass of :class:`Codec`. It writes the specification of its decoder (``decode_blocks``), which
+runs on NumPy and on torch, and maybe ``encode_rows``, ``pack_rows`` and ``unpack_rows``; validation, allocation, kernels and
+threads are in the base class.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy.typing as npt
 
 from ggufx import kernels
 from ggufx.errors import CodecError, NonFiniteError, UnsupportedType
+from ggufx.types.words import Array, Fields, NumpyWords, Words
 
 __all__ = ["Codec", "Effort", "ImportanceWarning", "Layout", "Objective", "Search"]
 
@@ -32,6 +34,8 @@ F32 = npt.NDArray[np.float32]
 
 _CHUNK_NBYTES = 1 << 22
 """Output bytes of a row chunk: a few hundred microseconds of work, so that handing over the GIL costs nothing."""
+
+_NUMPY: Final = NumpyWords()
 
 _LEAST = float(np.finfo(np.float32).smallest_subnormal)
 
@@ -127,6 +131,23 @@ class Layout:
         blocks = rows[:, self.header_nbytes :].view(self.block)
         return headers, blocks
 
+    def fields(self, rows: Array) -> tuple[Fields, Fields]:
+        """Return the fields of blocks and of row headers as bytes, of packed rows uint8 [R, row_nbytes] in any library.
+
+        Returns
+        -------
+        (name -> uint8 [R, n, nbytes of the field], name -> uint8 [R, nbytes of the field])
+        """
+        blocks = rows[:, self.header_nbytes :]
+        blocks = blocks.reshape(blocks.shape[0], blocks.shape[1] // self.block.itemsize, self.block.itemsize)
+        header = {} if self.header is None else _fields(self.header, rows[:, : self.header_nbytes])
+        return _fields(self.block, blocks), header
+
+
+def _fields(dtype: np.dtype[Any], data: Array) -> Fields:
+    assert dtype.fields is not None
+    return {name: data[..., at : at + field.itemsize] for name, (field, at, *_) in dtype.fields.items()}
+
 
 class Codec(ABC):
     """A type of GGUF: layout, ids per dialect, and its verbs.
@@ -147,6 +168,9 @@ class Codec(ABC):
         Whether encoding loses bits of float32 values in general.
     reproduces : bool
         Whether ``effort="reference"`` gives the bytes of the C library's encoder.
+    planes : pair of str or None
+        Fields of codes (a byte an element) and of scales (a byte a block) that :mod:`ggufx.torch` may keep apart, for
+        products that want both in one piece.
     rms_bound : float or None
         Promise of the encoder: on rows of standard normal values the root mean square of the error is at most this part of
         the values'. ``None`` promises nothing; the test kit holds what is promised.
@@ -158,12 +182,21 @@ class Codec(ABC):
     needs_importance: ClassVar[bool] = False
     lossy: ClassVar[bool] = True
     reproduces: ClassVar[bool] = False
+    planes: ClassVar[tuple[str, str] | None] = None
     rms_bound: ClassVar[float | None] = None
 
     # What a type writes -----------------------------------------------------------------------------------------
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[Any]) -> None:
-        """Fill ``out`` [R, row_len] of ``value_dtype`` from ``rows`` uint8 [R, row_nbytes]: the specification."""
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
+        """Return the values [R, n, block_len] of ``value_dtype`` that blocks hold: the specification, in any library.
+
+        Parameters
+        ----------
+        block, header
+            Fields of the block and of the row header by name, as bytes: uint8 [R, n, nbytes] and [R, nbytes].
+        w
+            The operations that differ between libraries, and the words that formats share (:mod:`ggufx.types.words`).
+        """
         raise UnsupportedType(f"{self.name} is known by its layout only; decoding it is not implemented")
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
@@ -183,6 +216,19 @@ class Codec(ABC):
 
     # Derived ----------------------------------------------------------------------------------------------------
 
+    def decode_rows(self, rows: U8, out: npt.NDArray[Any]) -> None:
+        """Fill ``out`` [R, row_len] of ``value_dtype`` from ``rows`` uint8 [R, row_nbytes]: the specification on NumPy.
+
+        A type whose specification is written for NumPy alone writes this instead of :meth:`decode_blocks`; torch then has the
+        CPU decode it.
+        """
+        block, header = self.layout.fields(rows)
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = self.decode_blocks(block, header, _NUMPY)
+        if values.dtype != self.value_dtype:
+            raise TypeError(f"{self.name}.decode_blocks gives {values.dtype}, it must give {self.value_dtype}")
+        out[...] = values.reshape(out.shape)
+
     @property
     def name(self) -> str:
         """Upstream spelling of the type."""
@@ -197,7 +243,7 @@ class Codec(ABC):
     @property
     def can_decode(self) -> bool:
         """Whether :meth:`decode` works."""
-        return self._implements("decode_rows")
+        return self._implements("decode_blocks") or self._implements("decode_rows")
 
     @property
     def can_encode(self) -> bool:
@@ -226,8 +272,8 @@ class Codec(ABC):
 
     @property
     def has_torch(self) -> bool:
-        """Whether plain torch decodes the type, on any device of torch's; asking does not load torch."""
-        return self._own and self.can_decode and kernels.exists(self.name, torch=True)
+        """Whether plain torch decodes the type, on any device of torch's: its specification is written for any library."""
+        return self._implements("decode_blocks")
 
     @property
     def _own(self) -> bool:

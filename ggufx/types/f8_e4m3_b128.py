@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import kernels
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 128
 
@@ -95,12 +95,11 @@ class F8_E4M3_B128(Codec):  # noqa: N801 (upstream's spelling)
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("e", "u1"), ("qs", "u1", (BLOCK_LEN,))]))
     rms_bound: ClassVar = 0.0272
     ids: ClassVar = {"nisparks": 42}
+    planes: ClassVar = ("qs", "e")
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Look both factors up; the product is exact or overflows."""
-        _, blocks = self.layout.split(rows)
-        with np.errstate(over="ignore", invalid="ignore"):
-            out.reshape(*blocks.shape, BLOCK_LEN)[...] = E4M3[blocks["qs"]] * E8M0[blocks["e"]][..., None]
+        return w.look_up(E4M3, block["qs"]) * w.look_up(E8M0, block["e"])
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Smallest scale that clips nothing, nearest code (ties to even); -0.0 is kept. Importance changes nothing.

@@ -5,19 +5,18 @@ from __future__ import annotations
 from typing import ClassVar, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types._grids import bits, search_grid
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, widen
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 256
 
 # Sampled scales of a group: (least, largest, number), over sum w x^2 / sum w |x|.
 _SPANS: Final = {"fast": (0.11, 0.15, 2), "normal": (0.095, 0.19, 4), "high": (0.09, 0.22, 6)}
 
-SHIFT = np.float32(0.125)
+SHIFT = 0.125
 
 
 class IQ1_M(Codec):  # noqa: N801 (upstream's spelling)
@@ -32,19 +31,18 @@ class IQ1_M(Codec):  # noqa: N801 (upstream's spelling)
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("qs", "u1", (32,)), ("qh", "u1", (16,)), ("scales", "u1", (8,))]))
     ids: ClassVar = {"llama.cpp": 29}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Gather the scale from its nibbles; look up points, shift and scale."""
-        _, blocks = self.layout.split(rows)
-        words = blocks["scales"].view("<u2")
-        d = np.bitwise_or.reduce(words >> 12 << np.arange(0, 16, 4, dtype=np.uint16), axis=-1).view(np.float16)
-        high = fields(blocks["qh"], 4, 1)
-        indices = blocks["qs"] | (high & 7).astype(np.uint16) << 8
-        values = tables.GRID_IQ1[indices] + np.where(high >> 3, -SHIFT, SHIFT)[..., None]
-        values = values.reshape(*blocks.shape, 16, 16)
-        a = words[..., None] >> np.arange(0, 12, 3, dtype=np.uint16) & np.uint16(7)
-        with np.errstate(invalid="ignore"):
-            scales = widen(d) * (2 * a + 1).reshape(*blocks.shape, 16).astype(np.float32)
-            out.reshape(values.shape)[...] = scales[..., None] * values
+        packed = w.unsigned(block["scales"], 2)
+        d = w.total(packed >> 12 << w.steps(16, 4, packed))[..., None]
+        high = w.fields(block["qh"], 4)
+        indices = block["qs"] | w.cast(high & 7, "i4") << 8
+        # + SHIFT, or - SHIFT where bit 3 is set.
+        shift = SHIFT - w.floats(high >> 3) * (2 * SHIFT)
+        values = (w.look_up(tables.GRID_IQ1, indices) + shift[..., None]).reshape(*high.shape[:-1], 16, 16)
+        a = w.joined(w.shifted(packed, 3, 12, 7))
+        scales = w.floats(w.reinterpreted(w.cast(d, "i2"), "f2")) * w.floats(2 * a + 1)
+        return w.joined(scales[..., None] * values)
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales exactly, over the whole grid under both shifts (FORMATS 7.1).

@@ -5,19 +5,18 @@ from __future__ import annotations
 from typing import ClassVar, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types._grids import search_grid
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import widen
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 256
 
 # Sampled scales of a group: (least, largest, number), over sum w x^2 / sum w |x|.
 _SPANS: Final = {"fast": (0.11, 0.15, 2), "normal": (0.1, 0.165, 3), "high": (0.09, 0.2, 5)}
 
-SHIFT = np.float32(0.125)
+SHIFT = 0.125
 
 
 class IQ1_S(Codec):  # noqa: N801 (upstream's spelling)
@@ -33,16 +32,15 @@ class IQ1_S(Codec):  # noqa: N801 (upstream's spelling)
     needs_importance: ClassVar = True
     ids: ClassVar = {"llama.cpp": 19}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Look up points, shift and scale."""
-        _, blocks = self.layout.split(rows)
-        qh = blocks["qh"][..., None]
-        high = qh >> np.arange(0, 12, 3, dtype=np.uint16) & np.uint16(7)
-        indices = blocks["qs"].reshape(high.shape) | high << 8
-        values = tables.GRID_IQ1[indices].reshape(*blocks.shape, 8, 32) + np.where(qh >> 15, -SHIFT, SHIFT)
-        with np.errstate(invalid="ignore"):
-            scales = widen(blocks["d"]) * (2 * (blocks["qh"] >> 12 & 7) + 1).astype(np.float32)
-            out.reshape(values.shape)[...] = scales[..., None] * values
+        qh = w.unsigned(block["qh"], 2)
+        indices = w.parted(block["qs"], 8, 4) | w.shifted(qh, 3, 12, 7) << 8
+        # + SHIFT, or - SHIFT where the top bit is set.
+        shift = SHIFT - w.floats(qh >> 15) * (2 * SHIFT)
+        values = w.joined(w.look_up(tables.GRID_IQ1, indices)) + shift[..., None]
+        scales = w.half(block["d"]) * w.floats(2 * (qh >> 12 & 7) + 1)
+        return w.joined(scales[..., None] * values)
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales exactly, over the whole grid under both shifts (FORMATS 7.1).

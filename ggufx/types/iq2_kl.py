@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types._search import search_codebook
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, scaled
+from ggufx.types.words import Array, Fields, Words
 
 
 class IQ2_KL(Codec):  # noqa: N801 (upstream's spelling)
@@ -26,15 +25,11 @@ class IQ2_KL(Codec):  # noqa: N801 (upstream's spelling)
     )
     ids: ClassVar = {"ik_llama.cpp": 157}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scales -32..31; exact."""
-        headers, blocks = self.layout.split(rows)
-        assert headers is not None
-        high = fields(blocks["scales_h"][..., None], 2).astype(np.uint8)
-        scales = (fields(blocks["scales_l"], 4, 4) | high << 4).astype(np.float32) - np.float32(32)
-        codes = fields(blocks["qs"], 4, 16) | fields(blocks["qh"], 1, 16) << 4
-        values = np.array(tables.KL_PAIRS, np.float32)[codes].reshape(*blocks.shape, 256)
-        scaled(headers["d"], scales, values, out)
+        scales = w.floats(w.fields(block["scales_l"], 4, 4) | w.fields(block["scales_h"], 2) << 4) - 32
+        codes = w.fields(block["qs"], 4, 16) | w.fields(block["qh"], 1, 16) << 4
+        return w.scaled(w.half(header["d"]), scales, w.joined(w.look_up(tables.KL_PAIRS, codes)))
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales and codes for the least ``sum w (x - y)^2``.

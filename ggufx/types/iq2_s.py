@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import ClassVar, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types._grids import bits, search_grid
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, negated, widen
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 256
 
@@ -32,15 +31,12 @@ class IQ2_S(Codec):  # noqa: N801 (upstream's spelling)
     )
     ids: ClassVar = {"llama.cpp": 22}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Look up points, apply signs and scale."""
-        _, blocks = self.layout.split(rows)
-        indices = blocks["qs"][..., :32] | fields(blocks["qh"], 2, 1).astype(np.uint16) << 8
-        signs = fields(blocks["qs"][..., 32:, None], 1, 1)
-        values = negated(tables.GRID_IQ2_S[indices], signs).reshape(*blocks.shape, 16, 16)
-        with np.errstate(invalid="ignore"):
-            scales = widen(blocks["d"]) * (np.float32(0.5) + fields(blocks["scales"], 4, 1)) * np.float32(0.25)
-            out.reshape(values.shape)[...] = scales[..., None] * values
+        indices = block["qs"][..., :32] | w.cast(w.fields(block["qh"], 2), "i4") << 8
+        points = w.negated(w.look_up(tables.GRID_IQ2_S, indices), w.fields(block["qs"][..., 32:, None], 1))
+        scales = w.half(block["d"]) * (0.5 + w.floats(w.fields(block["scales"], 4))) * 0.25
+        return w.joined(scales[..., None] * points.reshape(*scales.shape, 16))
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales exactly, over the whole grid (FORMATS 7.1).

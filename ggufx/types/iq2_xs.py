@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import ClassVar, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types._grids import bits, search_grid
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import EVEN_SIGNS, fields, negated, widen
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 256
 
@@ -31,15 +30,12 @@ class IQ2_XS(Codec):  # noqa: N801 (upstream's spelling)
     needs_importance: ClassVar = True
     ids: ClassVar = {"llama.cpp": 17}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Look up points, apply signs and scale."""
-        _, blocks = self.layout.split(rows)
-        qs = blocks["qs"]
-        signs = fields(EVEN_SIGNS[qs >> 9][..., None], 1, 1)
-        values = negated(tables.GRID_IQ2_XS[qs & 511], signs).reshape(*blocks.shape, 16, 16)
-        with np.errstate(invalid="ignore"):
-            scales = widen(blocks["d"]) * (np.float32(0.5) + fields(blocks["scales"], 4, 1)) * np.float32(0.25)
-            out.reshape(values.shape)[...] = scales[..., None] * values
+        qs = w.unsigned(block["qs"], 2)
+        points = w.negated(w.look_up(tables.GRID_IQ2_XS, qs & 511), w.signs_of(qs >> 9))
+        scales = w.half(block["d"]) * (0.5 + w.floats(w.fields(block["scales"], 4))) * 0.25
+        return w.joined(scales[..., None] * points.reshape(*scales.shape, 16))
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales exactly, over the whole grid with the parity of the signs (FORMATS 7.1).

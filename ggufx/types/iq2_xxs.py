@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import EVEN_SIGNS, fields, negated, widen
 from ggufx.types.scalar import kernel_of, locked, relative
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 256
 
@@ -56,19 +56,13 @@ class IQ2_XXS(Codec):  # noqa: N801 (upstream's spelling)
     reproduces: ClassVar = True
     ids: ClassVar = {"llama.cpp": 16}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Look up points, apply signs and scale."""
-        _, blocks = self.layout.split(rows)
-        groups = blocks["qs"].reshape(*blocks.shape, 8, 4)
-        indices = groups[..., :2].copy().view(np.uint8)
-        words = groups[..., 2:].copy().view("<u4")
-        signs = EVEN_SIGNS[words >> np.arange(0, 28, 7, dtype=np.uint32) & np.uint32(127)]
-        values = negated(tables.GRID_IQ2_XXS[indices], fields(signs[..., None], 1, 1)).reshape(*blocks.shape, 8, 32)
-        with np.errstate(invalid="ignore"):
-            scales = (
-                widen(blocks["d"]) * (np.float32(0.5) + (words[..., 0] >> 28).astype(np.float32)) * np.float32(0.25)
-            )
-            out.reshape(values.shape)[...] = scales[..., None] * values
+        groups = w.parted(block["qs"], 8, 8)
+        word = w.unsigned(groups[..., 4:], 4)[..., 0]
+        points = w.negated(w.look_up(tables.GRID_IQ2_XXS, groups[..., :4]), w.signs_of(w.shifted(word, 7, 28, 127)))
+        scales = w.half(block["d"]) * (0.5 + w.floats(word >> 28)) * 0.25
+        return w.joined(scales[..., None] * w.joined(points))
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales exactly, over the whole grid, with the parity of the signs (FORMATS 7.1).

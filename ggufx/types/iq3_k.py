@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types._search import search_codebook
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, scaled, twin
+from ggufx.types.words import Array, Fields, Words
 
 
 class IQ3_K(Codec):  # noqa: N801 (upstream's spelling)
@@ -35,13 +34,12 @@ class IQ3_K(Codec):  # noqa: N801 (upstream's spelling)
     )
     ids: ClassVar = {"ik_llama.cpp": 138}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scales are odd, -31..31, never 0; exact."""
-        _, blocks = self.layout.split(rows)
-        magnitudes = 2 * fields(blocks["scales_l"], 4).astype(np.float32) + np.float32(1)
-        scales = np.where(fields(blocks["scales_h"][..., None], 1), -magnitudes, magnitudes)
-        codes = fields(blocks["qs"], 2, 32) | fields(blocks["qh"], 1, 32) << 2
-        scaled(blocks["d"], scales, twin(tables.IQ3, codes, fields(blocks["extra"][..., None], 1)), out)
+        magnitudes = 2 * w.floats(w.fields(block["scales_l"], 4)) + 1
+        scales = w.where(w.fields(block["scales_h"], 1) != 0, -magnitudes, magnitudes)
+        codes = w.fields(block["qs"], 2, 32) | w.fields(block["qh"], 1, 32) << 2
+        return w.scaled(w.half(block["d"]), scales, w.twin(tables.IQ3, codes, w.fields(block["extra"], 1)))
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales, tables and codes for the least ``sum w (x - y)^2``.

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types._search import search_codebook
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, scaled, twin
+from ggufx.types.words import Array, Fields, Words
 
 
 class IQ3_KS(Codec):  # noqa: N801 (upstream's spelling)
@@ -28,14 +27,12 @@ class IQ3_KS(Codec):  # noqa: N801 (upstream's spelling)
     )
     ids: ClassVar = {"ik_llama.cpp": 156}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scales -16..15; exact."""
-        headers, blocks = self.layout.split(rows)
-        assert headers is not None
-        extra = fields(blocks["extra"][..., None], 1)
-        scales = (fields(blocks["scales"], 4, 4) | extra[..., :8] << 4).astype(np.float32) - np.float32(16)
-        codes = fields(blocks["qs"], 2, 32) | fields(blocks["qh"], 1, 32) << 2
-        scaled(headers["d"], scales, twin(tables.IQ3, codes, extra[..., 8:]), out)
+        extra = w.fields(block["extra"], 1)
+        scales = w.floats(w.fields(block["scales"], 4, 4) | extra[..., :8] << 4) - 16
+        codes = w.fields(block["qs"], 2, 32) | w.fields(block["qh"], 1, 32) << 2
+        return w.scaled(w.half(header["d"]), scales, w.twin(tables.IQ3, codes, extra[..., 8:]))
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales, tables and codes for the least ``sum w (x - y)^2``.

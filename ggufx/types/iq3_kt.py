@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types._search import search_trellis
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, scaled, trellis
+from ggufx.types.words import Array, Fields, Words
 
 
 class IQ3_KT(Codec):  # noqa: N801 (upstream's spelling)
@@ -27,14 +26,11 @@ class IQ3_KT(Codec):  # noqa: N801 (upstream's spelling)
     )
     ids: ClassVar = {"ik_llama.cpp": 154}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Run the generator from each index; signs come last, so that they show on zeros."""
-        headers, blocks = self.layout.split(rows)
-        assert headers is not None
-        magnitudes = np.abs(trellis(blocks["ql"] + np.uint32(tables.TRELLIS_OFFSET), 8))
-        scaled(headers["d"], fields(blocks["scales"], 4, 4), magnitudes, out)
-        values = out.reshape(magnitudes.shape)
-        np.negative(values, out=values, where=fields(blocks["qh"], 1, 32).astype(bool))
+        magnitudes = abs(w.trellis(w.unsigned(block["ql"], 2) + tables.TRELLIS_OFFSET, 8))
+        values = w.scaled(w.single(header["d"]), w.fields(block["scales"], 4, 4), magnitudes)
+        return w.where(w.fields(block["qh"], 1, 32) != 0, -values, values)
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales and points; see :func:`ggufx.types._search.search_trellis`."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import ClassVar, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types._grids import bits, search_grid
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, negated, widen
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 256
 
@@ -35,15 +34,13 @@ class IQ3_S(Codec):  # noqa: N801 (upstream's spelling)
     )
     ids: ClassVar = {"llama.cpp": 21}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Look up points, apply signs and scale."""
-        _, blocks = self.layout.split(rows)
-        indices = blocks["qs"] | fields(blocks["qh"], 1, 1).astype(np.uint16) << 8
-        signs = fields(blocks["signs"], 1, 1).reshape(*blocks.shape, 8, 32)
-        values = negated(tables.GRID_IQ3_S[indices].reshape(signs.shape), signs)
-        with np.errstate(invalid="ignore"):
-            scales = widen(blocks["d"]) * (1 + 2 * fields(blocks["scales"], 4, 1))
-            out.reshape(values.shape)[...] = scales[..., None] * values
+        indices = block["qs"] | w.cast(w.fields(block["qh"], 1), "i4") << 8
+        signs = w.fields(block["signs"], 1)
+        points = w.negated(w.look_up(tables.GRID_IQ3_S, indices).reshape(signs.shape), signs)
+        scales = w.half(block["d"]) * w.floats(1 + 2 * w.fields(block["scales"], 4))
+        return w.joined(scales[..., None] * w.parted(points, 8, 32))
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales exactly, over the whole grid (FORMATS 7.1).

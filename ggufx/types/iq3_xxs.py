@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import ClassVar, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types._grids import search_grid
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import EVEN_SIGNS, fields, negated, widen
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 256
 
@@ -29,16 +28,13 @@ class IQ3_XXS(Codec):  # noqa: N801 (upstream's spelling)
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "u1", (96,))]))
     ids: ClassVar = {"llama.cpp": 18}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Look up points, apply signs and scale."""
-        _, blocks = self.layout.split(rows)
-        words = blocks["qs"][..., 64:].copy().view("<u4")[..., None]
-        signs = EVEN_SIGNS[words >> np.arange(0, 28, 7, dtype=np.uint32) & np.uint32(127)]
-        points = tables.GRID_IQ3_XXS[blocks["qs"][..., :64]].reshape(*blocks.shape, 8, 32)
-        values = negated(points, fields(signs, 1, 1))
-        with np.errstate(invalid="ignore"):
-            scales = widen(blocks["d"]) * (np.float32(0.5) + (words[..., 0] >> 28).astype(np.float32)) * np.float32(0.5)
-            out.reshape(values.shape)[...] = scales[..., None] * values
+        word = w.unsigned(block["qs"][..., 64:], 4)
+        signs = w.joined(w.signs_of(w.shifted(word, 7, 28, 127)))
+        points = w.negated(w.look_up(tables.GRID_IQ3_XXS, block["qs"][..., :64]).reshape(signs.shape), signs)
+        scales = w.half(block["d"]) * (0.5 + w.floats(word >> 28)) * 0.5
+        return w.joined(scales[..., None] * points)
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales exactly, over the whole grid with the parity of the signs (FORMATS 7.1).

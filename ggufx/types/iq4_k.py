@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types._search import search_codebook
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, scaled, twin
+from ggufx.types.words import Array, Fields, Words
 
 
 class IQ4_K(Codec):  # noqa: N801 (upstream's spelling)
@@ -27,14 +26,12 @@ class IQ4_K(Codec):  # noqa: N801 (upstream's spelling)
     )
     ids: ClassVar = {"ik_llama.cpp": 139}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scales -32..31; exact."""
-        _, blocks = self.layout.split(rows)
-        scales = (fields(blocks["scales_l"], 4) | fields(blocks["scales_h"], 2) << 4).astype(np.float32) - np.float32(
-            32
+        scales = w.floats(w.fields(block["scales_l"], 4) | w.fields(block["scales_h"], 2) << 4) - 32
+        return w.scaled(
+            w.half(block["d"]), scales, w.twin(tables.IQ4, w.fields(block["qs"], 4, 16), w.fields(block["extra"], 1))
         )
-        values = twin(tables.IQ4, fields(blocks["qs"], 4, 16), fields(blocks["extra"][..., None], 1))
-        scaled(blocks["d"], scales, values, out)
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales, tables and codes for the least ``sum w (x - y)^2``.

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types._search import search_codebook
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, scaled, twin
+from ggufx.types.words import Array, Fields, Words
 
 
 class IQ4_KS(Codec):  # noqa: N801 (upstream's spelling)
@@ -27,13 +26,11 @@ class IQ4_KS(Codec):  # noqa: N801 (upstream's spelling)
     )
     ids: ClassVar = {"ik_llama.cpp": 144}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scales are odd, -127..127, never 0."""
-        headers, blocks = self.layout.split(rows)
-        assert headers is not None
-        c = blocks["scales"]
-        values = twin(tables.IQ4, fields(blocks["qs"], 4, 16), c & 1)
-        scaled(headers["d"], (c & 254).astype(np.float32) - np.float32(127), values, out)
+        c = block["scales"]
+        values = w.twin(tables.IQ4, w.fields(block["qs"], 4, 16), c & 1)
+        return w.scaled(w.single(header["d"]), w.floats(c & 254) - 127, values)
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales, tables and codes for the least ``sum w (x - y)^2``.

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types._search import search_codebook
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, scaled, twin
+from ggufx.types.words import Array, Fields, Words
 
 
 class IQ4_KSS(Codec):  # noqa: N801 (upstream's spelling)
@@ -28,16 +27,16 @@ class IQ4_KSS(Codec):  # noqa: N801 (upstream's spelling)
     )
     ids: ClassVar = {"ik_llama.cpp": 146}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Gather the scales' bits, unscramble the words."""
-        headers, blocks = self.layout.split(rows)
-        assert headers is not None
-        words = blocks["qs"]
-        c = ((words & 1) << np.arange(8, dtype=np.uint16)).sum(axis=-1, dtype=np.uint8)
-        words = words & 0xFFFE
-        nibbles = np.ascontiguousarray((words ^ words >> 1).astype("<u2")).view(np.uint8)
-        values = twin(tables.IQ4, fields(nibbles.reshape(*blocks.shape, 128), 4, 16), c & 1)
-        scaled(headers["d"], (c & 254).astype(np.float32) - np.float32(127), values, out)
+        packed = w.parted(w.unsigned(block["qs"], 2), 8, 8)
+        c = w.total((packed & 1) << w.steps(8, 1, packed))
+        packed = packed & 65534
+        packed = w.joined(packed ^ packed >> 1)
+        nibbles = w.joined(w.cast(w.stack([packed & 255, packed >> 8]), "u1"))
+        return w.scaled(
+            w.single(header["d"]), w.floats(c & 254) - 127, w.twin(tables.IQ4, w.fields(nibbles, 4, 16), c & 1)
+        )
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales, tables and codes for the least ``sum w (x - y)^2``.

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types._search import search_trellis
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, scaled, trellis
+from ggufx.types.words import Array, Fields, Words
 
 
 class IQ4_KT(Codec):  # noqa: N801 (upstream's spelling)
@@ -28,16 +27,14 @@ class IQ4_KT(Codec):  # noqa: N801 (upstream's spelling)
     )
     ids: ClassVar = {"ik_llama.cpp": 155}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scales -64..63; run the generator from each index."""
-        headers, blocks = self.layout.split(rows)
-        assert headers is not None
-        words = blocks["qs"]
-        high = fields(words[..., None] >> 8, 3)[..., :8].reshape(*blocks.shape, 64)
-        seeds = blocks["ql"] | fields(blocks["qh"], 4, 32).astype(np.uint32) << 8 | high << 12
-        seeds += np.repeat(tables.TRELLIS_OFFSET + (words & 1) * np.uint32(32768), 8, axis=-1)
-        scales = (words >> 1 & 127).astype(np.float32) - np.float32(64)
-        scaled(headers["d"], scales, trellis(seeds, 4), out)
+        packed = w.unsigned(block["qs"], 4)
+        high = w.shifted(packed >> 8, 3, 24, 7)
+        low = w.parted(block["ql"] | w.cast(w.fields(block["qh"], 4, 32), "i8") << 8, 8, 8)
+        offsets = tables.TRELLIS_OFFSET + (packed & 1) * 32768
+        seeds = w.joined((low | high << 12) + offsets[..., None])
+        return w.scaled(w.single(header["d"]), w.floats(packed >> 1 & 127) - 64, w.trellis(seeds, 4))
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales and points; see :func:`ggufx.types._search.search_trellis`."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types._search import search_blocks
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, widen
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 32
 
@@ -26,12 +25,9 @@ class IQ4_NL(Codec):  # noqa: N801 (upstream's spelling)
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "u1", (16,))]))
     ids: ClassVar = {"llama.cpp": 20}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Look up and scale."""
-        _, blocks = self.layout.split(rows)
-        values = IQ4[fields(blocks["qs"], 4, 16)]
-        with np.errstate(invalid="ignore"):
-            out.reshape(values.shape)[...] = widen(blocks["d"]) * values
+        return w.half(block["d"]) * w.look_up(tables.IQ4, w.fields(block["qs"], 4, 16))
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales, tables and codes for the least ``sum w (x - y)^2``.

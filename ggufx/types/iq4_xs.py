@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types._search import search_codebook
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, widen
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 256
 
@@ -31,15 +30,10 @@ class IQ4_XS(Codec):  # noqa: N801 (upstream's spelling)
     )
     ids: ClassVar = {"llama.cpp": 23}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Look up and scale."""
-        _, blocks = self.layout.split(rows)
-        values = IQ4[fields(blocks["qs"], 4, 16)].reshape(*blocks.shape, 8, 32)
-        high = blocks["scales_h"][..., None] >> np.arange(0, 16, 2, dtype=np.uint16) & np.uint16(3)
-        scales = (fields(blocks["scales_l"], 4, 1) | high << 4).astype(np.int8) - np.int8(32)
-        with np.errstate(invalid="ignore"):
-            scaled = widen(blocks["d"]) * scales
-            out.reshape(values.shape)[...] = scaled[..., None] * values
+        scales = w.fields(block["scales_l"], 4) | w.fields(block["scales_h"], 2) << 4
+        return w.scaled(w.half(block["d"]), w.floats(scales) - 32, w.look_up(tables.IQ4, w.fields(block["qs"], 4, 16)))
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales and codes for the least ``sum w (x - y)^2``.

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types._search import search_codebook
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, scaled, twin
+from ggufx.types.words import Array, Fields, Words
 
 
 class IQ5_K(Codec):  # noqa: N801 (upstream's spelling)
@@ -35,14 +34,11 @@ class IQ5_K(Codec):  # noqa: N801 (upstream's spelling)
     )
     ids: ClassVar = {"ik_llama.cpp": 140}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scales -32..31; exact."""
-        _, blocks = self.layout.split(rows)
-        scales = (fields(blocks["scales_l"], 4) | fields(blocks["scales_h"], 2) << 4).astype(np.float32) - np.float32(
-            32
-        )
-        codes = fields(blocks["qs"], 4, 32) | fields(blocks["qh"], 1, 32) << 4
-        scaled(blocks["d"], scales, twin(tables.IQ5, codes, fields(blocks["extra"][..., None], 1)), out)
+        scales = w.floats(w.fields(block["scales_l"], 4) | w.fields(block["scales_h"], 2) << 4) - 32
+        codes = w.fields(block["qs"], 4, 32) | w.fields(block["qh"], 1, 32) << 4
+        return w.scaled(w.half(block["d"]), scales, w.twin(tables.IQ5, codes, w.fields(block["extra"], 1)))
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales, tables and codes for the least ``sum w (x - y)^2``.

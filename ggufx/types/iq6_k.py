@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types._search import search_codebook
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, scaled
+from ggufx.types.words import Array, Fields, Words
+
+CUBIC = np.array(tables.P6_BITS, np.uint32).view(np.float32)
+"""float32 [64]: the values of the codes, by a cubic polynomial."""
 
 
 class IQ6_K(Codec):  # noqa: N801 (upstream's spelling)
@@ -26,13 +28,12 @@ class IQ6_K(Codec):  # noqa: N801 (upstream's spelling)
     )
     ids: ClassVar = {"ik_llama.cpp": 141}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Look the cubic up; the addition rounds."""
-        _, blocks = self.layout.split(rows)
-        codes = fields(blocks["qs"], 4, 32) | fields(blocks["qh"], 2, 32) << 4
-        flags = np.repeat(fields(blocks["extra"][..., None], 1), 16, axis=-1)
-        values = np.array(tables.P6_BITS, np.uint32).view(np.float32)[codes] + flags.astype(np.float32)
-        scaled(blocks["d"], blocks["scales"], values, out)
+        codes = w.fields(block["qs"], 4, 32) | w.fields(block["qh"], 2, 32) << 4
+        flags = w.floats(w.fields(block["extra"], 1))
+        values = w.joined(w.parted(w.look_up(CUBIC, codes), 16, 16) + flags[..., None])
+        return w.scaled(w.half(block["d"]), w.reinterpreted(block["scales"], "i1"), values)
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales, tables and codes for the least ``sum w (x - y)^2``.

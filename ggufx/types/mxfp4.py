@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.scalar import kernel_of, locked, relative
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 32
 
@@ -42,13 +42,9 @@ class MXFP4(Codec):
     rms_bound: ClassVar = 0.118
     ids: ClassVar = {"llama.cpp": 39}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scale doubled table values by half the scale."""
-        _, blocks = self.layout.split(rows)
-        qs = blocks["qs"]
-        codes = np.concatenate([qs & 15, qs >> 4], axis=-1)
-        with np.errstate(over="ignore"):
-            out.reshape(codes.shape)[...] = E2M1_DOUBLED[codes] * HALF_E8M0[blocks["e"]][..., None]
+        return w.look_up(tables.E2M1_DOUBLED, w.fields(block["qs"], 4, 16)) * w.look_up(HALF_E8M0, block["e"])
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Try scales, each with the nearest codes (ties to the smaller magnitude, zero coded 0).

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import ClassVar, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx import tables
 from ggufx.types.codec import F32, U8, Codec, Effort, Layout, Search
-from ggufx.types.packing import fields
 from ggufx.types.scalar import kernel_of, locked, relative
+from ggufx.types.words import Array, Fields, Words
 
 
 def _halved_ue4m3() -> F32:
@@ -49,11 +48,11 @@ class NVFP4(Codec):
     reproduces: ClassVar = True
     ids: ClassVar = {"llama.cpp": 40}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scale doubled table values by half the scale."""
-        _, blocks = self.layout.split(rows)
-        values = np.array(tables.E2M1_DOUBLED, np.float32)[fields(blocks["qs"], 4, 8)]
-        out.reshape(values.shape)[...] = np.repeat(HALF_UE4M3[blocks["d"]], 16, axis=-1) * values
+        scales = w.look_up(HALF_UE4M3, block["d"])
+        values = w.look_up(tables.E2M1_DOUBLED, w.fields(block["qs"], 4, 8))
+        return w.joined(scales[..., None] * w.parted(values, 4, 16))
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Try scales, each with the nearest codes (ties to the smaller magnitude, zero coded 0).

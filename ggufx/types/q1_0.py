@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields
 from ggufx.types.scalar import kernel_of, locked, relative
+from ggufx.types.words import Array, Fields, Words
 
 
 class Q1_0(Codec):  # noqa: N801 (upstream's spelling)
@@ -25,11 +24,10 @@ class Q1_0(Codec):  # noqa: N801 (upstream's spelling)
     reproduces: ClassVar = True
     ids: ClassVar = {"llama.cpp": 41}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Choose the sign."""
-        _, blocks = self.layout.split(rows)
-        d = blocks["d"].astype(np.float32)[..., None]
-        out.reshape(*blocks.shape, 128)[...] = np.where(fields(blocks["qs"], 1), d, -d)
+        d = w.half(block["d"])
+        return w.where(w.fields(block["qs"], 1) != 0, d, -d)
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Take the signs, and the mean magnitude, weighted by the importance.

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields
 from ggufx.types.scalar import encode_levels
+from ggufx.types.words import Array, Fields, Words
 
 
 class Q2_0(Codec):  # noqa: N801 (upstream's spelling)
@@ -25,12 +24,9 @@ class Q2_0(Codec):  # noqa: N801 (upstream's spelling)
     reproduces: ClassVar = True
     ids: ClassVar = {"llama.cpp": 42}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Multiply; exact for finite scales."""
-        _, blocks = self.layout.split(rows)
-        levels = fields(blocks["qs"], 2).astype(np.float32) - np.float32(1)
-        with np.errstate(over="ignore", invalid="ignore"):
-            out.reshape(levels.shape)[...] = levels * blocks["d"].astype(np.float32)[..., None]
+        return (w.floats(w.fields(block["qs"], 2)) - 1) * w.half(block["d"])
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search the scale of every block; see :func:`ggufx.types.scalar.encode_levels`."""

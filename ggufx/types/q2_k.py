@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, widen
 from ggufx.types.scalar import encode_affine
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 256
 
@@ -28,14 +27,12 @@ class Q2_K(Codec):  # noqa: N801 (upstream's spelling)
     )
     ids: ClassVar = {"llama.cpp": 10}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scale the codes of every 16 elements, subtract their minimum."""
-        _, blocks = self.layout.split(rows)
-        codes = fields(blocks["qs"], 2, 32).reshape(*blocks.shape, 16, 16)
-        with np.errstate(invalid="ignore"):
-            scales = widen(blocks["d"]) * (blocks["scales"] & 15)
-            minima = widen(blocks["dmin"]) * (blocks["scales"] >> 4)
-            out.reshape(codes.shape)[...] = scales[..., None] * codes - minima[..., None]
+        codes = w.parted(w.fields(block["qs"], 2, 32), 16, 16)
+        scales = w.half(block["d"]) * (block["scales"] & 15)
+        minima = w.half(block["dmin"]) * (block["scales"] >> 4)
+        return w.joined(scales[..., None] * codes - minima[..., None])
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales and minima; see :func:`ggufx.types.scalar.encode_affine`."""

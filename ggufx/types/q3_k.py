@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, widen
 from ggufx.types.scalar import encode_plain
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 256
 
@@ -28,15 +27,12 @@ class Q3_K(Codec):  # noqa: N801 (upstream's spelling)
     )
     ids: ClassVar = {"llama.cpp": 11}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Put codes and scales together from their parts and multiply."""
-        _, blocks = self.layout.split(rows)
-        codes = (fields(blocks["qs"], 2, 32) | fields(blocks["hmask"], 1, 32) << 2).reshape(*blocks.shape, 16, 16)
-        packed = blocks["scales"]
-        scales = fields(packed[..., :8], 4, 8) | fields(packed[..., 8:], 2, 4) << 4
-        with np.errstate(invalid="ignore"):
-            scaled = widen(blocks["d"]) * (scales.astype(np.int8) - np.int8(32))
-            out.reshape(codes.shape)[...] = scaled[..., None] * (codes.astype(np.int8) - np.int8(4))
+        codes = w.fields(block["qs"], 2, 32) | w.fields(block["hmask"], 1, 32) << 2
+        packed = block["scales"]
+        scales = w.fields(packed[..., :8], 4, 8) | w.fields(packed[..., 8:], 2, 4) << 4
+        return w.scaled(w.half(block["d"]), w.floats(scales) - 32, w.floats(codes) - 4)
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales; see :func:`ggufx.types.scalar.encode_plain`."""

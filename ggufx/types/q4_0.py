@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
 from ggufx.types.scalar import encode_block32, kernel_of, locked
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 32
 
@@ -21,13 +21,9 @@ class Q4_0(Codec):  # noqa: N801 (upstream's spelling)
     rms_bound: ClassVar = 0.089
     ids: ClassVar = {"llama.cpp": 2}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Multiply; exact for finite scales."""
-        _, blocks = self.layout.split(rows)
-        codes = np.concatenate([blocks["qs"] & 15, blocks["qs"] >> 4], axis=-1)
-        with np.errstate(invalid="ignore"):
-            levels = codes.astype(np.float32) - np.float32(8)
-            out.reshape(codes.shape)[...] = levels * blocks["d"].astype(np.float32)[..., None]
+        return (w.floats(w.fields(block["qs"], 4, 16)) - 8) * w.half(block["d"])
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search the scale of every block; see :func:`ggufx.types.scalar.encode_block32`.

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, widen
 from ggufx.types.scalar import encode_affine32
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 32
 
@@ -26,12 +25,9 @@ class Q4_1(Codec):  # noqa: N801 (upstream's spelling)
     reproduces: ClassVar = True
     ids: ClassVar = {"llama.cpp": 3}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scale the codes, add the minimum."""
-        _, blocks = self.layout.split(rows)
-        codes = fields(blocks["qs"], 4, 16)
-        with np.errstate(invalid="ignore"):
-            out.reshape(codes.shape)[...] = widen(blocks["d"]) * codes + widen(blocks["m"])
+        return w.half(block["d"]) * w.fields(block["qs"], 4, 16) + w.half(block["m"])
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scale and minimum of every block; see :func:`ggufx.types.scalar.encode_affine32`."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, widen
 from ggufx.types.scalar import encode_block32
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 32
 
@@ -23,12 +22,10 @@ class Q5_0(Codec):  # noqa: N801 (upstream's spelling)
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qh", "u1", (4,)), ("qs", "u1", (16,))]))
     ids: ClassVar = {"llama.cpp": 6}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Put nibbles and fifth bits together and scale."""
-        _, blocks = self.layout.split(rows)
-        codes = fields(blocks["qs"], 4, 16) | fields(blocks["qh"], 1, 1) << 4
-        with np.errstate(invalid="ignore"):
-            out.reshape(codes.shape)[...] = widen(blocks["d"]) * (codes.astype(np.int8) - np.int8(16))
+        codes = w.fields(block["qs"], 4, 16) | w.fields(block["qh"], 1) << 4
+        return w.half(block["d"]) * (w.floats(codes) - 16)
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search the scale of every block; see :func:`ggufx.types.scalar.encode_block32`."""

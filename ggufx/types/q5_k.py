@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, scales_and_minima, widen
 from ggufx.types.scalar import encode_affine
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 256
 
@@ -28,14 +27,12 @@ class Q5_K(Codec):  # noqa: N801 (upstream's spelling)
     )
     ids: ClassVar = {"llama.cpp": 13}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scale the codes of every 32 elements, subtract their minimum."""
-        _, blocks = self.layout.split(rows)
-        codes = (fields(blocks["qs"], 4, 32) | fields(blocks["qh"], 1, 32) << 4).reshape(*blocks.shape, 8, 32)
-        s, m = scales_and_minima(blocks["scales"])
-        with np.errstate(invalid="ignore"):
-            scales, minima = widen(blocks["d"]) * s, widen(blocks["dmin"]) * m
-            out.reshape(codes.shape)[...] = scales[..., None] * codes - minima[..., None]
+        codes = w.parted(w.fields(block["qs"], 4, 32) | w.fields(block["qh"], 1, 32) << 4, 8, 32)
+        s, m = w.scales_and_minima(block["scales"])
+        scales, minima = (w.half(block["d"]) * s, w.half(block["dmin"]) * m)
+        return w.joined(scales[..., None] * codes - minima[..., None])
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales and minima; see :func:`ggufx.types.scalar.encode_affine`."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields
 from ggufx.types.scalar import encode_block32
+from ggufx.types.words import Array, Fields, Words
 
 
 class Q6_0(Codec):  # noqa: N801 (upstream's spelling)
@@ -25,13 +24,12 @@ class Q6_0(Codec):  # noqa: N801 (upstream's spelling)
     )
     ids: ClassVar = {"ik_llama.cpp": 133}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Multiply; exact for finite scales."""
-        _, blocks = self.layout.split(rows)
-        high = fields(blocks["qh"], 2, 8).reshape(*blocks.shape, 2, 2, 8).swapaxes(-3, -2).reshape(*blocks.shape, 32)
-        levels = (fields(blocks["qs"], 4, 16) | high << 4).astype(np.float32) - np.float32(32)
-        with np.errstate(invalid="ignore"):
-            out.reshape(levels.shape)[...] = levels * blocks["d"].astype(np.float32)[..., None]
+        # Bit pairs 0 and 2 of a byte belong to the first 16 elements, 1 and 3 to the others.
+        pairs = w.fields(block["qh"], 2, 8)
+        high = w.concatenate([pairs[..., 8 * n : 8 * n + 8] for n in (0, 2, 1, 3)])
+        return (w.floats(w.fields(block["qs"], 4, 16) | high << 4) - 32) * w.half(block["d"])
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search the scale of every block; see :func:`ggufx.types.scalar.encode_block32`."""

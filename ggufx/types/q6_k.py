@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, widen
 from ggufx.types.scalar import encode_plain
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 256
 
@@ -27,13 +26,10 @@ class Q6_K(Codec):  # noqa: N801 (upstream's spelling)
     )
     ids: ClassVar = {"llama.cpp": 14}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Put the codes together and multiply, scale by sub-scale first."""
-        _, blocks = self.layout.split(rows)
-        codes = (fields(blocks["ql"], 4, 64) | fields(blocks["qh"], 2, 32) << 4).reshape(*blocks.shape, 16, 16)
-        with np.errstate(invalid="ignore"):
-            scales = widen(blocks["d"]) * blocks["scales"]
-            out.reshape(codes.shape)[...] = scales[..., None] * (codes.astype(np.int8) - np.int8(32))
+        codes = w.fields(block["ql"], 4, 64) | w.fields(block["qh"], 2, 32) << 4
+        return w.scaled(w.half(block["d"]), w.reinterpreted(block["scales"], "i1"), w.floats(codes) - 32)
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search scales; see :func:`ggufx.types.scalar.encode_plain`."""

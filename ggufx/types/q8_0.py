@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 32
 
@@ -20,11 +20,9 @@ class Q8_0(Codec):  # noqa: N801 (upstream's spelling)
     rms_bound: ClassVar = 0.0055
     ids: ClassVar = {"llama.cpp": 8}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Multiply; exact for finite scales."""
-        _, blocks = self.layout.split(rows)
-        with np.errstate(invalid="ignore"):
-            out.reshape(blocks["qs"].shape)[...] = blocks["qs"] * blocks["d"].astype(np.float32)[..., None]
+        return w.reinterpreted(block["qs"], "i1") * w.half(block["d"])
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Encode as the reference does, byte for byte, importance ignored.

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from ggufx.errors import CodecError
 from ggufx.types.codec import F32 as Floats
 from ggufx.types.codec import U8, Codec, Layout, Search
+from ggufx.types.words import Array, Fields, Words
 
 
 class _Scalar(Codec):
@@ -19,9 +20,9 @@ class _Scalar(Codec):
     stored: ClassVar[np.dtype[Any]]
     reproduces: ClassVar = True
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[Any]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Reinterpret, then widen if the value dtype is wider; exact."""
-        out[...] = rows.view(self.stored)
+        return w.cast(w.stored(block["value"], self.stored.str[1:]), self.value_dtype.str[1:])
 
     def encode_rows(self, values: Floats, out: U8, importance: Floats | None, search: Search) -> None:
         """Round to the stored dtype (nearest, ties to even); importance changes nothing."""
@@ -60,9 +61,9 @@ class BF16(_Scalar):
     layout: ClassVar = _layout("<u2")
     ids: ClassVar = {"llama.cpp": 30}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[Any]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Shift the bits up, which keeps NaN payloads, too."""
-        np.left_shift(rows.view("<u2"), 16, out=out.view(np.uint32), dtype=np.uint32, casting="unsafe")
+        return w.reinterpreted(w.unsigned(block["value"], 2) << 16, "f4")
 
 
 class F64(_Scalar):

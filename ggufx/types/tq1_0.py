@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import widen
 from ggufx.types.scalar import encode_levels
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 256
 
@@ -29,15 +28,13 @@ class TQ1_0(Codec):  # noqa: N801 (upstream's spelling)
     reproduces: ClassVar = True
     ids: ClassVar = {"llama.cpp": 34}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Multiply digit n to the top of its byte (modulo 256) and take it off."""
-        _, blocks = self.layout.split(rows)
-        runs = (blocks["qs"][..., :32], 5), (blocks["qs"][..., 32:], 5), (blocks["qh"], 4)
-        parts = [run[..., None, :] * POWERS[:digits, None] for run, digits in runs]
-        fractions = np.concatenate([part.reshape(*blocks.shape, -1) for part in parts], axis=-1)
-        codes = fractions.astype(np.uint16) * 3 >> 8
-        with np.errstate(invalid="ignore"):
-            out.reshape(codes.shape)[...] = widen(blocks["d"]) * (codes.astype(np.int8) - np.int8(1))
+        powers = w.look_up(POWERS, w.steps(5, 1, block["qh"]))[:, None]
+        runs = ((block["qs"][..., :32], 5), (block["qs"][..., 32:], 5), (block["qh"], 4))
+        parts = [w.joined(run[..., None, :] * powers[:digits]) for run, digits in runs]
+        codes = w.cast(w.concatenate(parts), "i4") * 3 >> 8
+        return w.half(block["d"]) * w.floats(codes - 1)
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search the scale of every block; see :func:`ggufx.types.scalar.encode_levels`."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ggufx.types.codec import F32, U8, Codec, Layout, Search
-from ggufx.types.packing import fields, widen
 from ggufx.types.scalar import encode_levels
+from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 256
 
@@ -24,12 +23,9 @@ class TQ2_0(Codec):  # noqa: N801 (upstream's spelling)
     reproduces: ClassVar = True
     ids: ClassVar = {"llama.cpp": 35}
 
-    def decode_rows(self, rows: U8, out: npt.NDArray[np.float32]) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scale the codes. Code 3 is no ternary digit, and decodes to 2."""
-        _, blocks = self.layout.split(rows)
-        codes = fields(blocks["qs"], 2, 32)
-        with np.errstate(invalid="ignore"):
-            out.reshape(codes.shape)[...] = widen(blocks["d"]) * (codes.astype(np.int8) - np.int8(1))
+        return w.half(block["d"]) * (w.floats(w.fields(block["qs"], 2, 32)) - 1)
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Search the scale of every block; see :func:`ggufx.types.scalar.encode_levels`."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ggufx.types import Codec, Layout, Search
+from ggufx.types import Array, Codec, Fields, Layout, Search, Words
 
 __all__ = ["TERNARY"]
 
@@ -25,13 +25,9 @@ class TERNARY(Codec):
     ids: ClassVar = {"llama.cpp": 250}
     rms_bound: ClassVar = 0.48  # 0.4354 is what the best scale leaves of a normal distribution; blocks are short
 
-    def decode_rows(self, rows: U8, out: F32) -> None:
+    def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Multiply; exact for finite scales."""
-        _, blocks = self.layout.split(rows)
-        codes = (blocks["qs"][..., None] >> np.arange(0, 8, 2, dtype=np.uint8)) & 3
-        values = codes.reshape(*blocks.shape, 16).astype(np.float32) - np.float32(1)
-        with np.errstate(invalid="ignore"):
-            out.reshape(values.shape)[...] = values * blocks["d"].astype(np.float32)[..., None]
+        return (w.floats(w.fields(block["qs"], 2)) - 1) * w.half(block["d"])
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
         """Keep the k largest magnitudes, with the k and the scale of least squared error, weighted by importance.
