@@ -13,8 +13,9 @@ from typing import Any, Final
 import numpy as np
 
 from ggufx.container import Value, ValueType
+from ggufx.typed import Facts
 
-__all__ = ["generation_config", "model_card", "tokenizer_files"]
+__all__ = ["check_sampling", "check_special_ids", "generation_config", "model_card", "tokenizer_files"]
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's llama_token_type
 
@@ -44,6 +45,8 @@ _SAMPLING: Final = {
     "penalty_repeat": "penalty_repeat", "mirostat": "mirostat", "mirostat_tau": "mirostat_tau",
     "mirostat_eta": "mirostat_eta",
 }  # fmt: skip
+_INTEGERS: Final = ("top_k", "penalty_last_n", "mirostat")
+"""Sampling parameters that are integers; ``sequence`` is a text, and the others are float32."""
 # general.* and the model card's name for it, as the gguf package reads cards.
 _CARD: Final = {
     "name": "model_name", "author": "model_author", "version": "model_version", "organization": "model_organization",
@@ -149,6 +152,28 @@ def generation_config(metadata: Mapping[str, Value]) -> dict[str, Any]:
             data = value.to_json()
             config[key] = float(str(np.float32(data))) if value.type is ValueType.FLOAT32 else data
     return config
+
+
+def check_sampling(config: Facts) -> None:
+    """Raise the error of a sampling parameter in generation_config.json that is none of its type."""
+    for name, key in _SAMPLING.items():
+        _sampling(config, name, key)
+
+
+def check_special_ids(config: Facts) -> None:
+    """Raise the error of a special token's id in config.json that is no id, nor a list of ids; gguf passes over them."""
+    for kind in _SPECIAL.values():
+        key = f"{kind}_token_id"
+        if isinstance(config.find(key), list):
+            config.integers(key)
+        else:
+            config.integer(key, None)
+
+
+def _sampling(facts: Facts, name: str, key: str) -> str | int | float | None:
+    if name == "sequence":
+        return facts.text(key, None)
+    return facts.integer(key, None, least=-(2**31), most=2**31 - 1) if name in _INTEGERS else facts.number(key, None)
 
 
 def model_card(metadata: Mapping[str, Value]) -> str:

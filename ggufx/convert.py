@@ -20,6 +20,7 @@ from ggufx.container import Value, ValueType
 from ggufx.errors import CheckpointError, CodecError, PlanError
 from ggufx.execute import Progress
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
+from ggufx.typed import Facts
 from ggufx.types.f8_e4m3_b128 import exponents
 from ggufx.version import __version__
 
@@ -278,8 +279,8 @@ class _Choice:
         if all(part.kind == "FP8" for part in output.parts):
             self.scales |= dict.fromkeys(names, True)
             return True
-        quantization = self.architecture.config.get("quantization_config")
-        announced = isinstance(quantization, dict) and quantization.get("scale_fmt") == "ue8m0"
+        quantization = self.architecture.quantization
+        announced = quantization is not None and quantization.text("scale_fmt", None) == "ue8m0"
         # The first that is none decides: a checkpoint of other scales costs one small read a tensor.
         return (self.holds_fp8 or announced) and all(map(self._power_of_two, names))
 
@@ -509,6 +510,7 @@ def _metadata(
             keys["tokenizer.chat_template"] = Value.string(template)
         keys.update(general)
     keys.update(architecture.keys(target, mtp=mtp, file_type=file_type, chat_template=template))
+    notes += architecture.notes
     keys["general.quantization_version"] = Value.u32(QUANTIZATION_VERSION)
     keys.update(vocabulary.tokenizer_keys(checkpoint, architecture.tokenizer_pre, architecture.integer("vocab_size")))
     if template is not None:
@@ -534,7 +536,11 @@ def _general_keys(checkpoint: Checkpoint, tensors: Sequence[PlannedTensor], mode
     per_expert = sum(prod(t.shape[1:]) for t in stacked)
     shared = total - sum(prod(t.shape) for t in stacked)
     count = sum(t.shape[0] for t in stacked) // len(stacked) if stacked else 0
-    _ = checkpoint.generation_config  # gguf passes over a damaged one without a word; this raises
+    # gguf passes over a damaged file without a word, and takes any value for a number; these raise.
+    companions.check_sampling(Facts(checkpoint.path / "generation_config.json", checkpoint.generation_config))
+    config = Facts(checkpoint.path / "config.json", checkpoint.config)
+    config.text("_name_or_path", None)
+    companions.check_special_ids(config)
     try:
         found = gguf.Metadata.load(None, checkpoint.path.absolute(), model_name, total)
     except Exception as error:  # a YAML parser over text that people write by hand: it has errors of its own

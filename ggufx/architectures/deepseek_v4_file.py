@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from ggufx.architectures.base import Output
-from ggufx.architectures.deepseek_v4 import GLOBAL, LAYER, DeepSeekV4, Family
+from ggufx.architectures.deepseek_v4 import EPSILON, GLOBAL, LAYER, SINKHORN, DeepSeekV4, Family
 from ggufx.checkpoint import Checkpoint, SourceTensor
 from ggufx.container import Value
 from ggufx.errors import CheckpointError, PlanError
@@ -159,11 +159,11 @@ class DeepSeekV4File:
             "architectures": ["DeepseekV4ForCausalLM"],
             "attention_bias": False,
             "attention_dropout": 0.0,
-            "hc_eps": facts.number("hyper_connection.epsilon", 1e-6, "the family's"),
+            "hc_eps": facts.number("hyper_connection.epsilon", EPSILON, "the family's"),
             "hc_mult": facts.integer(
                 "hyper_connection.count", self._shape("hc_head_base")[0], "length of hc_head_base"
             ),
-            "hc_sinkhorn_iters": facts.integer("hyper_connection.sinkhorn_iterations", 20, "the family's"),
+            "hc_sinkhorn_iters": facts.integer("hyper_connection.sinkhorn_iterations", SINKHORN, "the family's"),
             "head_dim": head,
             "hidden_act": "silu",
             "hidden_size": facts.integer("embedding_length"),
