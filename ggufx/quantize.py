@@ -356,7 +356,7 @@ def prepare(
     has_imatrix = isinstance(matrix, ImportanceMatrix)
     decide = _Decider(
         rules, kind, chosen, matrix, pure=pure,
-        mixed=None if mixed is None else _assigned(mixed, sources, quantization.facts(), rules, has_imatrix=has_imatrix),
+        mixed=None if mixed is None else _assigned(mixed, sources, quantization, rules, has_imatrix=has_imatrix),
         output_type=_optional_name(output_type), embedding_type=_optional_name(embedding_type), leave_output=leave_output,
         allow_requantize=allow_requantize, fallback=fallback, tied=all(s.name != "output.weight" for s in sources),
         n_source_files=len(quantization.source_files),
@@ -368,7 +368,7 @@ def prepare(
     if default is not None and mixed is None and not pure:
         # The mix is what the name means to users of llama-quantize.
         other = mixes.find(default)
-        there = {} if other is None else _assigned(other, sources, quantization.facts(), rules, has_imatrix=has_imatrix)
+        there = {} if other is None else _assigned(other, sources, quantization, rules, has_imatrix=has_imatrix)
         differing = [name for name, its in there.items() if its != kind and name not in (*_EMBEDDINGS, "output.weight")]
         if differing:
             quantization.findings.append(
@@ -420,7 +420,7 @@ def mix_recipe(
             opened, chosen, mtp=False, model_name=None, template=None, skip=(), allow_nan=True
         )
     has_imatrix = isinstance(_matrix(imatrix), ImportanceMatrix)
-    taken = _assigned(mixed, sources, quantization.facts(), Recipe(), has_imatrix=has_imatrix)
+    taken = _assigned(mixed, sources, quantization, Recipe(), has_imatrix=has_imatrix)
     return recipe_module.from_tensors((s.name, s.shape, taken[s.name]) for s in sources if s.name in taken)
 
 
@@ -512,13 +512,13 @@ def _mix(name: str, *, asked: bool) -> mixes.Mix | None:
 
 
 def _assigned(
-    mix: mixes.Mix, sources: Sequence[Source], facts: Mapping[str, Any], rules: Recipe, *, has_imatrix: bool
+    mix: mixes.Mix, sources: Sequence[Source], quantization: Quantization, rules: Recipe, *, has_imatrix: bool
 ) -> dict[str, str]:
     """Return the types that a mix has for what no rule decides and what does not stay as it is."""
     names = {source.name: _upstream_name(source.name) for source in sources}
     decided = {names[s.name] for s in sources if s.stays or rules.find(s.name, stays=s.stays) is not None}
     shapes = {names[source.name]: source.shape for source in sources}
-    model = mixes.Model.from_keys(facts, shapes)
+    model = mixes.Model.from_keys(quantization.facts(), shapes, quantization.path)
     found = mixes.assign(mix, model, shapes, has_imatrix=has_imatrix, decided=decided)
     return {name: found[theirs] for name, theirs in names.items() if theirs in found}
 
@@ -604,9 +604,10 @@ def _foreign_names(file: File, target: Dialect) -> list[Finding]:
 
 def _heads(file: File, tensor: Tensor) -> int:
     """Return how many heads lie below each other in a matrix: 1 but for ik_llama.cpp's latent projections."""
-    heads = file.metadata.get(f"{file.metadata.get('general.architecture')}.attention.head_count")
-    latent = tensor.ndim == 2 and imatrix_module.LATENT.fullmatch(tensor.name) is not None
-    return heads if latent and isinstance(heads, int) and heads > 0 and tensor.shape[0] % heads == 0 else 1
+    if tensor.ndim != 2 or imatrix_module.LATENT.fullmatch(tensor.name) is None:
+        return 1
+    heads = file.facts.integer(f"{file.facts.text('general.architecture', '')}.attention.head_count", 1, least=1)
+    return heads if tensor.shape[0] % heads == 0 else 1
 
 
 def _matrices(name: str, shape: tuple[int, ...], codec: types.Codec, span: Span, count: int) -> list[Matrix]:

@@ -18,15 +18,18 @@ from typing import Any, BinaryIO, Final, TypeVar, overload
 
 import numpy as np
 
-from ggufx.errors import CheckpointError, GGUFError
+from ggufx.errors import CheckpointError, GGUFError, PlanError
 
-__all__ = ["FLOAT32_MAX", "Facts", "open_regular", "parse_object", "read_object", "shown"]
+__all__ = ["ADVICE", "FLOAT32_MAX", "Facts", "open_regular", "parse_object", "read_object", "shown"]
 
 FLOAT32_MAX: Final = float(2**128 - 2**104)
 U32_MAX: Final = 2**32 - 1
 MAX_JSON_NBYTES: Final = 128 << 20
 """No JSON file of a published model comes near: the largest tokenizers have 40 MB, the largest indices 20."""
 _SHOWN_LEN: Final = 60
+
+ADVICE: Final = "correct the file, or download it again"
+"""What the error of a checkpoint's file tells to do."""
 
 T = TypeVar("T")
 
@@ -57,8 +60,10 @@ class Facts:
         Class of the errors.
     advice
         What an error tells the reader to do.
+    label
+        Goes before the names in errors.
     prefix
-        Goes before the names in errors, and with ``lookup`` before the names in ``values``, too.
+        Goes before the names in errors and in ``values``.
     """
 
     def __init__(
@@ -67,20 +72,20 @@ class Facts:
         values: Mapping[str, Any],
         *,
         error: type[GGUFError] = CheckpointError,
-        advice: str = "correct the file, or download it again",
+        advice: str = ADVICE,
+        label: str = "",
         prefix: str = "",
-        lookup: bool = False,
     ) -> None:
         self.where = where
         self._values = values
         self._error = error
         self._advice = advice
+        self._label = label
         self._prefix = prefix
-        self._lookup = prefix if lookup else ""
 
     def find(self, key: str) -> Any:
         """Return a value as it was read; ``None`` where it is missing or ``null``."""
-        return self._values.get(self._lookup + key)
+        return self._values.get(self._prefix + key)
 
     def __contains__(self, key: str) -> bool:
         return self.find(key) is not None
@@ -92,10 +97,12 @@ class Facts:
             f"is {shown(found)}"
             if found is not None
             else "is null"
-            if self._lookup + key in self._values
+            if self._prefix + key in self._values
             else "is missing"
         )
-        return self._error(f"{self.where}: {self._prefix}{key} {what}, expected {expected}; {self._advice}")
+        return self._error(
+            f"{self.where}: {self._label}{self._prefix}{key} {what}, expected {expected}; {self._advice}"
+        )
 
     def _read(self, key: str, default: Any, sound: Callable[[Any], bool], expected: str) -> Any:
         found = self.find(key)
@@ -175,6 +182,11 @@ class Facts:
         """Return an array of texts, as it is."""
         return self._read(key, default, _are_texts, "an array of texts")
 
+    @classmethod
+    def of_metadata(cls, where: builtins.object, metadata: Mapping[str, Any], prefix: str = "") -> Facts:
+        """Return the facts of a GGUF's metadata (its Python values), whose keys begin with ``prefix``."""
+        return cls(where, metadata, error=PlanError, advice="correct it with ggufx set", label="key ", prefix=prefix)
+
     @overload
     def object(self, key: str) -> Facts: ...
     @overload
@@ -184,9 +196,9 @@ class Facts:
         found = self._read(key, default, lambda v: isinstance(v, dict), "an object")
         return self.within(f"{key}.", found) if found is not default else default
 
-    def within(self, prefix: str, values: Mapping[str, Any]) -> Facts:
-        """Return facts of the same file whose names in errors begin with ``prefix``."""
-        return Facts(self.where, values, error=self._error, advice=self._advice, prefix=self._prefix + prefix)
+    def within(self, label: str, values: Mapping[str, Any]) -> Facts:
+        """Return facts of the same file whose names in errors begin with ``label``."""
+        return Facts(self.where, values, error=self._error, advice=self._advice, label=self._label + label)
 
     def expect(self, key: str, assumed: builtins.object, why: str) -> None:
         """Raise the error of a value that the output has no place for and that is not the one its readers assume.
@@ -207,7 +219,9 @@ class Facts:
         if _is_number(assumed):
             equal = _is_number(found) and np.float32(found) == np.float32(assumed)  # type: ignore[arg-type]
         if not equal:
-            raise self._error(f"{self.where}: {self._prefix}{key} is {shown(found)}, expected {shown(assumed)}: {why}")
+            raise self._error(
+                f"{self.where}: {self._label}{self._prefix}{key} is {shown(found)}, expected {shown(assumed)}: {why}"
+            )
 
 
 def shown(value: object) -> str:
