@@ -21,7 +21,7 @@ from ggufx.errors import CheckpointError, CodecError, PlanError
 from ggufx.execute import Progress
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
 from ggufx.typed import Facts
-from ggufx.types.f8_e4m3_b128 import exponents
+from ggufx.types.f8_e4m3_b128 import exponents, widened
 from ggufx.version import __version__
 
 __all__ = [
@@ -286,14 +286,15 @@ class _Choice:
 
     def _power_of_two(self, name: str) -> bool:
         if name not in self.scales:
-            self.scales[name] = exponents(self.architecture.checkpoint.read(name).view("<f4"))[1] == 0
+            checkpoint = self.architecture.checkpoint
+            self.scales[name] = exponents(widened(checkpoint.read(name), checkpoint[name].dtype))[1] == 0
         return self.scales[name]
 
     def packs(self, output: Output) -> bool:
         """Return whether F8_E4M3_B128 holds the very codes and scales of an FP8 tensor; reads scales as above."""
         first = output.stack[0][0]
         return (
-            first.kind in ("FP8", "FP8_F32")
+            first.kind in plan.FP8_KINDS
             and output.shape[-1] % FP8_TILE == 0
             and not (first.transposed and not _squarely(output))
             and self.powers_of_two(output)
@@ -318,8 +319,8 @@ class _Choice:
         if self.unread:
             kinds = " or ".join(dict.fromkeys(self.unread.values()))
             found.append(
-                f"{len(self.unread)} FP8 tensors (first {next(iter(self.unread))}) have float32 scales; their products are "
-                f"rounded to {kinds}"
+                f"{len(self.unread)} FP8 tensors (first {next(iter(self.unread))}) have scales that need not be powers of two; "
+                f"their products are rounded to {kinds}"
             )
         return found
 
@@ -335,11 +336,11 @@ def _these(family: str, names: Collection[str]) -> str:
 
 def _tensor(output: Output, choice: _Choice, *, strict: bool, notes: list[str]) -> PlannedTensor:
     first = output.stack[0][0]
-    exact_scales = first.kind in ("FP8", "FP8_F32") and choice.powers_of_two(output)
+    exact_scales = first.kind in plan.FP8_KINDS and choice.powers_of_two(output)
     target = _target_type(output, first, choice, notes, exact_scales=exact_scales)
     limit = choice.architecture.n_experts if output.role == "table" else None
     planned = plan_output(output, target, choice.dialect, exact_scales=exact_scales, strict=strict, limit=limit)
-    if first.kind == "FP8_F32" and not planned.lossless and not exact_scales:
+    if first.kind in plan.FLOAT_SCALES and not planned.lossless and not exact_scales:
         scales = (part.scale.name for part in output.parts if part.scale is not None)
         if any(name in choice.scales for name in scales):
             choice.rounded.setdefault(_family(output.name), {})[output.name] = None
@@ -417,7 +418,7 @@ def _target_type(output: Output, first: Part, choice: _Choice, notes: list[str],
     architecture, kind = choice.architecture, first.kind
     if kind == "FP4":
         return "MXFP4"
-    if kind in ("FP8", "FP8_F32"):
+    if kind in plan.FP8_KINDS:
         wanted = "F8_E4M3_B128" if choice.holds_fp8 and exact_scales else choice.dense
         if wanted == "F8_E4M3_B128" and first.transposed and not _squarely(output):
             choice.turned.setdefault(_family(output.name), {})[output.name] = None
@@ -455,7 +456,7 @@ def operation(kind: str, target: str, *, transposed: bool = False) -> Literal["c
 
     Of FP8 under float32 scales F8_E4M3_B128 is packed only when these are powers of two: to be known beforehand.
     """
-    if (kind, target) in (("FP8", "F8_E4M3_B128"), ("FP8_F32", "F8_E4M3_B128"), ("FP4", "MXFP4")):
+    if (kind in plan.FP8_KINDS and target == "F8_E4M3_B128") or (kind, target) == ("FP4", "MXFP4"):
         return "pack"
     if transposed:
         return "encode"

@@ -25,7 +25,7 @@ from ggufx.errors import AmbiguousDialect, CodecError, ContainerError
 from ggufx.file import File, Index, Tensor
 from ggufx.typed import Facts, read_object
 from ggufx.types import Codec
-from ggufx.types.f8_e4m3_b128 import BLOCK_LEN, E8M0, decode_scaled
+from ggufx.types.f8_e4m3_b128 import BLOCK_LEN, E8M0, decode_scaled, widened
 
 __all__ = ["HybridFile", "ScaledTensor", "open"]
 
@@ -71,7 +71,7 @@ class ScaledTensor(Tensor):
         container, entry, dtype = self._scales
         raw = container.bytes_of(entry)
         # A copy is aligned and writeable, as the kernel's one overload wants it.
-        return np.array(raw.view("<f4") if dtype == "F32" else E8M0[raw]).reshape(entry.shape)
+        return np.array(E8M0[raw] if dtype in ("F8_E8M0", "U8") else widened(raw, dtype)).reshape(entry.shape)
 
     def numpy(
         self,
@@ -213,7 +213,7 @@ class HybridFile(File):
             raise ContainerError(
                 container.path, "scales", f"tensor {name!r} is {_FP8} but {name + _SCALES!r} is missing"
             )
-        if scale.shape != wanted or scale.dtype not in ("F32", "F8_E8M0", "U8") or len(wanted) != 2:
+        if scale.shape != wanted or scale.dtype not in ("F32", "BF16", "F16", "F8_E8M0", "U8") or len(wanted) != 2:
             raise ContainerError(
                 scale_container.path,
                 "scales",

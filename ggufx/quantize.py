@@ -30,7 +30,7 @@ from ggufx.errors import FallbackError, PlanError, RecipeError, UnknownType
 from ggufx.execute import Progress, TileDone
 from ggufx.file import File, Tensor, open
 from ggufx.imatrix import ImportanceMatrix, Place
-from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform, Weights
+from ggufx.plan import FP8_KINDS, Matrix, Plan, PlannedTensor, Span, Transform, Weights
 from ggufx.recipe import NATIVE, Finding, Recipe, Rule
 
 __all__ = [
@@ -54,9 +54,7 @@ ENERGY: Final = "energy"
 ONES: Final = "ones"
 """In place of an importance matrix: all columns weigh the same, for types that demand importance."""
 
-NATIVE_KINDS: Final = frozenset(
-    {"FP8", "FP8_F32", "FP4", "F8_E4M3_B128", "MXFP4", "NVFP4", "F64", "F32", "F16", "BF16"}
-)
+NATIVE_KINDS: Final = frozenset({*FP8_KINDS, "FP4", "F8_E4M3_B128", "MXFP4", "NVFP4", "F64", "F32", "F16", "BF16"})
 """What models are trained or published in: quantizing these is what quantizing is for."""
 _EMBEDDINGS: Final = ("token_embd.weight", "per_layer_token_embd.weight")
 _INTEGERS: Final = frozenset({"I8", "I16", "I32", "I64"})
@@ -238,7 +236,7 @@ class Quantization:
         first = source.stack[0][0]
         op = convert.operation(source.kind, choice.type, transposed=first.transposed)
         # FP8 that F8_E4M3_B128 holds as it is was kept; this is the rest.
-        if source.kind in ("FP8", "FP8_F32") and op == "pack":
+        if source.kind in FP8_KINDS and op == "pack":
             op = "encode"
         effort = self.effort if self.effort != "reference" or codec.reproduces else "normal"
         transform = Transform(
@@ -748,7 +746,7 @@ class _Decider:
     def __call__(self, source: Source) -> Choice:
         rule = self.rules.find(source.name, stays=source.stays)
         wanted = self._wanted(source, rule)
-        native = wanted == "F8_E4M3_B128" and source.kind in ("FP8", "FP8_F32") and self._packs(source)
+        native = wanted == "F8_E4M3_B128" and source.kind in FP8_KINDS and self._packs(source)
         if wanted in (None, NATIVE, source.kind) or 0 in source.shape or native:
             kept = self._kept(source, rule)
             # Some of what a checkpoint has in BF16 is kept as F32 (norms, routers): a rule that says BF16 means it.

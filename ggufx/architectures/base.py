@@ -12,6 +12,7 @@ from ggufx.architectures.rope import Rope, read_ropes
 from ggufx.checkpoint import Checkpoint, SourceTensor
 from ggufx.container import Value
 from ggufx.errors import CheckpointError
+from ggufx.plan import FLOAT_SCALES
 from ggufx.typed import Facts, shown
 
 __all__ = ["Architecture", "Family", "Output", "Part", "Role", "evaluate"]
@@ -56,7 +57,7 @@ class Part:
     tensor
         The source.
     kind
-        The plan's (FP8, FP8_F32, FP4, BF16 ...).
+        The plan's (FP8, FP8_F32, FP8_BF16, FP4, BF16 ...).
     shape
         Logical shape of what the part contributes, numpy order, with FP4 counted in elements.
     scale, rows_per_scale, len_per_scale
@@ -143,7 +144,7 @@ class Architecture(ABC):
     template_first: ClassVar[bool] = False
     """Whether upstream writes the chat template before everything but the architecture."""
     float_scales: ClassVar[bool] = False
-    """Whether FP8 scales may be float32, not powers of two."""
+    """Whether FP8 scales may be floats, not powers of two."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -327,9 +328,9 @@ class Architecture(ABC):
         scale_shape = (-(-shape[0] // rows), -(-shape[1] // width))
         known = {"F8_E8M0": kind, "U8": kind}
         if self.float_scales and kind == "FP8":
-            known["F32"] = "FP8_F32"
+            known |= {dtype: kind for kind, dtype in FLOAT_SCALES.items()}
         if scale.dtype not in known or scale.shape != scale_shape:
-            expected_dtype = "F32 or F8_E8M0" if "F32" in known else "F8_E8M0"
+            expected_dtype = " or ".join(dtype for dtype in reversed(known) if dtype != "U8")
             raise CheckpointError(
                 f"{self.checkpoint.shards[scale.shard]}: scales {scale_name!r} are {scale.dtype}{list(scale.shape)}, "
                 f"expected {expected_dtype}{list(scale_shape)}: one for each {rows}x{width} of {list(shape)}"
