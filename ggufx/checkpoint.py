@@ -7,7 +7,6 @@ here, and checked: nothing is taken on the file's word.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,10 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx.errors import CheckpointError
+from ggufx.typed import open_regular, parse_object, read_object, shown
 
 __all__ = ["Checkpoint", "SourceTensor", "read_shard"]
 
 INDEX_NAME: Final = "model.safetensors.index.json"
+SINGLE_NAME: Final = "model.safetensors"
+"""Of a checkpoint that is not split."""
 MAX_HEADER_NBYTES: Final = 100_000_000
 """The safetensors library's own limit."""
 _POINTER: Final = b"version "
@@ -33,10 +35,11 @@ MAX_AXES: Final = 64
 """No tensor has more; the product of a hostile header's million axes would be a number of a million digits."""
 
 DTYPE_BITS: Final[Mapping[str, int]] = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "F4": 4,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16,
+    "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F4": 4,
+    "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
-"""Bits per element of safetensors' dtypes."""
+"""Bits per element of the dtypes of safetensors 0.8. A tensor of another is known by its name and bytes only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class SourceTensor:
     Attributes
     ----------
     name, dtype
-        As in the shard's header (``F8_E4M3``, ``I8``, ``BF16`` ...).
+        As in the shard's header (``F8_E4M3``, ``I8``, ``BF16`` ...); the dtype may be one that nobody here knows.
     shape
         Numpy order.
     shard
@@ -88,7 +91,7 @@ class Checkpoint(Mapping[str, SourceTensor]):
         if not self.path.is_dir():
             hint = "; pass the directory that holds config.json" if self.path.exists() else ": it does not exist"
             raise CheckpointError(f"{self.path}: not a checkpoint directory{hint}")
-        self.config: dict[str, Any] = self._json("config.json", required=True)
+        self.config: dict[str, Any] = read_object(self.path / "config.json", needed="a checkpoint directory has one")
         self.shards, weight_map = self._find_shards()
         self._tensors: dict[str, SourceTensor] = {}
         self.shard_states: list[tuple[int, int]] = []
@@ -117,56 +120,53 @@ class Checkpoint(Mapping[str, SourceTensor]):
         made._tensors = {tensor.name: tensor for tensor in tensors}
         return made
 
-    def _json(self, name: str, *, required: bool = False) -> dict[str, Any]:
-        file = self.path / name
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            if required:
-                raise CheckpointError(f"{file}: missing; a checkpoint directory has one") from None
-            return {}
-        except (ValueError, OSError, RecursionError) as error:
-            raise CheckpointError(f"{file}: cannot be read as JSON ({error})") from None
-        if not isinstance(data, dict):
-            raise CheckpointError(f"{file}: holds a JSON {type(data).__name__}, expected an object")
-        return data
-
     @cached_property
     def generation_config(self) -> dict[str, Any]:
         """generation_config.json, or an empty dict."""
-        return self._json("generation_config.json")
+        return read_object(self.path / "generation_config.json")
 
     @cached_property
     def tokenizer_config(self) -> dict[str, Any]:
         """tokenizer_config.json, or an empty dict."""
-        return self._json("tokenizer_config.json")
+        return read_object(self.path / "tokenizer_config.json")
 
     def _find_shards(self) -> tuple[list[Path], dict[str, str] | None]:
-        index = self._json(INDEX_NAME)
-        if index:
-            weight_map = index.get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{self.path / INDEX_NAME}: has no weight_map")
-            odd = next(((n, file) for n, file in weight_map.items() if not isinstance(file, str)), None)
-            if odd is not None:
-                raise CheckpointError(
-                    f"{self.path / INDEX_NAME}: weight_map gives {str(odd[1])[:80]} for {odd[0]!r}, expected a file name"
-                )
-            names = sorted(set(weight_map.values()))
-            escaping = [name for name in names if Path(name).name != name]
-            if escaping:
-                raise CheckpointError(f"{self.path / INDEX_NAME}: shard name {escaping[0]!r} is not a plain file name")
-            missing = [name for name in names if not (self.path / name).is_file()]
+        index_path, single = self.path / INDEX_NAME, self.path / SINGLE_NAME
+        index = read_object(index_path)
+        if not index:
+            shards = sorted(self.path.glob("*.safetensors"))
+            if not shards:
+                raise CheckpointError(f"{self.path}: no safetensors files and no {INDEX_NAME}")
+            return shards, None
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(
+                f"{index_path}: weight_map is {shown(weight_map)}, expected file names by tensor names"
+            )
+        odd = next(((n, file) for n, file in weight_map.items() if not isinstance(file, str)), None)
+        if odd is not None:
+            raise CheckpointError(
+                f"{index_path}: weight_map gives {shown(odd[1])} for {shown(odd[0])}, expected a file name"
+            )
+        names = sorted(set(weight_map.values()))
+        escaping = [name for name in names if Path(name).name != name]
+        if escaping:
+            raise CheckpointError(f"{index_path}: shard name {shown(escaping[0])} is not a plain file name")
+        missing = [name for name in names if not _exists(self.path / name)]
+        if SINGLE_NAME not in names and _exists(single):
+            # Transformers reads the one file whenever it is there: the index is left of a split one.
             if missing:
-                raise CheckpointError(
-                    f"{self.path}: Missing or incomplete model files: {missing[:3]} ({len(missing)} of {len(names)} shards "
-                    "of the index are not there); download them"
-                )
-            return [self.path / name for name in names], weight_map
-        shards = sorted(self.path.glob("*.safetensors"))
-        if not shards:
-            raise CheckpointError(f"{self.path}: no safetensors files and no {INDEX_NAME}")
-        return shards, None
+                return [single], None
+            raise CheckpointError(
+                f"{self.path}: holds {SINGLE_NAME} and {INDEX_NAME} with all of its {len(names)} shards: two sets of weights, "
+                "of which transformers would read the single file; move the other away"
+            )
+        if missing:
+            raise CheckpointError(
+                f"{self.path}: Missing or incomplete model files: {shown(missing[:3])} ({len(missing)} of {len(names)} shards "
+                "of the index are not there); download them"
+            )
+        return [self.path / name for name in names], weight_map
 
     def _check_index(self, weight_map: Mapping[str, str]) -> None:
         missing = [name for name in weight_map if name not in self._tensors]
@@ -214,28 +214,30 @@ def read_shard(path: Path, shard: int) -> tuple[tuple[int, int], list[SourceTens
     CheckpointError
         The header is damaged, or the tensors do not fill the file exactly.
     """
-    with path.open("rb") as file:
-        status = os.fstat(file.fileno())
-        file_nbytes = status.st_size
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise CheckpointError(f"{path}: {file_nbytes} bytes are too few for a safetensors file; download it again")
-        if prefix == _POINTER:
-            raise CheckpointError(
-                f"{path}: is git-lfs' pointer to the file, not the file itself; fetch it with: git lfs pull"
-            )
-        (length,) = struct.unpack("<Q", prefix)
-        if length > min(MAX_HEADER_NBYTES, file_nbytes - 8):
-            raise CheckpointError(
-                f"{path}: the header claims {length} bytes, the file has {file_nbytes}: not a safetensors file, or incomplete"
-            )
-        text = file.read(length)
     try:
-        header = json.loads(text)
-        if not isinstance(header, dict):
-            raise TypeError(type(header).__name__)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the safetensors header is not a JSON object ({error})") from None
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+            file_nbytes = status.st_size
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise CheckpointError(
+                    f"{path}: {file_nbytes} bytes are too few for a safetensors file; download it again"
+                )
+            if prefix == _POINTER:
+                raise CheckpointError(
+                    f"{path}: is git-lfs' pointer to the file, not the file itself; fetch it with: git lfs pull"
+                )
+            (length,) = struct.unpack("<Q", prefix)
+            if length > min(MAX_HEADER_NBYTES, file_nbytes - 8):
+                raise CheckpointError(
+                    f"{path}: the header claims {length} bytes, the file has {file_nbytes}: not a safetensors file, or "
+                    "incomplete"
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    # The format forbids a name twice; the library's own parser takes the last one.
+    header = parse_object(text, f"{path}: the safetensors header", constants=False, unique=True)
     start = 8 + length
     tensors = [_entry(path, shard, start, name, line) for name, line in header.items() if name != "__metadata__"]
     end = start
@@ -266,13 +268,22 @@ def _entry(path: Path, shard: int, start: int, name: str, line: Any) -> SourceTe
     except (TypeError, KeyError, ValueError):
         sound = False
     if not sound:
-        raise CheckpointError(f"{path}: the header's entry of tensor {name!r} is malformed: {str(line)[:80]}")
-    bits = DTYPE_BITS.get(dtype)
-    if bits is None:
-        raise CheckpointError(f"{path}: tensor {name!r} has unsupported dtype {dtype}; known: {', '.join(DTYPE_BITS)}")
-    nbytes = prod(shape) * bits // 8
-    if end - begin != nbytes:
+        raise CheckpointError(f"{path}: the header's entry of tensor {shown(name)} is malformed: {shown(line)}")
+    if dtype not in DTYPE_BITS:
+        # Listed and left out it may be; whoever needs its values refuses its dtype.
+        return SourceTensor(name, dtype, shape, shard, start + begin, end - begin)
+    nbytes, rest = divmod(prod(shape) * DTYPE_BITS[dtype], 8)
+    if rest or end - begin != nbytes:
+        takes = f"{nbytes} bytes and {rest} bits: it must end with a byte" if rest else f"{nbytes} bytes"
         raise CheckpointError(
-            f"{path}: tensor {name!r} {dtype}{list(shape)} takes {nbytes} bytes, its data_offsets give {end - begin}"
+            f"{path}: tensor {shown(name)} {dtype}{list(shape)} takes {takes}; its data_offsets give {end - begin} bytes"
         )
     return SourceTensor(name, dtype, shape, shard, start + begin, nbytes)
+
+
+def _exists(path: Path) -> bool:
+    """Return whether there is such a file; a name that no file can have, of 300 letters say, is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False

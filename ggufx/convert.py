@@ -20,7 +20,8 @@ from ggufx.container import Value, ValueType
 from ggufx.errors import CheckpointError, CodecError, PlanError
 from ggufx.execute import Progress
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
-from ggufx.types.f8_e4m3_b128 import exponents
+from ggufx.typed import Facts
+from ggufx.types.f8_e4m3_b128 import exponents, widened
 from ggufx.version import __version__
 
 __all__ = [
@@ -278,21 +279,22 @@ class _Choice:
         if all(part.kind == "FP8" for part in output.parts):
             self.scales |= dict.fromkeys(names, True)
             return True
-        quantization = self.architecture.config.get("quantization_config")
-        announced = isinstance(quantization, dict) and quantization.get("scale_fmt") == "ue8m0"
+        quantization = self.architecture.quantization
+        announced = quantization is not None and quantization.text("scale_fmt", None) == "ue8m0"
         # The first that is none decides: a checkpoint of other scales costs one small read a tensor.
         return (self.holds_fp8 or announced) and all(map(self._power_of_two, names))
 
     def _power_of_two(self, name: str) -> bool:
         if name not in self.scales:
-            self.scales[name] = exponents(self.architecture.checkpoint.read(name).view("<f4"))[1] == 0
+            checkpoint = self.architecture.checkpoint
+            self.scales[name] = exponents(widened(checkpoint.read(name), checkpoint[name].dtype))[1] == 0
         return self.scales[name]
 
     def packs(self, output: Output) -> bool:
         """Return whether F8_E4M3_B128 holds the very codes and scales of an FP8 tensor; reads scales as above."""
         first = output.stack[0][0]
         return (
-            first.kind in ("FP8", "FP8_F32")
+            first.kind in plan.FP8_KINDS
             and output.shape[-1] % FP8_TILE == 0
             and not (first.transposed and not _squarely(output))
             and self.powers_of_two(output)
@@ -317,8 +319,8 @@ class _Choice:
         if self.unread:
             kinds = " or ".join(dict.fromkeys(self.unread.values()))
             found.append(
-                f"{len(self.unread)} FP8 tensors (first {next(iter(self.unread))}) have float32 scales; their products are "
-                f"rounded to {kinds}"
+                f"{len(self.unread)} FP8 tensors (first {next(iter(self.unread))}) have scales that need not be powers of two; "
+                f"their products are rounded to {kinds}"
             )
         return found
 
@@ -334,11 +336,11 @@ def _these(family: str, names: Collection[str]) -> str:
 
 def _tensor(output: Output, choice: _Choice, *, strict: bool, notes: list[str]) -> PlannedTensor:
     first = output.stack[0][0]
-    exact_scales = first.kind in ("FP8", "FP8_F32") and choice.powers_of_two(output)
+    exact_scales = first.kind in plan.FP8_KINDS and choice.powers_of_two(output)
     target = _target_type(output, first, choice, notes, exact_scales=exact_scales)
     limit = choice.architecture.n_experts if output.role == "table" else None
     planned = plan_output(output, target, choice.dialect, exact_scales=exact_scales, strict=strict, limit=limit)
-    if first.kind == "FP8_F32" and not planned.lossless and not exact_scales:
+    if first.kind in plan.FLOAT_SCALES and not planned.lossless and not exact_scales:
         scales = (part.scale.name for part in output.parts if part.scale is not None)
         if any(name in choice.scales for name in scales):
             choice.rounded.setdefault(_family(output.name), {})[output.name] = None
@@ -416,7 +418,7 @@ def _target_type(output: Output, first: Part, choice: _Choice, notes: list[str],
     architecture, kind = choice.architecture, first.kind
     if kind == "FP4":
         return "MXFP4"
-    if kind in ("FP8", "FP8_F32"):
+    if kind in plan.FP8_KINDS:
         wanted = "F8_E4M3_B128" if choice.holds_fp8 and exact_scales else choice.dense
         if wanted == "F8_E4M3_B128" and first.transposed and not _squarely(output):
             choice.turned.setdefault(_family(output.name), {})[output.name] = None
@@ -454,7 +456,7 @@ def operation(kind: str, target: str, *, transposed: bool = False) -> Literal["c
 
     Of FP8 under float32 scales F8_E4M3_B128 is packed only when these are powers of two: to be known beforehand.
     """
-    if (kind, target) in (("FP8", "F8_E4M3_B128"), ("FP8_F32", "F8_E4M3_B128"), ("FP4", "MXFP4")):
+    if (kind in plan.FP8_KINDS and target == "F8_E4M3_B128") or (kind, target) == ("FP4", "MXFP4"):
         return "pack"
     if transposed:
         return "encode"
@@ -509,6 +511,7 @@ def _metadata(
             keys["tokenizer.chat_template"] = Value.string(template)
         keys.update(general)
     keys.update(architecture.keys(target, mtp=mtp, file_type=file_type, chat_template=template))
+    notes += architecture.notes
     keys["general.quantization_version"] = Value.u32(QUANTIZATION_VERSION)
     keys.update(vocabulary.tokenizer_keys(checkpoint, architecture.tokenizer_pre, architecture.integer("vocab_size")))
     if template is not None:
@@ -534,7 +537,11 @@ def _general_keys(checkpoint: Checkpoint, tensors: Sequence[PlannedTensor], mode
     per_expert = sum(prod(t.shape[1:]) for t in stacked)
     shared = total - sum(prod(t.shape) for t in stacked)
     count = sum(t.shape[0] for t in stacked) // len(stacked) if stacked else 0
-    _ = checkpoint.generation_config  # gguf passes over a damaged one without a word; this raises
+    # gguf passes over a damaged file without a word, and takes any value for a number; these raise.
+    companions.check_sampling(Facts(checkpoint.path / "generation_config.json", checkpoint.generation_config))
+    config = Facts(checkpoint.path / "config.json", checkpoint.config)
+    config.text("_name_or_path", None)
+    companions.check_special_ids(config)
     try:
         found = gguf.Metadata.load(None, checkpoint.path.absolute(), model_name, total)
     except Exception as error:  # a YAML parser over text that people write by hand: it has errors of its own

@@ -39,7 +39,7 @@ from ggufx.errors import (
     PlanError,
     SourceCodesError,
 )
-from ggufx.plan import Plan, PlannedFile, PlannedTensor, Span, Tile, Transform
+from ggufx.plan import FLOAT_SCALES, Plan, PlannedFile, PlannedTensor, Span, Tile, Transform
 from ggufx.transforms import ColumnEnergy, Outcome, apply, decode_parts
 
 __all__ = [
@@ -844,7 +844,8 @@ def _codes_error(plan: Plan, tensor: PlannedTensor, job: _Job, outcome: Outcome)
             bad_codes += codes
             bad_scales += scales
     found_codes = f"{bad_codes} E4M3 NaN codes (0x7F, 0xFF) in tensor {names[0]!r}" if bad_codes else ""
-    what = "float32 scales that are not finite" if tensor.transform.kind == "FP8_F32" else "E8M0 scales 255 (NaN)"
+    scales_dtype = {"F32": "float32"}.get(dtype := FLOAT_SCALES.get(tensor.transform.kind, ""), dtype)
+    what = f"{scales_dtype} scales that are not finite" if scales_dtype else "E8M0 scales 255 (NaN)"
     found_scales = f"{bad_scales} {what} in tensor {names[-1]!r}" if bad_scales else ""
     return SourceCodesError(
         f"{path}: found {' and '.join(filter(None, (found_codes, found_scales)))}: runtimes disagree on what they mean, so "

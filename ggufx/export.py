@@ -53,9 +53,10 @@ def plan_export(file: File, outfile: str | Path) -> Plan:
     if directory.exists() and not directory.is_dir():
         raise PlanError(f"{directory}: is a file; --outfile names the checkpoint's directory")
     if not DeepSeekV4File.recognises(file):
+        architecture = file.facts.text("general.architecture", None)
         raise PlanError(
-            f"{file.path}: holds a model of architecture {file.metadata.get('general.architecture')!r} or an MTP block; export "
-            "knows the main model of DeepSeek-V4 (deepseek4)"
+            f"{file.path}: holds a model of architecture {architecture!r} or an MTP block; export knows the main model of "
+            "DeepSeek-V4 (deepseek4)"
         )
     model = DeepSeekV4File(file)
     _said_by_config(model)
@@ -75,11 +76,10 @@ def plan_export(file: File, outfile: str | Path) -> Plan:
         described += [SourceTensor(t.name, t.type, t.shape, number, t.offset, t.nbytes) for t in placed]
     # The architecture's own check of what it will be given when this is converted again.
     model.arranged("nisparks", names, described)
-    metadata = file.metadata.typed()
-    tokenizer, notes = companions.tokenizer_files(metadata, CHAT_TEMPLATE)
+    tokenizer, notes = companions.tokenizer_files(file.facts, CHAT_TEMPLATE)
     small = {
         "config.json": _config(model, described),
-        "generation_config.json": companions.generation_config(metadata),
+        "generation_config.json": companions.generation_config(file.facts),
         **tokenizer,
     }
     if len(names) > 1:
@@ -88,7 +88,7 @@ def plan_export(file: File, outfile: str | Path) -> Plan:
             "weight_map": {t.name: names[t.shard].name for t in sorted(described, key=lambda t: t.name)},
         }
     files += [PlannedText(directory / name, content=_json(content)) for name, content in small.items()]
-    files.append(PlannedText(directory / "README.md", content=companions.model_card(metadata).encode()))
+    files.append(PlannedText(directory / "README.md", content=companions.model_card(file.facts).encode()))
     notes += [f"config.json: {key} is supposed: {why}" for key, why in model.supposed]
     if model.config["num_nextn_predict_layers"]:
         notes.append("config.json: num_nextn_predict_layers is 0: the MTP block is not in this file")
@@ -201,7 +201,7 @@ def _plain(file: File, member: Member, row_len: int, experts: int) -> Transform:
 
 def _config(model: DeepSeekV4File, tensors: Iterable[SourceTensor]) -> dict[str, Any]:
     dtypes = {tensor.name: tensor.dtype for tensor in tensors}
-    config = {**model.config, "num_nextn_predict_layers": 0, **companions.special_ids(model.file.metadata.typed())}
+    config = {**model.config, "num_nextn_predict_layers": 0, **companions.special_ids(model.file.facts)}
     experts = {dtype for name, dtype in dtypes.items() if ".ffn.experts." in name and name.endswith(".weight")}
     known = {"I8": "fp4", "F8_E4M3": "fp8"}
     if len(experts) == 1 and (dtype := experts.pop()) in known:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from ggufx import dialects
 from ggufx.container import Container, Entry, KeyValues, read_container, read_splits
 from ggufx.errors import ContainerError, UnknownType
+from ggufx.typed import Facts
 from ggufx.types import Codec
 
 __all__ = ["File", "Tensor", "open"]
@@ -251,10 +252,15 @@ class File(Mapping[str, Tensor]):
         return self._containers[0].alignment
 
     @property
+    def facts(self) -> Facts:
+        """The metadata as values of the types that they must have: what decides something is taken from here."""
+        return Facts.of_metadata(self.path, self.metadata)
+
+    @property
     def file_type(self) -> str | None:
         """Spelling of ``general.file_type``, ``None`` where the file or its dialect has none."""
         number = self.metadata.get("general.file_type")
-        if not isinstance(number, int) or self.dialect is None:
+        if type(number) is not int or self.dialect is None:
             return None
         return dialects.get(self.dialect).file_type_name(number)
 

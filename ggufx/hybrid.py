@@ -7,7 +7,6 @@ FP8 weights have their scales beside them, and both are one tensor here.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 from collections.abc import Iterable, Sequence
@@ -22,10 +21,11 @@ from ggufx import dialects, types
 from ggufx import file as gguf_file
 from ggufx.checkpoint import SourceTensor, read_shard
 from ggufx.container import Container, Entry, KeyValues
-from ggufx.errors import AmbiguousDialect, CheckpointError, CodecError, ContainerError
+from ggufx.errors import AmbiguousDialect, CodecError, ContainerError
 from ggufx.file import File, Index, Tensor
+from ggufx.typed import Facts, read_object
 from ggufx.types import Codec
-from ggufx.types.f8_e4m3_b128 import BLOCK_LEN, E8M0, decode_scaled
+from ggufx.types.f8_e4m3_b128 import BLOCK_LEN, E8M0, decode_scaled, widened
 
 __all__ = ["HybridFile", "ScaledTensor", "open"]
 
@@ -71,7 +71,7 @@ class ScaledTensor(Tensor):
         container, entry, dtype = self._scales
         raw = container.bytes_of(entry)
         # A copy is aligned and writeable, as the kernel's one overload wants it.
-        return np.array(raw.view("<f4") if dtype == "F32" else E8M0[raw]).reshape(entry.shape)
+        return np.array(E8M0[raw] if dtype in ("F8_E8M0", "U8") else widened(raw, dtype)).reshape(entry.shape)
 
     def numpy(
         self,
@@ -135,7 +135,7 @@ class HybridFile(File):
     ----------
     dialect, equivalent
         Of the experts' type numbers.
-    config : dict
+    config : Facts
         config.json, empty if the folder has none.
     """
 
@@ -164,7 +164,8 @@ class HybridFile(File):
                 path, "hybrid", f"a directory without routed experts of GGML types (*{_TYPE}) is {kind}"
             )
         self._sources = sources
-        self.config = _config(path)
+        # KTransformers' own script writes none.
+        self.config = Facts(path / "config.json", read_object(path / "config.json"))
         self._tensors = {}
         codecs: set[tuple[int, Codec]] = set()
         for name, (tensor, container) in sources.items():
@@ -212,7 +213,7 @@ class HybridFile(File):
             raise ContainerError(
                 container.path, "scales", f"tensor {name!r} is {_FP8} but {name + _SCALES!r} is missing"
             )
-        if scale.shape != wanted or scale.dtype not in ("F32", "F8_E8M0", "U8") or len(wanted) != 2:
+        if scale.shape != wanted or scale.dtype not in ("F32", "BF16", "F16", "F8_E8M0", "U8") or len(wanted) != 2:
             raise ContainerError(
                 scale_container.path,
                 "scales",
@@ -275,7 +276,7 @@ class HybridFile(File):
         try:
             if ".ffn_down_exps" not in name:
                 inter, rest = divmod(nbytes, experts * codec.layout.row_nbytes(hidden))
-                wanted = self.config.get("moe_intermediate_size", inter)
+                wanted = self.config.integer("moe_intermediate_size", inter)
                 return (experts, inter, hidden) if inter == wanted and inter and not rest else None
             for other in ("gate", "up"):
                 beside = name.replace("ffn_down", f"ffn_{other}")
@@ -293,16 +294,6 @@ class HybridFile(File):
         number = self._type_id(name)
         codecs = dict.fromkeys(c for d in self._dialects if (c := d.codec(number)) is not None)
         return next((shape[1] for codec in codecs if (shape := self._shape(name, codec)) is not None), None)
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}  # KTransformers' own script writes none
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path / 'config.json'}: cannot be read as JSON ({error})") from None
-    return found if isinstance(found, dict) else {}
 
 
 def _entry(tensor: SourceTensor, shape: Sequence[int], number: int) -> Entry:

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
 
-import numpy as np
-
 from ggufx import types
+from ggufx.typed import Facts
 
 __all__ = ["MIXES", "Mix", "Model", "assign", "find"]
 
@@ -52,7 +51,7 @@ class Model:
     n_predicting: int = 0
 
     @classmethod
-    def from_keys(cls, keys: Mapping[str, Any], names: Collection[str] = ()) -> Model:
+    def from_keys(cls, keys: Mapping[str, Any], names: Collection[str] = (), where: object = "the model") -> Model:
         """Read a model's facts off its metadata.
 
         Parameters
@@ -61,14 +60,22 @@ class Model:
             Metadata as Python values.
         names
             The tensors' names: they tell the number of layers where no key does.
+        where
+            How an error names the file.
+
+        Raises
+        ------
+        PlanError
+            A key has a value of another type than a mix reads there.
         """
-        architecture = str(keys.get("general.architecture", ""))
+        architecture = Facts.of_metadata(where, keys).text("general.architecture", "")
+        facts = Facts.of_metadata(where, keys, f"{architecture}.")
 
         def number(key: str, missing: int) -> int:
-            value = keys.get(f"{architecture}.{key}", missing)
-            if isinstance(value, Sequence | np.ndarray) and len(value):
-                value = value[0]  # a number for each layer, in some models: the first layer's counts
-            return int(value) if isinstance(value, int | np.integer) else missing
+            if isinstance(facts.find(key), int | None):
+                return facts.integer(key, missing)
+            # A number for each layer, in some models: the first layer's counts.
+            return next(iter(facts.integers(key)), missing)
 
         n_heads = number("attention.head_count", 0)
         counted = 1 + max((_layer(name) for name in names), default=-1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from ggufx import container, types
 from ggufx.checkpoint import read_shard
@@ -45,9 +45,13 @@ DEVICE_TILE_LEN = 1 << 23
 """The same for tiles that a GPU encodes, which has more lanes to fill: an expert of a large model."""
 
 SOURCE_BITS: Mapping[str, int] = {
-    "FP8": 8, "FP8_F32": 8, "FP4": 4, "BF16": 16, "F16": 16, "F32": 32, "I32": 32, "I64": 64
+    "FP8": 8, "FP8_F32": 8, "FP8_BF16": 8, "FP8_F16": 8, "FP4": 4, "BF16": 16, "F16": 16, "F32": 32, "I32": 32, "I64": 64
 }  # fmt: skip
-"""Bits per element of the kinds of checkpoint tensors; FP8 and FP4 carry E8M0 scales beside them, FP8_F32 float32 ones."""
+"""Bits per element of the kinds of checkpoint tensors; FP8 and FP4 carry E8M0 scales beside them, FP8_F32 float32 ones ..."""
+FLOAT_SCALES: Final[Mapping[str, str]] = {"FP8_F32": "F32", "FP8_BF16": "BF16", "FP8_F16": "F16"}
+"""Safetensors' dtype of the scales, by the kinds of FP8 whose scales need not be powers of two."""
+FP8_KINDS: Final = ("FP8", *FLOAT_SCALES)
+_SCALE_NBYTES: Final[Mapping[str, int]] = {"FP8_F32": 4, "FP8_BF16": 2, "FP8_F16": 2}
 
 
 class Span(NamedTuple):
@@ -93,7 +97,7 @@ class Matrix(NamedTuple):
     @property
     def scales_nbytes(self) -> int:
         """Bytes of a row of scales."""
-        return -(-self.row_len // self.len_per_scale) * (4 if self.kind == "FP8_F32" else 1)
+        return -(-self.row_len // self.len_per_scale) * _SCALE_NBYTES.get(self.kind, 1)
 
     def take(self, start: int, rows: int, step: int = 1, *, transposed: bool = False) -> Matrix:
         """Return some rows: those from ``start``, every ``step``-th, ``rows`` of them.

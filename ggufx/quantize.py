@@ -30,7 +30,7 @@ from ggufx.errors import FallbackError, PlanError, RecipeError, UnknownType
 from ggufx.execute import Progress, TileDone
 from ggufx.file import File, Tensor, open
 from ggufx.imatrix import ImportanceMatrix, Place
-from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform, Weights
+from ggufx.plan import FP8_KINDS, Matrix, Plan, PlannedTensor, Span, Transform, Weights
 from ggufx.recipe import NATIVE, Finding, Recipe, Rule
 
 __all__ = [
@@ -54,9 +54,7 @@ ENERGY: Final = "energy"
 ONES: Final = "ones"
 """In place of an importance matrix: all columns weigh the same, for types that demand importance."""
 
-NATIVE_KINDS: Final = frozenset(
-    {"FP8", "FP8_F32", "FP4", "F8_E4M3_B128", "MXFP4", "NVFP4", "F64", "F32", "F16", "BF16"}
-)
+NATIVE_KINDS: Final = frozenset({*FP8_KINDS, "FP4", "F8_E4M3_B128", "MXFP4", "NVFP4", "F64", "F32", "F16", "BF16"})
 """What models are trained or published in: quantizing these is what quantizing is for."""
 _EMBEDDINGS: Final = ("token_embd.weight", "per_layer_token_embd.weight")
 _INTEGERS: Final = frozenset({"I8", "I16", "I32", "I64"})
@@ -238,7 +236,7 @@ class Quantization:
         first = source.stack[0][0]
         op = convert.operation(source.kind, choice.type, transposed=first.transposed)
         # FP8 that F8_E4M3_B128 holds as it is was kept; this is the rest.
-        if source.kind in ("FP8", "FP8_F32") and op == "pack":
+        if source.kind in FP8_KINDS and op == "pack":
             op = "encode"
         effort = self.effort if self.effort != "reference" or codec.reproduces else "normal"
         transform = Transform(
@@ -356,7 +354,7 @@ def prepare(
     has_imatrix = isinstance(matrix, ImportanceMatrix)
     decide = _Decider(
         rules, kind, chosen, matrix, pure=pure,
-        mixed=None if mixed is None else _assigned(mixed, sources, quantization.facts(), rules, has_imatrix=has_imatrix),
+        mixed=None if mixed is None else _assigned(mixed, sources, quantization, rules, has_imatrix=has_imatrix),
         output_type=_optional_name(output_type), embedding_type=_optional_name(embedding_type), leave_output=leave_output,
         allow_requantize=allow_requantize, fallback=fallback, tied=all(s.name != "output.weight" for s in sources),
         n_source_files=len(quantization.source_files),
@@ -368,7 +366,7 @@ def prepare(
     if default is not None and mixed is None and not pure:
         # The mix is what the name means to users of llama-quantize.
         other = mixes.find(default)
-        there = {} if other is None else _assigned(other, sources, quantization.facts(), rules, has_imatrix=has_imatrix)
+        there = {} if other is None else _assigned(other, sources, quantization, rules, has_imatrix=has_imatrix)
         differing = [name for name, its in there.items() if its != kind and name not in (*_EMBEDDINGS, "output.weight")]
         if differing:
             quantization.findings.append(
@@ -420,7 +418,7 @@ def mix_recipe(
             opened, chosen, mtp=False, model_name=None, template=None, skip=(), allow_nan=True
         )
     has_imatrix = isinstance(_matrix(imatrix), ImportanceMatrix)
-    taken = _assigned(mixed, sources, quantization.facts(), Recipe(), has_imatrix=has_imatrix)
+    taken = _assigned(mixed, sources, quantization, Recipe(), has_imatrix=has_imatrix)
     return recipe_module.from_tensors((s.name, s.shape, taken[s.name]) for s in sources if s.name in taken)
 
 
@@ -512,13 +510,13 @@ def _mix(name: str, *, asked: bool) -> mixes.Mix | None:
 
 
 def _assigned(
-    mix: mixes.Mix, sources: Sequence[Source], facts: Mapping[str, Any], rules: Recipe, *, has_imatrix: bool
+    mix: mixes.Mix, sources: Sequence[Source], quantization: Quantization, rules: Recipe, *, has_imatrix: bool
 ) -> dict[str, str]:
     """Return the types that a mix has for what no rule decides and what does not stay as it is."""
     names = {source.name: _upstream_name(source.name) for source in sources}
     decided = {names[s.name] for s in sources if s.stays or rules.find(s.name, stays=s.stays) is not None}
     shapes = {names[source.name]: source.shape for source in sources}
-    model = mixes.Model.from_keys(facts, shapes)
+    model = mixes.Model.from_keys(quantization.facts(), shapes, quantization.path)
     found = mixes.assign(mix, model, shapes, has_imatrix=has_imatrix, decided=decided)
     return {name: found[theirs] for name, theirs in names.items() if theirs in found}
 
@@ -604,9 +602,10 @@ def _foreign_names(file: File, target: Dialect) -> list[Finding]:
 
 def _heads(file: File, tensor: Tensor) -> int:
     """Return how many heads lie below each other in a matrix: 1 but for ik_llama.cpp's latent projections."""
-    heads = file.metadata.get(f"{file.metadata.get('general.architecture')}.attention.head_count")
-    latent = tensor.ndim == 2 and imatrix_module.LATENT.fullmatch(tensor.name) is not None
-    return heads if latent and isinstance(heads, int) and heads > 0 and tensor.shape[0] % heads == 0 else 1
+    if tensor.ndim != 2 or imatrix_module.LATENT.fullmatch(tensor.name) is None:
+        return 1
+    heads = file.facts.integer(f"{file.facts.text('general.architecture', '')}.attention.head_count", 1, least=1)
+    return heads if tensor.shape[0] % heads == 0 else 1
 
 
 def _matrices(name: str, shape: tuple[int, ...], codec: types.Codec, span: Span, count: int) -> list[Matrix]:
@@ -747,7 +746,7 @@ class _Decider:
     def __call__(self, source: Source) -> Choice:
         rule = self.rules.find(source.name, stays=source.stays)
         wanted = self._wanted(source, rule)
-        native = wanted == "F8_E4M3_B128" and source.kind in ("FP8", "FP8_F32") and self._packs(source)
+        native = wanted == "F8_E4M3_B128" and source.kind in FP8_KINDS and self._packs(source)
         if wanted in (None, NATIVE, source.kind) or 0 in source.shape or native:
             kept = self._kept(source, rule)
             # Some of what a checkpoint has in BF16 is kept as F32 (norms, routers): a rule that says BF16 means it.

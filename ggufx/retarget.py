@@ -86,7 +86,7 @@ def moves_for(file: File, target: str) -> tuple[list[Move], list[tuple[str, str]
     PlanError
         The target has no form for the file.
     """
-    architecture = file.metadata.get("general.architecture")
+    architecture = file.facts.text("general.architecture", None)
     if not DeepSeekV4File.recognises(file):
         bound = architecture == "deepseek4" and target in ("nisparks", dialects.DS4.name)
         if bound or target == dialects.DS4.name:
@@ -317,12 +317,12 @@ def is_bfloat16(tensor: Tensor) -> bool:
 
 def _file_type(file: File, tensors: Sequence[PlannedTensor], dialect: Dialect) -> int | None:
     """Return ``general.file_type``: the file's own where it means the same there and most weights keep their type."""
-    number = file.metadata.get("general.file_type")
+    number = file.facts.integer("general.file_type", None)
     weights: Counter[tuple[str, str]] = Counter()
     for tensor in tensors:
         weights[tensor.transform.kind, tensor.type] += prod(tensor.shape)
     old, new = max(weights, key=weights.__getitem__, default=("", ""))
-    if isinstance(number, int) and old == new and file.file_type == dialect.file_type_name(number):
+    if number is not None and old == new and file.file_type == dialect.file_type_name(number):
         return number
     held = {tensor.type for tensor in tensors}
     if dialect.name == "nisparks" and "F8_E4M3_B128" in held:
@@ -361,11 +361,11 @@ def _deepseek_keys(
     form = "nisparks" if target == "nisparks" else "llama.cpp"
     from ggufx.architectures.deepseek_v4 import CHAT_TEMPLATE
 
-    template = own.get("tokenizer.chat_template")
+    template = model.file.facts.text("tokenizer.chat_template", None)
     if template is None:
-        template = Value.string(CHAT_TEMPLATE)
+        template = CHAT_TEMPLATE
         notes.append("key tokenizer.chat_template: the file has none; a built-in one of the family is written")
-    derived = model.keys(form, file_type=file_type, chat_template=template.data)
+    derived = model.keys(form, file_type=file_type, chat_template=template, notes=notes)
     if target == dialects.DS4.name:
         for key in ("deepseek4.embedding_length_out", "deepseek4.swiglu_clamp_shexp"):
             del derived[key]
@@ -383,7 +383,7 @@ def _deepseek_keys(
     if form == "nisparks":
         keys |= {key: general[key] for key in NISPARKS_GENERAL if key in general}
     else:
-        keys["tokenizer.chat_template"] = template
+        keys["tokenizer.chat_template"] = Value.string(template)
         general = _with_naming(model, general, notes)
     keys |= general | derived
     keys["general.quantization_version"] = own.get("general.quantization_version", Value.u32(2))

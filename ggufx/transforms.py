@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from ggufx import kernels, offload, types
 from ggufx.errors import CodecError, NonFiniteError
-from ggufx.plan import Transform
-from ggufx.types.f8_e4m3_b128 import decode_scaled, exponents
+from ggufx.plan import FLOAT_SCALES, Transform
+from ggufx.types.f8_e4m3_b128 import decode_scaled, exponents, widened
 
 __all__ = ["ColumnEnergy", "Outcome", "apply", "decode_parts", "decode_source", "native_codes"]
 
@@ -119,8 +119,8 @@ def native_codes(transform: Transform, rows: int, inputs: list[U8], phase: int =
     data, scale_data = _every(transform, rows, inputs)
     codes, rows_per_scale, lost = data.reshape(source_rows, -1), transform.rows_per_scale, 0
     scale_rows = -(-(phase + source_rows) // rows_per_scale)
-    if transform.kind == "FP8_F32":
-        scales, lost = exponents(scale_data.view("<f4").reshape(scale_rows, -1))
+    if transform.kind in FLOAT_SCALES:
+        scales, lost = exponents(widened(scale_data, FLOAT_SCALES[transform.kind]).reshape(scale_rows, -1))
     else:
         scales = scale_data.reshape(scale_rows, -1)
     if transform.transposed:
@@ -316,7 +316,7 @@ def decode_source(
     Parameters
     ----------
     kind
-        ``FP8``, ``FP8_F32``, ``FP4``, ``BF16``, ``F16``, ``F32`` or a codec's name.
+        ``FP8``, one of :data:`ggufx.plan.FLOAT_SCALES`, ``FP4``, ``BF16``, ``F16``, ``F32`` or a codec's name.
     rows, row_len
         Shape of the result.
     inputs
@@ -330,11 +330,9 @@ def decode_source(
     -------
     (float32 [rows, row_len], number of NaN codes, number of scales that are not finite)
     """
-    if kind == "FP8_F32":
-        scale_rows = -(-(phase + rows) // rows_per_scale)
-        return decode_scaled(
-            inputs[0].reshape(rows, row_len), inputs[1].view("<f4").reshape(scale_rows, -1), rows_per_scale, phase
-        )
+    if kind in FLOAT_SCALES:
+        floats = widened(inputs[1], FLOAT_SCALES[kind]).reshape(-(-(phase + rows) // rows_per_scale), -1)
+        return decode_scaled(inputs[0].reshape(rows, row_len), floats, rows_per_scale, phase)
     if kind in ("FP8", "FP4"):
         codec = types.get("F8_E4M3_B128" if kind == "FP8" else "MXFP4")
         codes = inputs[0].reshape(rows, -1)

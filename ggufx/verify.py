@@ -28,7 +28,7 @@ from ggufx.errors import GGUFError, PlanError
 from ggufx.execute import Progress
 from ggufx.file import File, Tensor
 from ggufx.hybrid import HybridFile, open
-from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Tile, Transform
+from ggufx.plan import FLOAT_SCALES, FP8_KINDS, Matrix, Plan, PlannedTensor, Span, Tile, Transform
 from ggufx.transforms import decode_parts, native_codes
 
 __all__ = ["Report", "TensorReport", "verify"]
@@ -38,7 +38,7 @@ Status = Literal["exact", "rounded", "different", "missing", "extra", "undecided
 FAR: Final = 0.5
 """Relative RMS error that no quantization explains: noise of the source's own size has 1.4."""
 
-_NATIVE: Final = {("FP8", "F8_E4M3_B128"), ("FP8_F32", "F8_E4M3_B128"), ("FP4", "MXFP4")}
+_NATIVE: Final = {*((kind, "F8_E4M3_B128") for kind in FP8_KINDS), ("FP4", "MXFP4")}
 
 
 @dataclass
@@ -448,7 +448,7 @@ def _compare(
 ) -> TensorReport:
     transform = planned.transform
     coded = (transform.kind, tensor.type) in _NATIVE and (
-        transform.op == "pack" or not (transform.kind == "FP8_F32" or transform.transposed)
+        transform.op == "pack" or not (transform.kind in FLOAT_SCALES or transform.transposed)
     )
     result = TensorReport(tensor.name, tensor.type, "exact", native=_native(planned))
     if tensor.shape != planned.shape:

@@ -10,6 +10,7 @@ import pytest
 from oracle import FIXTURES
 
 from ggufx import dialects, mixes, types
+from ggufx.errors import PlanError
 
 RECORDED = json.loads((FIXTURES / "mixes.json").read_text())
 
@@ -81,13 +82,12 @@ def test_facts_of_a_model() -> None:
     # Without attention, and without any key.
     assert mixes.Model.from_keys({"general.architecture": "mamba", "mamba.attention.head_count": 0}).n_sharing == 0
     assert mixes.Model.from_keys({}, ["blk.6.attn_q.weight", "output.weight"]) == mixes.Model(n_layers=7)
-    # Keys of a damaged file count as none.
-    odd = {
-        "general.architecture": "llama",
-        "llama.block_count": "many",
-        "llama.attention.head_count": np.array([], "u4"),
-    }
-    assert mixes.Model.from_keys(odd | {"llama.expert_count": 1.5}) == mixes.Model("llama")
+    # A layer count for no layer says nothing; a value of another type is an error, which a wrong mix would hide.
+    empty = {"general.architecture": "llama", "llama.attention.head_count": np.array([], "u4")}
+    assert mixes.Model.from_keys(empty) == mixes.Model("llama")
+    for key, odd in (("llama.block_count", "many"), ("llama.expert_count", 1.5), ("general.architecture", [1, 2])):
+        with pytest.raises(PlanError, match=f"^F: key {key} is .*, expected a"):
+            mixes.Model.from_keys(empty | {key: odd}, where="F")
     # Blocks that predict further tokens are none of the 80; in 8 experts upstream sees another model.
     llama = {"general.architecture": "llama", "llama.block_count": 81, "llama.attention.head_count": 64}
     more = {"llama.attention.head_count_kv": 8, "llama.nextn_predict_layers": 1}

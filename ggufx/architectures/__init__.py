@@ -8,6 +8,7 @@ from ggufx.architectures.deepseek_v4 import DeepSeekV4
 from ggufx.architectures.gpt_oss import GptOss
 from ggufx.checkpoint import Checkpoint
 from ggufx.errors import CheckpointError
+from ggufx.typed import shown
 
 __all__ = ["Architecture", "DeepSeekV3", "DeepSeekV4", "GptOss", "Output", "Part", "Role", "find"]
 
@@ -28,7 +29,7 @@ def find(checkpoint: Checkpoint) -> Architecture:
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str) or model_type not in _BY_MODEL_TYPE:
         raise CheckpointError(
-            f"{checkpoint.path / 'config.json'}: model_type {model_type!r} is not supported; supported: "
+            f"{checkpoint.path / 'config.json'}: model_type {shown(model_type)} is not supported; supported: "
             f"{', '.join(_BY_MODEL_TYPE)}"
         )
     return _BY_MODEL_TYPE[model_type](checkpoint)

@@ -6,11 +6,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Literal, NamedTuple
+from typing import ClassVar, Final, Literal, NamedTuple
 
+from ggufx.architectures.rope import Rope, read_ropes
 from ggufx.checkpoint import Checkpoint, SourceTensor
 from ggufx.container import Value
 from ggufx.errors import CheckpointError
+from ggufx.plan import FLOAT_SCALES
+from ggufx.typed import Facts, shown
 
 __all__ = ["Architecture", "Family", "Output", "Part", "Role", "evaluate"]
 
@@ -19,20 +22,11 @@ Role = Literal["dense", "expert", "matrix", "router", "vector", "table"]
 matrix; norms, scales, biases and hyper-connections (F32 everywhere: BF16 there costs accuracy); the token-to-expert
 table."""
 
-FLOAT32_MAX: Final = float(2**128 - 2**104)
 FP8_TILE: Final = 128
 FP4_BLOCK: Final = 32
 
 _MANY: Final = 1_000_000
 """Missing tensors that are enough to say that they are missing."""
-
-# What YaRN may have, in upstream's order, and the config's spellings.
-_YARN: Final[Mapping[str, tuple[str, ...]]] = {
-    "ext_factor": ("extrapolation_factor",),
-    "attn_factor": ("attention_factor", "attn_factor"),
-    "beta_fast": ("beta_fast",),
-    "beta_slow": ("beta_slow",),
-}
 
 FLOATS: Final = ("BF16", "F16", "F32")
 PLAIN: Final[Mapping[Role, tuple[str, ...]]] = {
@@ -63,7 +57,7 @@ class Part:
     tensor
         The source.
     kind
-        The plan's (FP8, FP8_F32, FP4, BF16 ...).
+        The plan's (FP8, FP8_F32, FP8_BF16, FP4, BF16 ...).
     shape
         Logical shape of what the part contributes, numpy order, with FP4 counted in elements.
     scale, rows_per_scale, len_per_scale
@@ -120,6 +114,13 @@ class Output:
 class Architecture(ABC):
     """An architecture over one checkpoint: what its tensors are called, and what they become.
 
+    Attributes
+    ----------
+    facts
+        config.json.
+    notes
+        Sentences the user should read, of the keys.
+
     Raises
     ------
     CheckpointError
@@ -143,11 +144,12 @@ class Architecture(ABC):
     template_first: ClassVar[bool] = False
     """Whether upstream writes the chat template before everything but the architecture."""
     float_scales: ClassVar[bool] = False
-    """Whether FP8 scales may be float32, not powers of two."""
+    """Whether FP8 scales may be floats, not powers of two."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.config: dict[str, Any] = checkpoint.config
+        self.facts = Facts(checkpoint.path / "config.json", checkpoint.config)
+        self.notes: list[str] = []
 
     # What an architecture must say ------------------------------------------------------------------------------
 
@@ -193,11 +195,11 @@ class Architecture(ABC):
 
     def integer(self, key: str) -> int:
         """Return a positive integer of config.json that metadata can hold; raises CheckpointError."""
-        return self._integer(self.config.get(key), key, 1)
+        return self.facts.integer(key, least=1)
 
     def count(self, key: str) -> int:
         """Return an integer of config.json that may be 0, or missing, which is 0; raises CheckpointError."""
-        return self._integer(self.config.get(key) or 0, key, 0)
+        return self.facts.integer(key, 0)
 
     def counted(self, key: str) -> int:
         """Return a number of things that have tensors of their own each; raises CheckpointError.
@@ -207,77 +209,61 @@ class Architecture(ABC):
         value = self.integer(key)
         if value > len(self.checkpoint):
             raise CheckpointError(
-                f"{self.checkpoint.path / 'config.json'}: {key} is {value}, but the checkpoint has {len(self.checkpoint)} "
+                f"{self.facts.where}: {key} is {value}, but the checkpoint has {len(self.checkpoint)} "
                 "tensors in all: the config and the weights are of different models"
-            )
-        return value
-
-    def _integer(self, value: object, key: str, least: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**32:
-            expected = "a positive integer" if least else "an integer of at least 0"
-            raise CheckpointError(
-                f"{self.checkpoint.path / 'config.json'}: {key} is {value!r}, expected {expected} of 32 bits"
             )
         return value
 
     def number(self, key: str) -> float:
         """Return a number of config.json that float32 can hold; raises CheckpointError."""
-        return self._number(self.config.get(key), key)
+        return self.facts.number(key)
 
-    def _number(self, value: object, key: str) -> float:
-        real = isinstance(value, int | float) and not isinstance(value, bool)
-        if not real or not abs(value) <= FLOAT32_MAX:  # type: ignore[arg-type] # and NaN is not less
+    def rope(self) -> Rope:
+        """Return the rotary embedding that all layers share, its base included; raises CheckpointError."""
+        found = read_ropes(self.facts, {}).get("", Rope("rope_parameters")).with_theta(self.facts, "rope_theta")
+        if found.partial not in (None, 1.0):
             raise CheckpointError(
-                f"{self.checkpoint.path / 'config.json'}: {key} is {value!r}, expected a number that float32 can hold"
+                f"{self.facts.where}: {found.name}.partial_rotary_factor is {found.partial}; {self.name} files have no form "
+                "for heads that are rotated in part"
             )
-        return float(value)  # type: ignore[arg-type]
+        return found
 
-    def rope_parameters(self) -> tuple[str, dict[str, Any]]:
-        """Return the rotary embedding's scaling and the key it stands under: transformers 5 renamed it.
+    def check_assumed(self, assumed: Mapping[str, object], readers: str) -> None:
+        """Raise CheckpointError for a value of config.json that would be lost: no key holds it, and readers assume another.
 
-        Raises
-        ------
-        CheckpointError
-            It is no object.
+        Parameters
+        ----------
+        assumed
+            By the config's keys, what readers assume.
+        readers
+            Whose assumptions they are.
         """
-        name = "rope_parameters" if self.config.get("rope_parameters") else "rope_scaling"
-        scaling = self.config.get(name) or {}
-        if not isinstance(scaling, dict):
-            raise CheckpointError(f"{self.checkpoint.path / 'config.json'}: {name} is {scaling!r}, expected an object")
-        return name, scaling
+        for key, value in assumed.items():
+            self.facts.expect(key, value, f"{readers} assume that, and no key of theirs says otherwise")
 
-    def rope_theta(self) -> float:
-        """Return the base of the rotary embedding; raises CheckpointError."""
-        name, scaling = self.rope_parameters()
-        if "rope_theta" not in self.config and "rope_theta" in scaling:
-            return self._number(scaling["rope_theta"], f"{name}.rope_theta")
-        return self.number("rope_theta")
+    def check_quantization(self, method: str, tile: list[int] | None) -> None:
+        """Raise CheckpointError where config.json names another quantization than the native one; it may name none.
 
-    def rope_scaling(self) -> dict[str, Value]:
-        """Return the YaRN keys in upstream's order, or none; raises CheckpointError for another kind of scaling.
-
-        The factors of extrapolation and attention and the two ends of the ramp are written where the config has them: their
-        defaults are the programs' own.
+        Parameters
+        ----------
+        method, tile
+            Native ``quant_method`` and ``weight_block_size``, rows and columns that share a scale.
         """
-        name, scaling = self.rope_parameters()
-        kind = scaling.get("rope_type", scaling.get("type"))
-        if kind in (None, "default"):
-            return {}
-        if kind != "yarn":
-            raise CheckpointError(f"{self.checkpoint.path / 'config.json'}: {name} of type {kind!r}; expected yarn")
-        context = "original_max_position_embeddings"
-        return {
-            "rope.scaling.type": Value.string(kind),
-            "rope.scaling.factor": Value.f32(self._number(scaling.get("factor"), f"{name}.factor")),
-            "rope.scaling.original_context_length": Value.u32(
-                self._integer(scaling.get(context), f"{name}.{context}", 1)
-            ),
-            **{
-                f"rope.scaling.yarn_{key}": Value.f32(self._number(scaling[spelling], f"{name}.{spelling}"))
-                for key, spellings in _YARN.items()
-                if (spelling := next((s for s in spellings if scaling.get(s) is not None), None)) is not None
-            },
-        }
+        stated = self.quantization
+        if stated is None:
+            return
+        found, block = stated.find("quant_method"), stated.find("weight_block_size")
+        if found != method or (tile is not None and block != tile):
+            native = method if tile is None else f"{method} with {tile}"
+            raise CheckpointError(
+                f"{self.facts.where}: quantization_config has quant_method {shown(found)} and weight_block_size "
+                f"{shown(block)}; {native} can be converted, or a checkpoint in BF16"
+            )
+
+    @property
+    def quantization(self) -> Facts | None:
+        """``quantization_config`` of config.json, if it has one; raises CheckpointError."""
+        return self.facts.object("quantization_config", None)
 
     def prefixed(self, keys: Mapping[str, Value]) -> dict[str, Value]:
         """Put the architecture's name before every key that is not a general one."""
@@ -342,9 +328,9 @@ class Architecture(ABC):
         scale_shape = (-(-shape[0] // rows), -(-shape[1] // width))
         known = {"F8_E8M0": kind, "U8": kind}
         if self.float_scales and kind == "FP8":
-            known["F32"] = "FP8_F32"
+            known |= {dtype: kind for kind, dtype in FLOAT_SCALES.items()}
         if scale.dtype not in known or scale.shape != scale_shape:
-            expected_dtype = "F32 or F8_E8M0" if "F32" in known else "F8_E8M0"
+            expected_dtype = " or ".join(dtype for dtype in reversed(known) if dtype != "U8")
             raise CheckpointError(
                 f"{self.checkpoint.shards[scale.shard]}: scales {scale_name!r} are {scale.dtype}{list(scale.shape)}, "
                 f"expected {expected_dtype}{list(scale_shape)}: one for each {rows}x{width} of {list(shape)}"

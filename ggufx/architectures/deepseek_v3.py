@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Final
 
 from ggufx.architectures.base import FP8_TILE, Architecture, Family, Output, Part
+from ggufx.architectures.rope import Rope
 from ggufx.checkpoint import Checkpoint
 from ggufx.container import Value
 from ggufx.errors import CheckpointError, PlanError
@@ -83,6 +84,13 @@ MTP_ONLY: Final = "eh_proj.weight"
 EXPERT_ORDER: Final = ("down_proj", "gate_proj", "up_proj")
 """Of upstream's files."""
 
+TOPK_METHODS: Final = ("noaux_tc", "greedy")
+"""Ways of choosing experts that programs have: V3's, and the plain one. V2's by groups is another than V3's."""
+ASSUMED: Final[Mapping[str, object]] = {
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1, "rope_interleave": True,
+}  # fmt: skip
+"""Values of config.json that no key of a file says and every program takes for granted."""
+
 _SIDE: Final = (
     (re.compile(r"\.rotary_emb\.inv_freq$"), "computed from config.json"),
     (re.compile(r"\.(input_scale|activation_scale)$"), "a scale of activations, which no target uses"),
@@ -111,7 +119,7 @@ class DeepSeekV3(Architecture):
         self.n_mtp = self.count("num_nextn_predict_layers")
         self.n_dense = self.count("first_k_dense_replace")
         self.q_lora = self.count("q_lora_rank")
-        self.tied = bool(self.config.get("tie_word_embeddings"))
+        self.tied = self.facts.flag("tie_word_embeddings", False)
 
     @property
     def n_experts(self) -> int:
@@ -142,7 +150,7 @@ class DeepSeekV3(Architecture):
         attention = (*LAYER, *(QUERY_LOW_RANK if self.q_lora else QUERY))
         experts: tuple[Family, ...] = EXPERTS_FFN
         # The bias came with V3's way of choosing ("noaux_tc"); a config that names another has none.
-        if self.config.get("topk_method", "noaux_tc") == "noaux_tc":
+        if self.facts.choice("topk_method", TOPK_METHODS, TOPK_METHODS[0]) == "noaux_tc":
             experts = (*experts, ROUTER_BIAS)
         everywhere = GLOBAL if self.tied else (*GLOBAL, HEAD)
         return (
@@ -165,7 +173,8 @@ class DeepSeekV3(Architecture):
             raise PlanError(
                 "--mtp: deepseek2 files have no form for the MTP block, upstream's converter leaves it out; convert without"
             )
-        self._check_quantization()
+        self.check_quantization("fp8", [FP8_TILE, FP8_TILE])
+        self.check_assumed(ASSUMED, f"programs for {self.name} files")
         found: list[Output] = []
         skipped: list[tuple[str, str]] = []
         experts: dict[tuple[int, str], dict[int, Part]] = {}
@@ -215,20 +224,6 @@ class DeepSeekV3(Architecture):
                 if (layer, proj) in experts
             ]
         return found, skipped
-
-    def _check_quantization(self) -> None:
-        quantization = self.config.get("quantization_config")
-        if quantization is None:
-            return
-        where = self.checkpoint.path / "config.json"
-        if not isinstance(quantization, dict):
-            raise CheckpointError(f"{where}: quantization_config is {quantization!r}, expected an object")
-        method, tile = quantization.get("quant_method"), quantization.get("weight_block_size")
-        if method != "fp8" or tile != [FP8_TILE, FP8_TILE]:
-            raise CheckpointError(
-                f"{where}: quantization_config has quant_method {method!r} and weight_block_size {tile!r}; fp8 with "
-                f"[{FP8_TILE}, {FP8_TILE}] can be converted, or a checkpoint in BF16"
-            )
 
     def _families_of(self, layer: int) -> dict[str, Family]:
         dense, experts, everywhere = self.families
@@ -311,6 +306,7 @@ class DeepSeekV3(Architecture):
         dims = self.dimensions
         # Upstream computes with the latent: one head of keys as wide as it. ik_llama.cpp counts the heads themselves.
         key_len, value_len = dims["nope"] + dims["rope"], dims["value"]
+        rope = self.rope()
         keys = {
             key.LLM.BLOCK_COUNT: Value.u32(self.n_layers),
             key.LLM.CONTEXT_LENGTH: Value.u32(self.integer("max_position_embeddings")),
@@ -318,8 +314,8 @@ class DeepSeekV3(Architecture):
             key.LLM.FEED_FORWARD_LENGTH: Value.u32(dims["ffn"]),
             key.Attention.HEAD_COUNT: Value.u32(dims["heads"]),
             key.Attention.HEAD_COUNT_KV: Value.u32(dims["heads"] if ik else 1),
-            **{f"{{arch}}.{name}": value for name, value in self.rope_scaling().items()},
-            key.Rope.FREQ_BASE: Value.f32(self.rope_theta()),
+            **{f"{{arch}}.{name}": value for name, value in rope.keys().items()},
+            key.Rope.FREQ_BASE: Value.f32(rope.base),
             key.Attention.LAYERNORM_RMS_EPS: Value.f32(self.number("rms_norm_eps")),
             key.LLM.EXPERT_COUNT: Value.u32(self.n_experts),
             key.LLM.EXPERT_USED_COUNT: Value.u32(self.integer("num_experts_per_tok")),
@@ -338,34 +334,41 @@ class DeepSeekV3(Architecture):
             key.LLM.EXPERT_FEED_FORWARD_LENGTH: Value.u32(dims["inter"]),
             key.LLM.EXPERT_SHARED_COUNT: Value.u32(dims["shared"]),
             key.LLM.EXPERT_WEIGHTS_SCALE: Value.f32(self.number("routed_scaling_factor")),
-            key.LLM.EXPERT_WEIGHTS_NORM: Value.boolean(True) if self.config.get("norm_topk_prob", True) else None,
+            key.LLM.EXPERT_WEIGHTS_NORM: Value.boolean(True) if self.facts.flag("norm_topk_prob", True) else None,
             key.Rope.DIMENSION_COUNT: Value.u32(dims["rope"]),
-            key.Rope.SCALING_YARN_LOG_MUL: self._log_multiplier(),
+            key.Rope.SCALING_YARN_LOG_MUL: self._log_multiplier(rope),
         }
         if ik:
             # Its converter writes no groups: it does not route by them.
+            groups, used = self.facts.integer("n_group", 1), self.facts.integer("topk_group", 1)
+            if used < groups:
+                self.notes.append(
+                    f"ik_llama.cpp does not choose experts by groups: it takes the best of all, where config.json has them "
+                    f"taken from {used} of {groups} groups (topk_group, n_group)"
+                )
             for name in (key.LLM.EXPERT_GROUP_COUNT, key.LLM.EXPERT_GROUP_USED_COUNT):
                 del keys[name]
         return {name.format(arch=self.name): value for name, value in keys.items() if value is not None}
 
     def _optional(self, key: str) -> Value | None:
-        return None if self.config.get(key) is None else Value.u32(self.integer(key))
+        number = self.facts.integer(key, None, least=1)
+        return None if number is None else Value.u32(number)
 
     def _gating(self) -> int:
         import gguf
 
         functions = {"sigmoid": gguf.ExpertGatingFuncType.SIGMOID, "softmax": gguf.ExpertGatingFuncType.SOFTMAX}
         # transformers' own configuration of V3 does not name it: there is one.
-        name = self.config.get("scoring_func", "sigmoid")
-        if not isinstance(name, str) or name not in functions:
-            raise CheckpointError(
-                f"{self.checkpoint.path / 'config.json'}: scoring_func is {name!r}, expected {' or '.join(functions)}"
-            )
-        return int(functions[name])
+        return int(functions[self.facts.choice("scoring_func", functions, "sigmoid")])
 
-    def _log_multiplier(self) -> Value | None:
-        name, scaling = self.rope_parameters()
-        if scaling.get("mscale_all_dim") is None:
-            return None
+    def _log_multiplier(self, rope: Rope) -> Value | None:
+        scales = rope.mscales or {}
+        every = scales.get("mscale_all_dim")
+        # Programs take the two for equal where there are both: their quotient, which scales the rotation, is 1 then.
+        if scales.get("mscale", every) not in (every, 1.0 if every is None else every):
+            raise CheckpointError(
+                f"{self.facts.where}: {rope.name}.mscale is {scales['mscale']} and mscale_all_dim {every}: programs for "
+                f"{self.name} files read the latter only, and take the former for {1.0 if every is None else every}"
+            )
         # The factor 0.1 of YaRN's formula stands in the file; llama.cpp takes it out again.
-        return Value.f32(0.1 * self._number(scaling["mscale_all_dim"], f"{name}.mscale_all_dim"))
+        return None if every is None else Value.f32(0.1 * every)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import ClassVar, Final, NamedTuple
 
-from ggufx.architectures.base import Architecture, Output, Part, Role
+from ggufx.architectures.base import FP8_TILE, Architecture, Output, Part, Role
+from ggufx.architectures.rope import Rope, read_ropes
 from ggufx.checkpoint import Checkpoint
 from ggufx.container import Value, ValueType
 from ggufx.errors import CheckpointError
@@ -117,6 +119,20 @@ MTP_GLOBAL: Final = GLOBAL[3:]
 
 EXPERT_ORDER: Final[Mapping[str, Sequence[str]]] = {"nisparks": ("w2", "w1", "w3"), "llama.cpp": ("w1", "w2", "w3")}
 
+ROPES: Final = {
+    "main": "main", "sliding_attention": "main",
+    "compressed_sparse_attention": "compress", "heavily_compressed_attention": "compress", "compress": "compress",
+}  # fmt: skip
+"""Rotary embeddings by transformers' names of them, and of the types of layers that have them."""
+ASSUMED: Final[Mapping[str, object]] = {
+    "scoring_func": "sqrtsoftplus", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    "tie_word_embeddings": False, "topk_method": "noaux_tc", "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+"""Values of config.json that every program takes for granted, whatever a file says."""
+SINKHORN: Final = 20
+EPSILON: Final = 1e-6
+"""``hc_sinkhorn_iters`` and ``hc_eps`` as readers of nisparks files, which have no keys for them, suppose them."""
+
 # Tensors of newer releases that no target of ours has a form for.
 SIDE: Final = (
     (re.compile(r"^(vision\.|aligner\.|image_)"), "part of the vision tower, which goes to a file of its own"),
@@ -170,14 +186,37 @@ class DeepSeekV4(Architecture):
     # The config -------------------------------------------------------------------------------------------------
 
     def _ratios(self) -> list[int]:
-        ratios = self.config.get("compress_ratios")
-        good = isinstance(ratios, list) and len(ratios) >= self.n_layers and all(r in (0, 4, 128) for r in ratios)
-        if not good:
+        ratios = self.facts.integers("compress_ratios", None)
+        if ratios is None or len(ratios) < self.n_layers or any(r not in (0, 4, 128) for r in ratios):
+            raise self.facts.wrong("compress_ratios", f"0, 4 or 128 for each of {self.n_layers} layers")
+        return ratios
+
+    @cached_property
+    def ropes(self) -> tuple[Rope, Rope]:
+        """The rotary embeddings of layers without and with compression; only the latter is scaled.
+
+        Raises
+        ------
+        CheckpointError
+            config.json states them in a layout that is not known, or one that a file has no form for.
+        """
+        stated = read_ropes(self.facts, ROPES, attention=1.0)
+        main = stated.get("main", Rope("rope_parameters.main")).with_theta(self.facts, "rope_theta")
+        compress = stated.get("compress", Rope("rope_parameters.compress"))
+        compress = compress.with_theta(self.facts, "compress_rope_theta")
+        if main.scales:
             raise CheckpointError(
-                f"{self.checkpoint.path / 'config.json'}: compress_ratios must list 0, 4 or 128 for each of "
-                f"{self.n_layers} layers, got {str(ratios)[:60]}"
+                f"{self.facts.where}: {main.name} is of type {main.kind}; programs for {self.name} files scale the rotary "
+                "embedding of compressed layers only"
             )
-        return list(ratios)  # type: ignore[arg-type]
+        head, rotated = self.integer("head_dim"), self.integer("qk_rope_head_dim")
+        for rope in (main, compress):
+            if rope.partial is not None and int(head * rope.partial) != rotated:
+                raise CheckpointError(
+                    f"{self.facts.where}: {rope.name}.partial_rotary_factor is {rope.partial}, of heads of {head} values; "
+                    f"qk_rope_head_dim says {rotated}"
+                )
+        return main, compress
 
     def dimensions(self, ratio: int) -> dict[str, int]:
         """Return the names that :class:`Family` shapes are written in, for a layer of compression ``ratio``."""
@@ -231,6 +270,7 @@ class DeepSeekV4(Architecture):
                 f"{self.checkpoint.path}: the tensors carry transformers' names (model.embed_tokens.weight); convert the "
                 "official checkpoint, whose names are embed.weight and so on"
             )
+        self.check_quantization("fp8", [FP8_TILE, FP8_TILE])
         dialect = "nisparks" if target == "nisparks" else "llama.cpp"
         found: list[Output] = []
         skipped: list[tuple[str, str]] = []
@@ -390,13 +430,15 @@ class DeepSeekV4(Architecture):
         )
 
     def _head(self) -> dict[str, Value]:
+        main, compress = self.ropes
+        self.check_assumed(ASSUMED, f"programs for {self.name} files")
         return {
             "context_length": Value.u32(self.integer("max_position_embeddings")),
             "embedding_length": Value.u32(self.integer("hidden_size")),
             "attention.head_count": Value.u32(self.integer("num_attention_heads")),
             "attention.head_count_kv": Value.u32(self.integer("num_key_value_heads")),
-            **self.rope_scaling(),
-            "rope.freq_base": Value.f32(self.number("rope_theta")),
+            **compress.keys(),
+            "rope.freq_base": Value.f32(main.base),
             "attention.layer_norm_rms_epsilon": Value.f32(self.number("rms_norm_eps")),
         }
 
@@ -411,12 +453,16 @@ class DeepSeekV4(Architecture):
         return Value.array(ValueType.FLOAT32, [self.number("swiglu_limit")] * n_blocks)
 
     def _norm_topk(self) -> Value:
-        return Value.boolean(bool(self.config.get("norm_topk_prob", True)))
+        return Value.boolean(self.facts.flag("norm_topk_prob", True))
 
     def _nisparks_keys(self, file_type: int, chat_template: str) -> dict[str, Value]:
+        head = self._head()
+        if not self.ropes[1].scales:
+            # Without a key its readers suppose the family's YaRN: the published file of 45 keys has none.
+            head["rope.scaling.type"] = Value.string("none")
         keys = {
             "block_count": Value.u32(self.n_layers),
-            **self._head(),
+            **head,
             "expert_used_count": Value.u32(self.integer("num_experts_per_tok")),
             "attention.key_length": Value.u32(self.integer("head_dim")),
             "attention.value_length": Value.u32(self.integer("head_dim")),
@@ -426,7 +472,7 @@ class DeepSeekV4(Architecture):
             "attention.q_lora_rank": Value.u32(self.integer("q_lora_rank")),
             "rope.dimension_count": Value.u32(self.integer("qk_rope_head_dim")),
             "attention.sliding_window": Value.u32(self.integer("sliding_window")),
-            "rope.freq_base_swa": Value.f32(self.number("compress_rope_theta")),
+            "rope.freq_base_swa": Value.f32(self.ropes[1].base),
             "leading_dense_block_count": Value.u32(0),
             "expert_feed_forward_length": Value.u32(self.integer("moe_intermediate_size")),
             "expert_count": Value.u32(self.integer("n_routed_experts")),
@@ -436,15 +482,26 @@ class DeepSeekV4(Architecture):
             "swiglu_clamp_exp": self._clamp(self.n_layers),
             **self._indexer(),
         }
-        return self.prefixed(keys)
+        return self.prefixed(keys | self._unlike_supposed())
+
+    def _unlike_supposed(self) -> dict[str, Value]:
+        """Return upstream's keys of values that readers of nisparks files would suppose wrongly: nothing else holds them."""
+        stated = {
+            "hyper_connection.sinkhorn_iterations": Value.u32(
+                self.facts.integer("hc_sinkhorn_iters", SINKHORN, least=1)
+            ),
+            "hyper_connection.epsilon": Value.f32(self.facts.number("hc_eps", EPSILON)),
+        }
+        supposed = (Value.u32(SINKHORN), Value.f32(EPSILON))
+        found = {key: value for (key, value), own in zip(stated.items(), supposed, strict=True) if not value.same(own)}
+        self.notes += [
+            f"key {self.name}.{key} = {value.data:.7g}: written, though nisparks files have none: readers that do not know it "
+            "suppose the family's value"
+            for key, value in found.items()
+        ]
+        return found
 
     def _upstream_keys(self, mtp: bool, file_type: int) -> dict[str, Value]:
-        scoring = self.config.get("scoring_func")
-        if scoring != "sqrtsoftplus":
-            raise CheckpointError(
-                f"{self.checkpoint.path / 'config.json'}: scoring_func is {scoring!r}; llama.cpp's deepseek4 knows "
-                "sqrtsoftplus only"
-            )
         n_blocks = self.n_layers + (self.n_mtp if mtp else 0)
         keys = {
             "block_count": Value.u32(n_blocks),
@@ -468,7 +525,7 @@ class DeepSeekV4(Architecture):
             "attention.output_group_count": Value.u32(self.integer("o_groups")),
             "attention.output_lora_rank": Value.u32(self.integer("o_lora_rank")),
             "attention.compress_ratios": Value.array(ValueType.INT32, self.ratios),
-            "attention.compress_rope_freq_base": Value.f32(self.number("compress_rope_theta")),
+            "attention.compress_rope_freq_base": Value.f32(self.ropes[1].base),
             "hyper_connection.count": Value.u32(self.integer("hc_mult")),
             "hyper_connection.sinkhorn_iterations": Value.u32(self.integer("hc_sinkhorn_iters")),
             "hyper_connection.epsilon": Value.f32(self.number("hc_eps")),

@@ -8,21 +8,24 @@ found so is told, key by key.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 
 from ggufx.architectures.base import Output
-from ggufx.architectures.deepseek_v4 import GLOBAL, LAYER, DeepSeekV4, Family
+from ggufx.architectures.deepseek_v4 import EPSILON, GLOBAL, LAYER, SINKHORN, DeepSeekV4, Family
 from ggufx.checkpoint import Checkpoint, SourceTensor
 from ggufx.container import Value
 from ggufx.errors import CheckpointError, PlanError
 from ggufx.file import File, Tensor
+from ggufx.typed import ADVICE, Facts
 
 __all__ = ["DeepSeekV4File", "Member"]
+
+T = TypeVar("T")
 
 GATING: Final[Mapping[int, str]] = {1: "softmax", 2: "sigmoid", 4: "sqrtsoftplus"}
 """llama.cpp's ``expert_gating_func`` and config.json's ``scoring_func``."""
@@ -90,7 +93,7 @@ class DeepSeekV4File:
     @staticmethod
     def recognises(file: File) -> bool:
         """Return whether the file holds a DeepSeek-V4 main model."""
-        if file.metadata.get("general.architecture") != DeepSeekV4.name:
+        if file.facts.text("general.architecture", None) != DeepSeekV4.name:
             return False
         return not any(".nextn." in name for name in file)
 
@@ -139,64 +142,70 @@ class DeepSeekV4File:
 
     def config_from(self, metadata: Mapping[str, Value], supposed: list[tuple[str, str]]) -> dict[str, Any]:
         """Return the config that ``metadata`` and the tensors' shapes give, noting what was not stated."""
-        facts = _Facts(str(self.file.path), metadata, supposed)
-        layers = facts.integer("block_count")
+        facts = _Facts(self.file.path, metadata, supposed)
+        layers = facts.positive("block_count")
         blocks = len({member.layer for member in self.members.values()} - {-1})
         if layers != blocks:
             raise PlanError(
                 f"{self.file.path}: key {DeepSeekV4.name}.block_count is {layers}, the file has tensors of {blocks} blocks: "
                 "this is not a whole model, or the metadata is of another"
             )
-        heads, head = facts.integer("attention.head_count"), facts.integer("attention.key_length")
+        heads, head = facts.positive("attention.head_count"), facts.positive("attention.key_length")
         groups, rank = self._output_groups(heads * head)
         found = self._ratios(layers)
-        ratios = facts.array("attention.compress_ratios")
-        context = facts.integer("context_length")
-        clamp = facts.array("swiglu_clamp_exp")
+        ratios = facts.integers("attention.compress_ratios", None)
+        context = facts.positive("context_length")
+        clamp = facts.numbers("swiglu_clamp_exp")
         if not clamp:
-            raise facts.missing("swiglu_clamp_exp")
+            raise facts.wrong("swiglu_clamp_exp", "a number for each block")
         config = {
             "architectures": ["DeepseekV4ForCausalLM"],
             "attention_bias": False,
             "attention_dropout": 0.0,
-            "hc_eps": facts.number("hyper_connection.epsilon", 1e-6, "the family's"),
-            "hc_mult": facts.integer(
-                "hyper_connection.count", self._shape("hc_head_base")[0], "length of hc_head_base"
+            "hc_eps": facts.or_suppose(facts.short, "hyper_connection.epsilon", EPSILON, "the family's"),
+            "hc_mult": facts.or_suppose(
+                facts.positive, "hyper_connection.count", self._shape("hc_head_base")[0], "length of hc_head_base"
             ),
-            "hc_sinkhorn_iters": facts.integer("hyper_connection.sinkhorn_iterations", 20, "the family's"),
+            "hc_sinkhorn_iters": facts.or_suppose(
+                facts.positive, "hyper_connection.sinkhorn_iterations", SINKHORN, "the family's"
+            ),
             "head_dim": head,
             "hidden_act": "silu",
-            "hidden_size": facts.integer("embedding_length"),
-            "index_head_dim": facts.integer("attention.indexer.key_length"),
-            "index_n_heads": facts.integer("attention.indexer.head_count"),
-            "index_topk": facts.integer("attention.indexer.top_k"),
+            "hidden_size": facts.positive("embedding_length"),
+            "index_head_dim": facts.positive("attention.indexer.key_length"),
+            "index_n_heads": facts.positive("attention.indexer.head_count"),
+            "index_topk": facts.positive("attention.indexer.top_k"),
             "max_position_embeddings": context,
             "model_type": "deepseek_v4",
-            "moe_intermediate_size": facts.integer("expert_feed_forward_length"),
-            "n_routed_experts": facts.integer("expert_count"),
-            "n_shared_experts": facts.integer("expert_shared_count"),
+            "moe_intermediate_size": facts.positive("expert_feed_forward_length"),
+            "n_routed_experts": facts.positive("expert_count"),
+            "n_shared_experts": facts.positive("expert_shared_count"),
             "norm_topk_prob": facts.flag("expert_weights_norm"),
             "num_attention_heads": heads,
-            "num_experts_per_tok": facts.integer("expert_used_count"),
+            "num_experts_per_tok": facts.positive("expert_used_count"),
             "num_hidden_layers": layers,
-            "num_hash_layers": facts.integer(
-                "hash_layer_count", self._hash_layers(layers), "layers with a token-to-expert table", least=0
+            "num_hash_layers": facts.or_suppose(
+                facts.integer, "hash_layer_count", self._hash_layers(layers), "layers with a token-to-expert table"
             ),
-            "num_key_value_heads": facts.integer("attention.head_count_kv"),
-            "num_nextn_predict_layers": facts.integer(
-                "nextn_predict_layers", 1, "every release has one MTP block", least=0
+            "num_key_value_heads": facts.positive("attention.head_count_kv"),
+            "num_nextn_predict_layers": facts.or_suppose(
+                facts.integer, "nextn_predict_layers", 1, "every release has one MTP block"
             ),
-            "o_groups": facts.integer("attention.output_group_count", groups, "shape of attn_output_a"),
-            "o_lora_rank": facts.integer("attention.output_lora_rank", rank, "shape of attn_output_a"),
-            "q_lora_rank": facts.integer("attention.q_lora_rank"),
-            "qk_rope_head_dim": facts.integer("rope.dimension_count"),
-            "rms_norm_eps": facts.number("attention.layer_norm_rms_epsilon"),
+            "o_groups": facts.or_suppose(
+                facts.positive, "attention.output_group_count", groups, "shape of attn_output_a"
+            ),
+            "o_lora_rank": facts.or_suppose(
+                facts.positive, "attention.output_lora_rank", rank, "shape of attn_output_a"
+            ),
+            "q_lora_rank": facts.positive("attention.q_lora_rank"),
+            "qk_rope_head_dim": facts.positive("rope.dimension_count"),
+            "rms_norm_eps": facts.short("attention.layer_norm_rms_epsilon"),
             "rope_scaling": self._rope_scaling(facts, context),
-            "rope_theta": _whole(facts.number("rope.freq_base")),
-            "routed_scaling_factor": facts.number("expert_weights_scale"),
+            "rope_theta": _whole(facts.short("rope.freq_base")),
+            "routed_scaling_factor": facts.short("expert_weights_scale"),
             "scoring_func": self._scoring(facts),
-            "sliding_window": facts.integer("attention.sliding_window"),
-            "swiglu_limit": _shortest(float(clamp[0])),
+            "sliding_window": facts.positive("attention.sliding_window"),
+            "swiglu_limit": _shortest(clamp[0]),
             "tie_word_embeddings": False,
             "topk_method": "noaux_tc",
             "torch_dtype": "bfloat16",
@@ -245,7 +254,7 @@ class DeepSeekV4File:
         return sum(f"layers.{layer}.ffn.gate.tid2eid" in self.members for layer in range(layers))
 
     def _scoring(self, facts: _Facts) -> str:
-        number = facts.integer("expert_gating_func", 4, "sqrtsoftplus, the family's")
+        number = facts.or_suppose(facts.integer, "expert_gating_func", 4, "sqrtsoftplus, the family's")
         if number not in GATING:
             raise PlanError(f"{self.file.path}: deepseek4.expert_gating_func is {number}; known: {sorted(GATING)}")
         return GATING[number]
@@ -254,11 +263,13 @@ class DeepSeekV4File:
     def _compress_base(facts: _Facts) -> float:
         """Both forms state it, each under a name of its own."""
         key = "attention.compress_rope_freq_base"
-        return facts.number(key if facts.stated(key) is not None else "rope.freq_base_swa")
+        return facts.short(key if key in facts else "rope.freq_base_swa")
 
-    @staticmethod
-    def _rope_scaling(facts: _Facts, context: int) -> dict[str, Any]:
-        if facts.stated("rope.scaling.type") is None:
+    def _rope_scaling(self, facts: _Facts, context: int) -> dict[str, Any] | None:
+        kind = facts.text("rope.scaling.type", None)
+        if kind == "none" or (kind is None and self.form != "nisparks"):
+            return None  # as llama.cpp reads it
+        if kind is None:
             # The 45-key issue of the nisparks file: the family is YaRN by 16, up to the context length.
             for key in ("type", "factor", "original_context_length", "yarn_beta_fast", "yarn_beta_slow"):
                 facts.suppose(f"rope.scaling.{key}", "the family's YaRN by 16, up to the context length")
@@ -267,11 +278,11 @@ class DeepSeekV4File:
                 "type": "yarn",
             }  # fmt: skip
         return {
-            "beta_fast": _whole(facts.number("rope.scaling.yarn_beta_fast", 32.0, "YaRN's default")),
-            "beta_slow": _whole(facts.number("rope.scaling.yarn_beta_slow", 1.0, "YaRN's default")),
-            "factor": _whole(facts.number("rope.scaling.factor")),
-            "original_max_position_embeddings": facts.integer("rope.scaling.original_context_length"),
-            "type": facts.text("rope.scaling.type"),
+            "beta_fast": _whole(facts.or_suppose(facts.short, "rope.scaling.yarn_beta_fast", 32.0, "YaRN's default")),
+            "beta_slow": _whole(facts.or_suppose(facts.short, "rope.scaling.yarn_beta_slow", 1.0, "YaRN's default")),
+            "factor": _whole(facts.short("rope.scaling.factor")),
+            "original_max_position_embeddings": facts.positive("rope.scaling.original_context_length"),
+            "type": kind,
         }
 
     # The checkpoint it would be ---------------------------------------------------------------------------------
@@ -329,17 +340,30 @@ class DeepSeekV4File:
         except CheckpointError as error:
             raise self.reworded(error) from None
 
-    def keys(self, target: str, *, file_type: int, chat_template: str) -> dict[str, Value]:
-        """Return the architecture's keys in a target's form, from :attr:`config`."""
-        return self.keys_of(self.config, target, file_type=file_type, chat_template=chat_template)
+    def keys(
+        self, target: str, *, file_type: int, chat_template: str, notes: list[str] | None = None
+    ) -> dict[str, Value]:
+        """Return the architecture's keys in a target's form, from :attr:`config`; ``notes`` get what there is to say."""
+        return self.keys_of(self.config, target, file_type=file_type, chat_template=chat_template, notes=notes)
 
-    def keys_of(self, config: dict[str, Any], target: str, *, file_type: int, chat_template: str) -> dict[str, Value]:
+    def keys_of(
+        self,
+        config: dict[str, Any],
+        target: str,
+        *,
+        file_type: int,
+        chat_template: str,
+        notes: list[str] | None = None,
+    ) -> dict[str, Value]:
         """Return the architecture's keys in a target's form, from any config."""
         try:
             architecture = DeepSeekV4(Checkpoint.imagined(self.file.path, config, (), ()))
-            return architecture.keys(target, mtp=False, file_type=file_type, chat_template=chat_template)
+            keys = architecture.keys(target, mtp=False, file_type=file_type, chat_template=chat_template)
         except CheckpointError as error:
             raise self.reworded(error) from None
+        if notes is not None:
+            notes += architecture.notes
+        return keys
 
     def reworded(self, error: CheckpointError) -> PlanError:
         """Return an error about the imagined checkpoint as one about this file."""
@@ -347,6 +371,7 @@ class DeepSeekV4File:
             str(error)
             .replace(f"{self.file.path / 'config.json'}", "its metadata")
             .replace(f"{self.file.path}: ", "")
+            .replace(ADVICE, "correct it with ggufx set")
             .partition("; if they are not needed, leave them out")[0]  # a flag that is a conversion's
         )
         return PlanError(
@@ -354,69 +379,39 @@ class DeepSeekV4File:
         )
 
 
-class _Facts:
-    """Values of the architecture's keys."""
+class _Facts(Facts):
+    """Values of the architecture's keys; what no key states is noted."""
 
-    def __init__(self, path: str, metadata: Mapping[str, Value], supposed: list[tuple[str, str]]) -> None:
-        self.path = path
-        self.metadata = metadata
-        self.supposed = supposed
-
-    def stated(self, key: str) -> Value | None:
-        return self.metadata.get(f"{DeepSeekV4.name}.{key}")
+    def __init__(self, path: Path, metadata: Mapping[str, Value], supposed: list[tuple[str, str]]) -> None:
+        values = {key: value.data for key, value in metadata.items()}
+        super().__init__(
+            path,
+            values,
+            error=PlanError,
+            advice="correct it with ggufx set",
+            label="key ",
+            prefix=f"{DeepSeekV4.name}.",
+        )
+        self._supposed = supposed
 
     def suppose(self, key: str, why: str) -> None:
-        self.supposed.append((f"{DeepSeekV4.name}.{key}", why))
+        """Note a fact that no key states."""
+        self._supposed.append((f"{DeepSeekV4.name}.{key}", why))
 
-    def missing(self, key: str) -> PlanError:
-        return PlanError(
-            f"{self.path}: key {DeepSeekV4.name}.{key} is missing, and no tensor tells its value; add it with ggufx set"
-        )
-
-    def _stated_or(self, key: str, default: Any, why: str) -> Any:
-        value = self.stated(key)
-        if value is not None:
-            return value.data
-        if default is None:
-            raise self.missing(key)
+    def or_suppose(self, read: Callable[[str], T], key: str, supposed: T, why: str) -> T:
+        """Return what ``read`` says of a key, or without the key what is supposed, which is noted."""
+        if key in self:
+            return read(key)
         self.suppose(key, why)
-        return default
+        return supposed
 
-    def integer(self, key: str, default: int | None = None, why: str = "", *, least: int = 1) -> int:
-        data = self._stated_or(key, default, why)
-        if isinstance(data, bool) or not isinstance(data, int) or data < least:
-            raise self._odd(key, data, f"an integer of at least {least}")
-        return data
+    def positive(self, key: str) -> int:
+        """Return an integer of at least 1."""
+        return self.integer(key, least=1)
 
-    def number(self, key: str, default: float | None = None, why: str = "") -> float:
-        data = self._stated_or(key, default, why)
-        if isinstance(data, bool) or not isinstance(data, int | float) or not np.isfinite(data):
-            raise self._odd(key, data, "a number")
-        return _shortest(float(data))
-
-    def flag(self, key: str) -> bool:
-        data = self._stated_or(key, None, "")
-        if not isinstance(data, bool):
-            raise self._odd(key, data, "true or false")
-        return data
-
-    def array(self, key: str) -> list[Any] | None:
-        """Return an array of numbers, or ``None`` without the key."""
-        value = self.stated(key)
-        if value is None:
-            return None
-        if not isinstance(value.data, np.ndarray):
-            raise self._odd(key, value.data, "an array of numbers")
-        return value.to_json()  # type: ignore[no-any-return] # an array's is a list
-
-    def text(self, key: str) -> str:
-        data = self._stated_or(key, None, "")
-        if not isinstance(data, str):
-            raise self._odd(key, data, "a text")
-        return data
-
-    def _odd(self, key: str, data: object, expected: str) -> PlanError:
-        return PlanError(f"{self.path}: key {DeepSeekV4.name}.{key} is {str(data)[:60]}, expected {expected}")
+    def short(self, key: str) -> float:
+        """Return a number as people wrote it into config.json."""
+        return _shortest(self.number(key))
 
 
 def _shortest(number: float) -> float:

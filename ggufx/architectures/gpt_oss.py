@@ -7,11 +7,13 @@ DeepSeek-V4's do, so that they are packed the same way.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Final
 
 from ggufx.architectures.base import FP4_BLOCK, Architecture, Family, Output, Part
+from ggufx.architectures.rope import Rope
 from ggufx.checkpoint import Checkpoint, SourceTensor
 from ggufx.container import Value
 from ggufx.errors import CheckpointError, PlanError
@@ -46,6 +48,17 @@ GLOBAL: Final = (
     Family("model.norm.weight", "vector", "hidden"),
     Family("lm_head.weight", "matrix", "vocab hidden"),
 )
+
+ASSUMED: Final[Mapping[str, object]] = {
+    "hidden_act": "silu", "attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0, "tie_word_embeddings": False,
+}  # fmt: skip
+"""Values of config.json that no key of a file says and every program takes for granted."""
+SLIDING: Final = ("sliding_attention", "full_attention")
+"""Layers of even and of odd numbers."""
+DEFAULT_YARN: Final[Mapping[str, Any]] = {
+    "factor": 32.0, "context": 4096, "yarn": {"beta_fast": 32.0, "beta_slow": 1.0},
+}  # fmt: skip
+"""What transformers' GptOssConfig has where config.json names no scaling."""
 
 _LAYER_NAME = re.compile(r"^model\.layers\.(?P<number>0|[1-9]\d*)\.(?P<rest>.+)$")
 
@@ -98,6 +111,7 @@ class GptOss(Architecture):
         """Map the checkpoint to output tensors, in upstream's order: experts first (see :meth:`Architecture.outputs`)."""
         if mtp:
             raise PlanError("--mtp: gpt-oss has no MTP block; convert without")
+        self._check_config()
         packed: list[Output] = []
         found: list[Output] = []
         skipped: list[tuple[str, str]] = []
@@ -133,6 +147,23 @@ class GptOss(Architecture):
         self.unmapped(unknown)
         self.complete(self._expected(), skip)
         return packed + found, skipped
+
+    def _check_config(self) -> None:
+        """Raise CheckpointError for values of config.json that a file could not say."""
+        self.check_quantization("mxfp4", None)
+        self.check_assumed(ASSUMED, f"programs for {self.name} files")
+        kinds = self.facts.find("layer_types")
+        if kinds is not None and kinds != [SLIDING[layer % 2] for layer in range(self.n_layers)]:
+            raise self.facts.wrong(
+                "layer_types", f"{' and '.join(SLIDING)} by turns for {self.n_layers} layers, which programs assume"
+            )
+
+    def rope(self) -> Rope:
+        """Return the rotary embedding; where config.json has none, the one that transformers takes then."""
+        found = super().rope()
+        if self.facts.find("rope_scaling") or "rope_parameters" in self.facts:
+            return found
+        return replace(found, kind="yarn", **DEFAULT_YARN)
 
     def _refuse_unpacked(self, tensor: SourceTensor) -> None:
         if tensor.name.endswith((".gate_up_proj", ".down_proj")):
@@ -214,7 +245,10 @@ class GptOss(Architecture):
         key = gguf.Keys
         dims = self.dimensions
         # The released config has both spellings.
-        used = "num_experts_per_tok" if "num_experts_per_tok" in self.config else "experts_per_token"
+        used = "num_experts_per_tok" if "num_experts_per_tok" in self.facts else "experts_per_token"
+        if "experts_per_token" in self.facts and self.integer("experts_per_token") != self.integer(used):
+            raise self.facts.wrong("experts_per_token", f"{self.integer(used)}, as num_experts_per_tok has it")
+        rope = self.rope()
         keys = {
             key.LLM.BLOCK_COUNT: Value.u32(self.n_layers),
             key.LLM.CONTEXT_LENGTH: Value.u32(self.integer("max_position_embeddings")),
@@ -222,8 +256,8 @@ class GptOss(Architecture):
             key.LLM.FEED_FORWARD_LENGTH: Value.u32(dims["inter"]),
             key.Attention.HEAD_COUNT: Value.u32(dims["heads"]),
             key.Attention.HEAD_COUNT_KV: Value.u32(dims["kv_heads"]),
-            **{f"{{arch}}.{name}": value for name, value in self.rope_scaling().items()},
-            key.Rope.FREQ_BASE: Value.f32(self.rope_theta()),
+            **{f"{{arch}}.{name}": value for name, value in rope.keys().items()},
+            key.Rope.FREQ_BASE: Value.f32(rope.base),
             key.Attention.LAYERNORM_RMS_EPS: Value.f32(self.number("rms_norm_eps")),
             key.LLM.EXPERT_COUNT: Value.u32(self.n_experts),
             key.LLM.EXPERT_USED_COUNT: Value.u32(self.integer(used)),

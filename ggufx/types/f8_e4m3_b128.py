@@ -34,6 +34,28 @@ E8M0 = _e8m0_values()
 """float32 [256]: 2^(e-127); 255 is NaN (OCP microscaling formats)."""
 
 
+def widened(raw: U8, dtype: str) -> F32:
+    """Return scales of a checkpoint as float32, exactly.
+
+    Parameters
+    ----------
+    raw
+        uint8 [nbytes], contiguous.
+    dtype
+        Safetensors' name: ``F32``, ``BF16`` or ``F16``.
+
+    Returns
+    -------
+    float32 [number of scales]
+        Of float32 scales a view.
+    """
+    if dtype == "F32":
+        return raw.view("<f4")
+    if dtype == "BF16":
+        return (raw.view("<u2").astype("<u4") << np.uint32(16)).view("<f4")
+    return raw.view("<f2").astype("<f4")
+
+
 def exponents(scales: F32) -> tuple[U8, int]:
     """Turn float32 scales into E8M0 bytes.
 

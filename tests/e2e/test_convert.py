@@ -17,6 +17,7 @@ import ggufx
 from ggufx import transforms
 from ggufx.convert import convert, plan_convert
 from ggufx.errors import PlanError
+from ggufx.retarget import retarget
 from ggufx.types.codec import Codec
 
 from .conftest import CASES, Run
@@ -315,13 +316,24 @@ def test_the_default_file_has_exactly_the_dialects_keys(case: str, source: Get, 
     assert file.kv[prefix + "swiglu_clamp_exp"] == (9, (6, [10.0] * config["num_hidden_layers"]))
 
 
-def test_without_rope_scaling_there_are_45_keys(editable: Source, tmp_path: Path) -> None:
+def test_without_rope_scaling_the_file_says_so(editable: Source, tmp_path: Path) -> None:
+    """Readers of nisparks files without the key suppose YaRN: the published file of 45 keys needs it."""
     del editable.config["rope_scaling"]
     editable.save()
     convert(editable.path, tmp_path / "o.gguf")
-    keys = list(Gguf(tmp_path / "o.gguf").kv)
-    assert keys == [key for key in nisparks_keys() if ".rope.scaling." not in key]
-    assert len(keys) == 45
+    found = Gguf(tmp_path / "o.gguf").kv
+    assert [key for key in found if ".rope.scaling." in key] == ["deepseek4.rope.scaling.type"]
+    assert found["deepseek4.rope.scaling.type"] == (8, "none")
+    assert set(found) == {key for key in nisparks_keys() if ".rope.scaling." not in key} | {
+        "deepseek4.rope.scaling.type"
+    }
+    convert(editable.path, tmp_path / "l.gguf", target="llama.cpp", dense="bf16")
+    assert not [key for key in Gguf(tmp_path / "l.gguf").kv if ".rope.scaling." in key]
+    # And moved there and back nothing is supposed.
+    retarget(tmp_path / "o.gguf", tmp_path / "m.gguf", "llama.cpp")
+    assert (tmp_path / "m.gguf").read_bytes() == (tmp_path / "l.gguf").read_bytes()
+    retarget(tmp_path / "m.gguf", tmp_path / "b.gguf", "nisparks")
+    assert {k: v for k, v in Gguf(tmp_path / "b.gguf").kv.items() if found[k] != v} == {"general.file_type": (4, 38)}
 
 
 @pytest.mark.parametrize("target", ["nisparks", "llama.cpp"])

@@ -86,7 +86,8 @@ def decode(source: Source, name: str) -> np.ndarray:
     tensor = source.tensors[name]
     if tensor.dtype == "F8_E4M3":
         scale = source.tensors[name + "_scale_inv"]
-        scales = scale.data.view("<f4").reshape(scale.shape)
+        kind = {"F32": np.dtype("<f4"), "BF16": ml_dtypes.bfloat16, "F16": np.dtype("<f2")}[scale.dtype]
+        scales = scale.data.view(kind).astype(np.float32).reshape(scale.shape)
         full = np.repeat(np.repeat(scales, 128, 0), 128, 1)[: tensor.shape[0], : tensor.shape[1]]
         return tensor.data.view(ml_dtypes.float8_e4m3fn).reshape(tensor.shape).astype(np.float32) * full
     if tensor.dtype == "BF16":
@@ -634,8 +635,8 @@ def test_native_in_a_recipe_tells_what_is_rounded(
     assert run.code == 0, run.err
     if target == "llama.cpp":
         assert (
-            "33 FP8 tensors (first blk.0.ffn_down.weight) have float32 scales; their products are rounded to BF16"
-            in (run.out + run.err)
+            "33 FP8 tensors (first blk.0.ffn_down.weight) have scales that need not be powers of two; their products are "
+            "rounded to BF16" in (run.out + run.err)
         )
         assert not read
     else:
@@ -672,3 +673,32 @@ def test_mixes_choose_for_a_checkpoint_as_for_its_gguf(
         ours, theirs = ({choice.source.name: choice.type for choice in choices} for choices in of_both)
         assert ours == theirs
         assert ours["output.weight"] == "Q6_K"
+
+
+# Scales of 16 bits ------------------------------------------------------------------------------------------------
+
+
+def as_halves(source: Source, dtype: str) -> None:
+    """Store every scale in 16 bits; BF16's are powers of two but for the output projections', as V3.1's float32 ones."""
+    kind = {"BF16": ml_dtypes.bfloat16, "F16": np.float16}[dtype]
+    for name, tensor in source.tensors.items():
+        if name.endswith("_scale_inv"):
+            scales = tensor.data.view("<f4").astype(np.float32)
+            if dtype == "BF16" and "o_proj" not in name:
+                scales = np.exp2(np.round(np.log2(scales)))
+            source.put(name, dtype, tensor.shape, scales.astype(kind))
+    source.save()
+
+
+@pytest.mark.parametrize(("dtype", "target"), [("BF16", "llama.cpp"), ("F16", "llama.cpp"), ("BF16", "nisparks")])
+def test_scales_of_16_bits(dtype: str, target: str, editable: Source, cli: Cli, tmp_path: Path) -> None:
+    """They are exact in float32, and so is the product: the values are those of the same scales in float32."""
+    as_halves(editable, dtype)
+    out = tmp_path / "out.gguf"
+    run = cli("convert", editable.path, "--target", target, "--dense", "f32", "--outfile", out)
+    assert run.code == 0, run.err
+    types = check(editable, Gguf(out), target)
+    assert types["blk.0.attn_output.weight"] == "F32"
+    assert types["blk.0.attn_q_a.weight"] == ("F8_E4M3_B128" if target == "nisparks" else "F32")
+    assert cli("verify", out, "--against", editable.path).code == 0
+    assert cli("quantize", editable.path, tmp_path / "q.gguf", "q8_0", "--target", target).code == 0

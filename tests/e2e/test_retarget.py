@@ -424,7 +424,7 @@ def test_errors_name_file_tensor_and_rule(converted: Converted, tmp_path: Path, 
     wrong = edited(native, tmp_path / "w.gguf", ("deepseek4.expert_used_count",))
     fails(wrong, "llama.cpp", str(wrong), "deepseek4.expert_used_count is missing", "ggufx set")
     wrong = edited(native, tmp_path / "w.gguf", deepseek4__expert_count=Value.string("many"))
-    fails(wrong, "llama.cpp", str(wrong), "deepseek4.expert_count is many, expected an integer")
+    fails(wrong, "llama.cpp", str(wrong), "deepseek4.expert_count is 'many', expected an integer", "ggufx set")
     ratios = Value.array(ValueType.INT32, [0, 4, 4])
     wrong = edited(
         converted("mini", "llama.cpp").path, tmp_path / "w.gguf", deepseek4__attention__compress_ratios=ratios
