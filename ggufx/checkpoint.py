@@ -72,7 +72,7 @@ class Checkpoint(Mapping[str, SourceTensor]):
     Attributes
     ----------
     path : Path
-        The directory.
+        The directory; of a repository's folder in Hugging Face's cache, its snapshot.
     config : dict
         config.json.
     shards : list of Path
@@ -87,7 +87,7 @@ class Checkpoint(Mapping[str, SourceTensor]):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = _snapshot(Path(path))
         if not self.path.is_dir():
             hint = "; pass the directory that holds config.json" if self.path.exists() else ": it does not exist"
             raise CheckpointError(f"{self.path}: not a checkpoint directory{hint}")
@@ -119,6 +119,19 @@ class Checkpoint(Mapping[str, SourceTensor]):
         made.shard_states = []
         made._tensors = {tensor.name: tensor for tensor in tensors}
         return made
+
+    @property
+    def cache_folder(self) -> Path | None:
+        """The folder ``models--ORG--NAME`` of Hugging Face's cache that this is a snapshot of, or ``None``."""
+        folder = self.path.absolute()
+        root = folder.parent.parent
+        return root if folder.parent.name == "snapshots" and root.name.startswith("models--") else None
+
+    @property
+    def name(self) -> str:
+        """What the model is called by where it lies: the repository's name in Hugging Face's cache, else the directory's."""
+        root = self.cache_folder
+        return self.path.absolute().name if root is None else root.name.split("--")[-1]
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
@@ -204,6 +217,24 @@ class Checkpoint(Mapping[str, SourceTensor]):
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.path.name}: {len(self)} tensors in {len(self.shards)} shards>"
+
+
+def _snapshot(path: Path) -> Path:
+    """Return the snapshot that a repository's folder in Hugging Face's cache holds; of other directories, themselves."""
+    if not path.absolute().name.startswith("models--") or (path / "config.json").exists():
+        return path
+    snapshots = path / "snapshots"
+    try:
+        with open_regular(path / "refs" / "main") as file:
+            found = [snapshots / file.read(100).decode("ascii", "replace").strip()]
+    except FileNotFoundError:
+        found = sorted(folder for folder in snapshots.glob("*") if folder.is_dir())
+    if len(found) != 1 or found[0].parent != snapshots or not found[0].is_dir():
+        raise CheckpointError(
+            f"{path}: is a repository of Hugging Face's cache whose refs/main names no snapshot that is there; pass one of "
+            f"{snapshots}"
+        )
+    return found[0]
 
 
 def read_shard(path: Path, shard: int) -> tuple[tuple[int, int], list[SourceTensor]]:

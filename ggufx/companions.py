@@ -14,7 +14,7 @@ import numpy as np
 
 from ggufx.typed import Facts
 
-__all__ = ["check_sampling", "check_special_ids", "generation_config", "model_card", "tokenizer_files"]
+__all__ = ["SAMPLING", "check_sampling", "check_special_ids", "generation_config", "model_card", "tokenizer_files"]
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's llama_token_type
 
@@ -38,7 +38,7 @@ _SPECIAL: Final = {
     "cls": "cls",
     "mask": "mask",
 }
-_SAMPLING: Final = {
+SAMPLING: Final = {
     "sequence": "sequence", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "xtc_probability": "xtc_probability",
     "xtc_threshold": "xtc_threshold", "temp": "temperature", "penalty_last_n": "penalty_last_n",
     "penalty_repeat": "penalty_repeat", "mirostat": "mirostat", "mirostat_tau": "mirostat_tau",
@@ -144,7 +144,7 @@ def special_ids(facts: Facts) -> dict[str, int]:
 def generation_config(facts: Facts) -> dict[str, Any]:
     """Return generation_config.json: the sampling parameters and special tokens of a GGUF's metadata."""
     config: dict[str, Any] = {key: number for key, number in special_ids(facts).items() if key[:3] in ("bos", "eos")}
-    for name, key in _SAMPLING.items():
+    for name, key in SAMPLING.items():
         value = _sampling(facts, name, f"general.sampling.{name}")
         if isinstance(value, float) and value == np.float32(value):
             value = float(str(np.float32(value)))  # the shortest number that is the same float32
@@ -155,7 +155,7 @@ def generation_config(facts: Facts) -> dict[str, Any]:
 
 def check_sampling(config: Facts) -> None:
     """Raise the error of a sampling parameter in generation_config.json that is none of its type."""
-    for name, key in _SAMPLING.items():
+    for name, key in SAMPLING.items():
         _sampling(config, name, key)
 
 

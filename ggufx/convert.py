@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Executor
@@ -12,15 +11,14 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from ggufx import architectures, companions, dialects, execute, plan, types, vocabulary
+from ggufx import architectures, companions, dialects, execute, model_card, plan, types, vocabulary
 from ggufx.architectures import Architecture, Output, Part
 from ggufx.architectures.base import FP8_TILE
 from ggufx.checkpoint import Checkpoint
-from ggufx.container import Value, ValueType
+from ggufx.container import Value
 from ggufx.errors import CheckpointError, CodecError, PlanError
 from ggufx.execute import Progress
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
-from ggufx.typed import Facts
 from ggufx.types.f8_e4m3_b128 import exponents, widened
 from ggufx.version import __version__
 
@@ -527,50 +525,16 @@ def _metadata(
 
 
 def _general_keys(checkpoint: Checkpoint, tensors: Sequence[PlannedTensor], model_name: str | None) -> dict[str, Value]:
-    """Return the ``general.*`` keys that the gguf package finds in the model card, the configs and the name."""
+    """Return the ``general.*`` keys of a model of these tensors; its size label tells experts apart."""
     import gguf
 
-    for name in ("gguf.metadata", "gguf.gguf_writer"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     total = sum(prod(t.shape) for t in tensors)
     stacked = [t for t in tensors if "_exps." in t.name and len(t.shape) == 3]
     per_expert = sum(prod(t.shape[1:]) for t in stacked)
     shared = total - sum(prod(t.shape) for t in stacked)
     count = sum(t.shape[0] for t in stacked) // len(stacked) if stacked else 0
-    # gguf passes over a damaged file without a word, and takes any value for a number; these raise.
-    companions.check_sampling(Facts(checkpoint.path / "generation_config.json", checkpoint.generation_config))
-    config = Facts(checkpoint.path / "config.json", checkpoint.config)
-    config.text("_name_or_path", None)
-    companions.check_special_ids(config)
-    try:
-        found = gguf.Metadata.load(None, checkpoint.path.absolute(), model_name, total)
-    except Exception as error:  # a YAML parser over text that people write by hand: it has errors of its own
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{checkpoint.path / 'README.md'}: the model card cannot be read ({reason}); mend or remove it"
-        ) from None
-    if found.name is None:
-        found.name = checkpoint.path.absolute().name
-    if found.size_label is None and total:
-        found.size_label = gguf.size_label(total, shared, per_expert, count)
-    writer = gguf.GGUFWriter(None, "none")
-    writer.add_type(gguf.GGUFType.MODEL)
-    found.set_gguf_meta_model(writer)
-    return {
-        key: _from_gguf(value)
-        for keys in writer.kv_data
-        for key, value in keys.items()
-        if key != "general.architecture"
-    }
-
-
-def _from_gguf(value: Any) -> Value:
-    kind = ValueType(int(value.type))
-    if kind is ValueType.ARRAY:
-        items = list(value.value)
-        element = ValueType.STRING if not items or isinstance(items[0], str) else ValueType.INT32
-        return Value.array(element, items)
-    return Value.f32(value.value) if kind is ValueType.FLOAT32 else Value(kind, value.value)
+    label = gguf.size_label(total, shared, per_expert, count) if total else None
+    return model_card.general_keys(checkpoint, total, label, model_name)
 
 
 def fill_file_type(outfile: str, file_type: str) -> str:
@@ -595,23 +559,17 @@ def output_path(
     ----------
     outfile
         A file, with ``{ftype}`` filled in; or a directory, which exists or is spelled with a slash at its end. ``None`` is
-        the checkpoint's.
+        the checkpoint's, or the working directory for a snapshot in Hugging Face's cache, which is not ours to write to.
     metadata
         The name's words come from its ``general.*``.
     """
-    import gguf
-
-    text = str(checkpoint.path if outfile is None else outfile)
+    text = str((checkpoint.path if checkpoint.cache_folder is None else Path()) if outfile is None else outfile)
     if outfile is not None and not Path(text).is_dir() and not text.endswith("/"):
         return Path(fill_file_type(text, file_type))
-    label = {key: metadata[f"general.{key}"].data for key in ("basename", "finetune", "version", "size_label") if
-             f"general.{key}" in metadata}  # fmt: skip
-    name = gguf.naming_convention(
-        metadata["general.name"].data,
-        label.get("basename"),
-        label.get("finetune"),
-        label.get("version"),
-        None if mtp else label.get("size_label"),
-        file_type,
-    )
+    keys = ("basename", "size_label", "finetune", "version")
+    label = {key: metadata[f"general.{key}"].data for key in keys if f"general.{key}" in metadata}
+    if mtp:
+        label.pop("size_label", None)
+    words = [label.get(key) for key in keys[1:]]
+    name = model_card.file_name(label.get("basename", metadata["general.name"].data), *words, file_type.upper())
     return Path(text) / f"{'mtp-' if mtp else ''}{name}.gguf"

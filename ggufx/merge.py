@@ -25,6 +25,7 @@ from ggufx.execute import Progress
 from ggufx.file import File, Tensor, open
 from ggufx.plan import Plan, PlannedFile, PlannedShard, PlannedTensor, PlannedText, Span
 from ggufx.quantize import common_file_type
+from ggufx.typed import open_regular
 
 __all__ = ["FORMATS", "RoutedExperts", "merge", "open_all", "plan_merge", "routed_experts", "unchanged"]
 
@@ -347,14 +348,15 @@ def _as_safetensors(
         "weight_map": dict(sorted(weight_map.items())),
     }  # fmt: skip
     files.append(PlannedText(directory / INDEX_NAME, content=(json.dumps(index, indent=2) + "\n").encode()))
-    files += [PlannedText(directory / name, content=content) for name, content in _companions(checkpoint)]
+    notes = list(_notes(experts, layers))
+    files += [PlannedText(directory / name, content=content) for name, content in _companions(checkpoint, notes)]
     return Plan(
         tuple(files),
         tuple(str(source.resolve()) for source in sources),
         tuple(states),
         "safetensors",
         tuple(skipped),
-        tuple(_notes(experts, layers)),
+        tuple(notes),
         "hybrid",
     )
 
@@ -388,13 +390,29 @@ def _no_strangers(directory: Path, files: Sequence[PlannedFile]) -> None:
         )
 
 
-def _companions(checkpoint: Checkpoint) -> Iterator[tuple[str, bytes]]:
-    """Return the small files beside the weights: config, tokenizer, templates, code, card and license."""
+def _companions(checkpoint: Checkpoint, notes: list[str]) -> Iterator[tuple[str, bytes]]:
+    """Return the small files beside the weights: config, tokenizer, templates, code, card and license.
+
+    A link to a file that is not the checkpoint's is left out, with a note: what it leads to, a private key perhaps, must not get
+    into a folder that is made to be shared.
+    """
     paths = {path for pattern in _COMPANIONS for path in checkpoint.path.glob(pattern) if path.is_file()}
     for path in sorted(paths):
         # An index of the source's shards, whatever it is called, would be wrong here.
-        if not path.name.endswith(".index.json") and path.stat().st_size <= _COMPANION_NBYTES:
-            yield path.name, path.read_bytes()
+        if path.name.endswith(".index.json") or path.stat().st_size > _COMPANION_NBYTES:
+            continue
+        real = path.resolve()
+        if not _is_the_checkpoints(real, checkpoint):
+            notes.append(f"{path.name} is a link to a file outside of the checkpoint, {real}; it is not copied")
+            continue
+        with open_regular(real) as file:
+            yield path.name, file.read(_COMPANION_NBYTES)
+
+
+def _is_the_checkpoints(path: Path, checkpoint: Checkpoint) -> bool:
+    """Return whether a file is the checkpoint's own: in its directory, or a blob of Hugging Face's cache, which links to it."""
+    in_cache = path.parent.name == "blobs" and path.parent.parent.name.startswith("models--")
+    return in_cache or path.is_relative_to(checkpoint.path.resolve())
 
 
 def _notes(experts: Mapping[str, RoutedExperts], layers: Mapping[int, Sequence[PlannedTensor]]) -> Iterator[str]:

@@ -720,3 +720,33 @@ def test_the_full_model(tmp_path: Path) -> None:
     assert all(t.name.startswith("blk.60.") for t in shards[-1].tensors)
     assert sum(t.nbytes for t in plan.tensors if "_exps" in t.name) == 172204490752  # as the published recipe has it
     assert not any(".61." in tensor.name for tensor in plan.tensors)
+
+
+def test_links_out_of_the_checkpoint_are_not_followed(
+    source_of: Callable[[str], Path], gguf_of: Callable[..., Path], cli: Cli, tmp_path: Path
+) -> None:
+    # A hybrid is made to be shared: what a stranger's link leads to must not get into it.
+    checkpoint, secret = tmp_path / "hub" / "models--a--b" / "snapshots" / "c", tmp_path / "id_rsa"
+    shutil.copytree(source_of("float"), checkpoint)
+    secret.write_text("a private key")
+    (checkpoint / "notes.txt").symlink_to(secret)
+    (checkpoint / "LICENSE").symlink_to("../../../../id_rsa")
+    blobs = tmp_path / "hub" / "models--a--b" / "blobs"
+    blobs.mkdir()
+    (blobs / "0").write_text("the model's own")
+    (checkpoint / "README.txt").symlink_to("../../blobs/0")
+    run = cli(
+        "merge",
+        "--safetensor-path",
+        checkpoint,
+        "--gguf-path",
+        gguf_of("float", "classic"),
+        "--output-path",
+        tmp_path / "out",
+    )
+    assert run.code == 0, run
+    assert "notes.txt is a link to a file outside of the checkpoint" in run.err
+    assert "LICENSE is a link to a file outside of the checkpoint" in run.err
+    assert not (tmp_path / "out" / "notes.txt").exists()
+    assert not (tmp_path / "out" / "LICENSE").exists()
+    assert (tmp_path / "out" / "README.txt").read_text() == "the model's own"
