@@ -393,8 +393,8 @@ def _no_strangers(directory: Path, files: Sequence[PlannedFile]) -> None:
 def _companions(checkpoint: Checkpoint, notes: list[str]) -> Iterator[tuple[str, bytes]]:
     """Return the small files beside the weights: config, tokenizer, templates, code, card and license.
 
-    A link to a file that is not the checkpoint's is left out, with a note: what it leads to, a private key perhaps, must not get
-    into a folder that is made to be shared.
+    A link to a file that is not the checkpoint's is left out, with a note: what it leads to, a private key perhaps, must not
+    get into a folder that is made to be shared.
     """
     paths = {path for pattern in _COMPANIONS for path in checkpoint.path.glob(pattern) if path.is_file()}
     for path in sorted(paths):

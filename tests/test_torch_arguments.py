@@ -40,7 +40,8 @@ def values(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 Q4 = rows("Q4_0", 6, 64)
 STACK = rows("Q4_0", 4, 6, 64)
 F8 = rows("F8_E4M3_B128", 6, 256)
-CODES, SCALES = gt.GGUFTensor(F8, types.get("F8_E4M3_B128")).with_planes().planes or ()
+# A kernel's own plane, which other tests' interpreter would add, is not wanted here.
+CODES, SCALES = (gt.GGUFTensor(F8, types.get("F8_E4M3_B128")).with_planes().planes or ())[:2]
 IDS = torch.tensor([[0, 3], [1, 2], [3, 0]])
 F = "F8_E4M3_B128"
 LONG = torch.zeros(6, 64, dtype=torch.int64)
