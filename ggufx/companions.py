@@ -130,7 +130,16 @@ def tokenizer_files(facts: Facts, builtin_template: str) -> tuple[dict[str, Any]
         if flag is not None:
             config[f"add_{kind}_token"] = flag
     template = facts.text("tokenizer.chat_template", None)
-    if template is not None and template != builtin_template:
+    named = [
+        {"name": name, "template": facts.text(f"tokenizer.chat_template.{name}")}
+        for name in facts.texts("tokenizer.chat_templates", ())
+    ]
+    if template == builtin_template:
+        template = None
+    if named:
+        default = [] if template is None else [{"name": "default", "template": template}]
+        config["chat_template"] = default + named
+    elif template is not None:
         config["chat_template"] = template
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}, notes
 

@@ -491,12 +491,13 @@ def _metadata(
 ) -> dict[str, Value]:
     checkpoint = architecture.checkpoint
     general = _general_keys(checkpoint, tensors, model_name)
-    if template is None:
-        template = vocabulary.chat_template(checkpoint)
-    if template is None:
-        template = architecture.chat_template
-        then = "none is written" if template is None else "a built-in one of the family is written"
-        notes.append(f"the checkpoint has no chat template; {then}")
+    templates = vocabulary.chat_templates(checkpoint) if template is None else {vocabulary.DEFAULT_TEMPLATE: template}
+    if vocabulary.DEFAULT_TEMPLATE not in templates:
+        template, which = architecture.builtin_template()
+        notes.append(f"the checkpoint has no {'default ' * bool(templates)}chat template; {which}")
+        if template is not None:
+            templates[vocabulary.DEFAULT_TEMPLATE] = template
+    template = templates.get(vocabulary.DEFAULT_TEMPLATE)
     keys = {"general.architecture": Value.string(architecture.name)}
     if target == "nisparks" and architecture.nisparks_form:
         for name in NISPARKS_GENERAL:
@@ -505,15 +506,15 @@ def _metadata(
             else:
                 notes.append(f"{name} is not written: the checkpoint does not say it")
     else:
-        if architecture.template_first and template is not None:
-            keys["tokenizer.chat_template"] = Value.string(template)
+        if architecture.template_first:
+            keys.update(vocabulary.template_keys(templates))
         keys.update(general)
     keys.update(architecture.keys(target, mtp=mtp, file_type=file_type, chat_template=template))
     notes += architecture.notes
     keys["general.quantization_version"] = Value.u32(QUANTIZATION_VERSION)
     keys.update(vocabulary.tokenizer_keys(checkpoint, architecture.tokenizer_pre, architecture.integer("vocab_size")))
-    if template is not None:
-        keys.setdefault("tokenizer.chat_template", Value.string(template))
+    for key, value in vocabulary.template_keys(templates).items():
+        keys.setdefault(key, value)
     pre = architecture.tokenizer_pre
     if companions.PRE_TOKENIZERS.get(pre, ()) not in ((), vocabulary.split_expressions(checkpoint)):
         # A model of this architecture may have a tokenizer of its own, which nothing else here would tell.

@@ -15,8 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ggufx import companions, execute, plan
-from ggufx.architectures.deepseek_v4 import CHAT_TEMPLATE
+from ggufx import chat_templates, companions, execute, plan
 from ggufx.architectures.deepseek_v4_file import DeepSeekV4File, Member
 from ggufx.checkpoint import INDEX_NAME, SourceTensor
 from ggufx.container import Value, ValueType
@@ -76,7 +75,9 @@ def plan_export(file: File, outfile: str | Path) -> Plan:
         described += [SourceTensor(t.name, t.type, t.shape, number, t.offset, t.nbytes) for t in placed]
     # The architecture's own check of what it will be given when this is converted again.
     model.arranged("nisparks", names, described)
-    tokenizer, notes = companions.tokenizer_files(file.facts, CHAT_TEMPLATE)
+    tokenizer, notes = companions.tokenizer_files(
+        file.facts, chat_templates.deepseek_v4(chat_templates.release_of(None, directory.absolute().name))
+    )
     small = {
         "config.json": _config(model, described),
         "generation_config.json": companions.generation_config(file.facts),

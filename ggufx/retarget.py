@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from ggufx import dialects, execute, plan, types
+from ggufx import chat_templates, dialects, execute, plan, types
 from ggufx.architectures.deepseek_v3 import foreign_latent
 from ggufx.architectures.deepseek_v4_file import DeepSeekV4File
 from ggufx.container import DEFAULT_ALIGNMENT, Value, ValueType
@@ -359,12 +359,13 @@ def _deepseek_keys(
     model: DeepSeekV4File, target: str, own: Mapping[str, Value], file_type: int, notes: list[str]
 ) -> dict[str, Value]:
     form = "nisparks" if target == "nisparks" else "llama.cpp"
-    from ggufx.architectures.deepseek_v4 import CHAT_TEMPLATE
-
     template = model.file.facts.text("tokenizer.chat_template", None)
     if template is None:
-        template = CHAT_TEMPLATE
-        notes.append("key tokenizer.chat_template: the file has none; a built-in one of the family is written")
+        release = chat_templates.release_of(None, model.file.facts.text("general.name", "") or "")
+        template = chat_templates.deepseek_v4(release)
+        notes.append(
+            f"key tokenizer.chat_template: the file has none; the built-in one of DeepSeek-V4's {release} release is written"
+        )
     derived = model.keys(form, file_type=file_type, chat_template=template, notes=notes)
     if target == dialects.DS4.name:
         for key in ("deepseek4.embedding_length_out", "deepseek4.swiglu_clamp_shexp"):

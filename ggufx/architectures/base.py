@@ -131,8 +131,6 @@ class Architecture(ABC):
     """``general.architecture``."""
     tokenizer_pre: ClassVar[str]
     """llama.cpp's name of the pre-tokenizer."""
-    chat_template: ClassVar[str | None] = None
-    """Written where the checkpoint has none."""
     dense: ClassVar[str] = "bf16"
     """What FP8 tensors become by default where the target has no FP8 type."""
     dense_is_outtype: ClassVar[bool] = True
@@ -186,6 +184,10 @@ class Architecture(ABC):
     @abstractmethod
     def keys(self, target: str, *, mtp: bool, file_type: int, chat_template: str | None) -> dict[str, Value]:
         """Return the architecture's metadata in the target's order, ``general.file_type`` among it."""
+
+    def builtin_template(self) -> tuple[str | None, str]:
+        """Return the chat template that is written where the checkpoint has none, and a sentence about it for a note."""
+        return None, "none is written"
 
     @abstractmethod
     def scale_name(self, name: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import ClassVar, Final, NamedTuple
 
+from ggufx import chat_templates
 from ggufx.architectures.base import FP8_TILE, Architecture, Output, Part, Role
 from ggufx.architectures.rope import Rope, read_ropes
 from ggufx.checkpoint import Checkpoint
@@ -140,14 +141,6 @@ SIDE: Final = (
     (re.compile(r"^mtp\.\d+\.(main_proj|main_norm|markov_head|confidence_head)\b"), "part of the DSpark draft heads"),
 )
 
-CHAT_TEMPLATE: Final = (
-    "{{ '<｜begin▁of▁sentence｜>' }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}"
-    "{% elif m['role'] == 'assistant' %}{{ '<｜Assistant｜></think>' + m['content'] + '<｜end▁of▁sentence｜>' }}"
-    "{% else %}{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜></think>' }}"
-    "{% endif %}"
-)
-"""One line, for checkpoints without a template of their own (the official one ships Python code instead)."""
-
 _LAYER_NAME = re.compile(r"^(?P<block>layers|mtp)\.(?P<number>0|[1-9]\d*)\.(?P<rest>.+)$")
 _EXPERT_NAME = re.compile(r"^ffn\.experts\.(?P<expert>0|[1-9]\d*)\.(?P<proj>w[123])\.(?P<part>weight|scale)$")
 
@@ -164,7 +157,6 @@ class DeepSeekV4(Architecture):
     name = "deepseek4"
     tokenizer_pre = "joyai-llm"
     """llama.cpp's name of the pre-tokenizer; its regular expressions are those of DeepSeek-V3's tokenizer."""
-    chat_template: ClassVar[str | None] = CHAT_TEMPLATE
     dense: ClassVar[str] = "q8_0"
     dense_is_outtype: ClassVar[bool] = False
     router_in_float32: ClassVar[bool] = False
@@ -421,10 +413,15 @@ class DeepSeekV4(Architecture):
 
     # Metadata ---------------------------------------------------------------------------------------------------
 
+    def builtin_template(self) -> tuple[str, str]:
+        """Return the release's template, and which it is: official checkpoints have code instead of one."""
+        release = chat_templates.release_of(self.checkpoint.path, self.checkpoint.name)
+        return chat_templates.deepseek_v4(release), f"the built-in one of DeepSeek-V4's {release} release is written"
+
     def keys(self, target: str, *, mtp: bool, file_type: int, chat_template: str | None) -> dict[str, Value]:
         """Return the architecture's metadata in the target's order, ``general.file_type`` among it."""
         return (
-            self._nisparks_keys(file_type, chat_template or CHAT_TEMPLATE)
+            self._nisparks_keys(file_type, chat_template or "")
             if target == "nisparks"
             else self._upstream_keys(mtp, file_type)
         )

@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ggufx
-from ggufx import transforms
+from ggufx import chat_templates, transforms
 from ggufx.convert import convert, plan_convert
 from ggufx.errors import PlanError
 from ggufx.retarget import retarget
 from ggufx.types.codec import Codec
 
-from .conftest import CASES, Run
+from .conftest import CASES, Run, assert_one_line
 from .oracle import FIXTURES, Expected, Gguf, Source, expected_of, values_of
 
 Get = Callable[[str], Source]
@@ -401,24 +401,153 @@ def test_chat_template_from_a_file_wins(cli: Cli, editable: Source, tmp_path: Pa
     assert Gguf(tmp_path / "o.gguf").kv["tokenizer.chat_template"] == (8, TEMPLATE)
 
 
+def with_tokenizer_config(checkpoint: Source, **values: object) -> None:
+    path = checkpoint.path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+
 @pytest.mark.parametrize("target", ["nisparks", "llama.cpp"])
-@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja", "named", "none"])
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja", "chat_template.json"])
 def test_chat_template_of_the_checkpoint(place: str, target: str, editable: Source, tmp_path: Path) -> None:
     if place == "chat_template.jinja":
-        (editable.path / place).write_text(TEMPLATE, encoding="utf-8")
-    elif place != "none":
-        path = editable.path / "tokenizer_config.json"
-        data = json.loads(path.read_text(encoding="utf-8"))
-        named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": TEMPLATE}]
-        path.write_text(json.dumps(data | {"chat_template": named if place == "named" else TEMPLATE}), encoding="utf-8")
-    plan = plan_convert(editable.path, tmp_path / "o.gguf", target=target)
-    written = plan.metadata["tokenizer.chat_template"].data
-    if place == "none":
-        assert written.startswith("{{ '<｜begin▁of▁sentence｜>'")
-        assert any("chat template" in note for note in plan.notes)
+        (editable.path / place).write_bytes(TEMPLATE.replace("\n", "\r\n").encode())
+    elif place == "chat_template.json":
+        (editable.path / place).write_text(json.dumps({"chat_template": TEMPLATE}), encoding="utf-8")
     else:
-        assert written == TEMPLATE
-        assert not any("chat template" in note for note in plan.notes)
+        with_tokenizer_config(editable, chat_template=TEMPLATE)
+    plan = plan_convert(editable.path, tmp_path / "o.gguf", target=target)
+    assert plan.metadata["tokenizer.chat_template"].data == TEMPLATE
+    assert not any("chat template" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "release"),
+    [
+        ("DeepSeek-V4-Flash", None, "preview"),
+        ("DeepSeek-V4-Flash-0731", None, "0731"),
+        ("DeepSeek-V4-Flash-0731", 'REASONING_EFFORT_MAX = "Absolute maximum"', "preview"),
+        ("Mine", '"max": "Reasoning Effort: Beyond maximum — exhaustive"', "0731"),
+    ],
+)
+@pytest.mark.parametrize("empty", [False, True])
+def test_the_releases_own_template_is_written_where_there_is_none(
+    name: str, code: str | None, release: chat_templates.Release, empty: bool, editable: Source, tmp_path: Path
+) -> None:
+    folder = editable.path.rename(tmp_path / name)
+    if code is not None:
+        (folder / "encoding").mkdir()
+        (folder / "encoding" / "encoding_dsv4.py").write_text(code, encoding="utf-8")
+    if empty:
+        (folder / "chat_template.jinja").write_text("")
+    plan = plan_convert(folder, tmp_path / "o.gguf")
+    assert plan.metadata["tokenizer.chat_template"].data == chat_templates.deepseek_v4(release)
+    assert any(f"DeepSeek-V4's {release} release" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "additional_chat_templates"])
+@pytest.mark.parametrize("default", [True, False])
+def test_named_chat_templates(place: str, default: bool, editable: Source, tmp_path: Path) -> None:
+    if place == "tokenizer_config.json":
+        named = [
+            {"name": "tool_use", "template": "tools"},
+            {"name": "rag-2", "template": "r"},
+            {"name": "x", "template": ""},
+        ]
+        if default:
+            named.insert(1, {"name": "default", "template": TEMPLATE})
+        with_tokenizer_config(editable, chat_template=named)
+    else:
+        folder = editable.path / place
+        folder.mkdir()
+        for name, text in (("tool_use", "tools"), ("rag-2", "r"), ("x", "")):
+            (folder / f"{name}.jinja").write_text(text)
+        (editable.path / "chat_template.jinja").write_text(TEMPLATE if default else "")
+    convert(editable.path, tmp_path / "o.gguf", target="llama.cpp")
+    keys = Gguf(tmp_path / "o.gguf").kv
+    assert keys["tokenizer.chat_template.tool_use"] == (8, "tools")
+    assert keys["tokenizer.chat_template.rag_2"] == (8, "r")
+    assert "tokenizer.chat_template.x" not in keys
+    assert keys["tokenizer.chat_templates"] == (9, (8, ["rag_2", "tool_use"]))
+    expected = TEMPLATE if default else chat_templates.deepseek_v4("preview")
+    assert keys["tokenizer.chat_template"] == (8, expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [([1], "chat_template is [1]"), ({"a": "b"}, "expected a text"), ([{"name": "default"}], "template is missing"),
+     ([{"name": 1, "template": "x"}], "name is 1"), (7, "chat_template is 7")],
+)  # fmt: skip
+def test_a_chat_template_of_another_kind_is_one_error(value: object, words: str, editable: Source, cli: Cli) -> None:
+    with_tokenizer_config(editable, chat_template=value)
+    assert_one_line(cli("convert", editable.path, "--dry-run"), "tokenizer_config.json", words)
+
+
+# Ids as the tokenizers library 0.23.3 gave them to these very files.
+@pytest.mark.parametrize(
+    ("vocab", "added", "ids"),
+    [
+        ({"a": 0, "b": 1, "c": 2}, [(3, "<x>"), (4, "<y>")], {"<x>": 3, "<y>": 4}),
+        ({"a": 0, "b": 1, "c": 2}, [(7, "<x>"), (9, "<y>")], {"<x>": 3, "<y>": 4}),
+        ({"a": 0, "b": 1, "c": 2}, [(3, "<x>"), (3, "<y>")], {"<x>": 3, "<y>": 4}),
+        ({"a": 0, "b": 1, "c": 2}, [(5, "b")], {"b": 1}),
+        ({"a": 0, "b": 1, "c": 2}, [(1, "<x>")], {"<x>": 3}),
+        ({"a": 0, "b": 5}, [(2, "<x>"), (3, "<y>")], {"<x>": 2, "<y>": 3}),
+        ({"a": 0, "b": 1, "c": 2}, [(3, "<x>"), (4, "<x>"), (5, "<y>")], {"<x>": 3, "<y>": 4}),
+        ({"a": 0, "b": 1, "c": 2}, [(4, "<y>"), (3, "<x>")], {"<y>": 3, "<x>": 4}),
+        ({"a": 0, "b": 1, "c": 2}, [(3, ""), (4, "<y>")], {"<y>": 3}),
+    ],
+)
+def test_added_tokens_have_the_ids_that_the_tokenizers_library_gives(
+    vocab: dict[str, int], added: list[tuple[int, str]], ids: dict[str, int], editable: Source, tmp_path: Path
+) -> None:
+    path = editable.path / "tokenizer.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["model"] |= {"vocab": vocab, "merges": ["a b"]}
+    data["added_tokens"] = [{"id": number, "content": text, "special": True} for number, text in added]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    bos = next(iter(ids))
+    with_tokenizer_config(editable, bos_token=bos)
+    keys = plan_convert(editable.path, tmp_path / "o.gguf").metadata
+    tokens, kinds = keys["tokenizer.ggml.tokens"].data, keys["tokenizer.ggml.token_type"].data
+    for text, number in (vocab | ids).items():
+        assert tokens[number] == text
+        assert kinds[number] == (3 if text in ids else 1)
+    assert keys["tokenizer.ggml.bos_token_id"].data == ids[bos]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d["model"].update(vocab={"a": 0, "b": 0}), ["'a' and 'b' have one id, 0"]),
+        (lambda d: d.update(model=d["model"] | {"vocab": {"a": 0, "b": 2}}, added_tokens=[{"id": 9, "content": "<x>"}]),
+         ["'b' and '<x>' have one id, 2"]),
+        (lambda d: d["model"]["vocab"].update(a=float("inf")), ["model.vocab.a is inf"]),
+        (lambda d: d["model"]["vocab"].update(a=-1), ["model.vocab.a is -1"]),
+        (lambda d: d["model"].update(vocab=[1]), ["model.vocab is [1]"]),
+        (lambda d: d["model"].update(merges=[128]), ["model.merges is not an array of texts"]),
+        (lambda d: d["model"].update(merges=[[None]]), ["model.merges is not"]),
+        (lambda d: d["model"].update(merges=["a b", ["a", "b"]]), ["model.merges is not"]),
+        (lambda d: d.update(added_tokens={}), ["added_tokens is {}"]),
+        (lambda d: d.update(added_tokens=[1]), ["added_tokens[0] is 1"]),
+        (lambda d: d.update(added_tokens=[{"id": 1}]), ["added_tokens[0].content is missing"]),
+        (lambda d: d.update(model=None), ["model is null"]),
+        (lambda d: d.update(decoder=[1]), ["decoder is [1]"]),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_of_another_kind_is_one_error(change: object, words: list[str], editable: Source, cli: Cli) -> None:
+    path = editable.path / "tokenizer.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    change(data)  # type: ignore[operator]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert_one_line(cli("convert", editable.path, "--dry-run"), "tokenizer.json", *words)
+
+
+@pytest.mark.parametrize("key", ["normalizer", "post_processor", "pre_tokenizer", "truncation"])
+def test_a_tokenizer_nested_without_end_is_one_error(key: str, editable: Source, cli: Cli) -> None:
+    path = editable.path / "tokenizer.json"
+    text = path.read_text(encoding="utf-8").rstrip()[:-1]
+    path.write_text(f'{text}, "{key}": {"[" * 100_000 + "]" * 100_000}}}', encoding="utf-8")
+    assert_one_line(cli("convert", editable.path, "--dry-run"), "tokenizer.json", "nested too deeply")
 
 
 def test_the_vocabulary_is_padded_and_its_kinds_are_told_apart(source: Get, converted: Converted) -> None:

@@ -140,7 +140,7 @@ def twice(source: Source) -> None:
 def big_vocabulary(source: Source) -> None:
     path = source.path / "tokenizer.json"
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    tokenizer["added_tokens"].append({"id": 5000, "content": "beyond", "special": False})
+    tokenizer["model"]["vocab"]["beyond"] = 5000
     path.write_text(json.dumps(tokenizer), encoding="utf-8")
 
 
