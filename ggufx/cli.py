@@ -10,8 +10,9 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from decimal import Decimal
 from enum import StrEnum
@@ -1480,22 +1481,47 @@ class _Stopped(BaseException):
     """SIGINT or SIGTERM. Not KeyboardInterrupt: typer ends the process on that one without a word to the user."""
 
 
-def main() -> None:
-    """Run the command line: one clear line and exit code 1 for every error that input can cause."""
+class _Stopper:
+    """What SIGINT and SIGTERM do: the first ends the work in an orderly way, one a second later the process at once.
 
-    def stop(*_: object) -> None:
+    Signals in a row are one wish. Leaving at once is safe at any moment, as a power cut is: the next run goes on.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._at = 0.0
+
+    def __call__(self, number: int, frame: object) -> None:
+        if self.number:
+            if time.monotonic() - self._at > 1:
+                os._exit(128 + number)
+            return
+        self.number, self._at = number, time.monotonic()
+        with suppress(OSError):
+            # Not through sys.stderr, which may be in the middle of a write.
+            os.write(2, b"stopping after what is being done right now; once more ends it at once\n")
         raise _Stopped
 
+
+def _note(message: Warning | str, *_: object, **__: object) -> None:
+    _err.print(f"note: {message}", markup=False)
+
+
+def main() -> None:
+    """Run the command line: one clear line and exit code 1 for every error that input can cause."""
+    stop = _Stopper()
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _note
+            app()
     except FallbackError as error:
         _fail(str(error), 3)
     except GGUFError as error:
         _fail(str(error))
     except _Stopped as reason:
-        _fail(f"stopped; {reason}" if str(reason) else "stopped", 130)
+        _fail(f"stopped; {reason}" if str(reason) else "stopped", 128 + stop.number)
     except BrokenPipeError:
         # The reader of our output went away (| head): nothing more to print, and not 0: the work may not be done. Typer and
         # rich end so themselves; this is for what they do not see.

@@ -10,15 +10,16 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 import xxhash
 
-from ggufx import execute, plan
+from ggufx import execute, outputs, plan
 from ggufx.container import (
     DTYPES,
     MAX_NAME_NBYTES,
@@ -188,6 +189,8 @@ class Edit:
     lines: tuple[str, ...]
     header: bytes
     plan: Plan | None
+    state: tuple[int, int, int]
+    """Inode, bytes and modification time (ns) of the file that the change was planned for."""
 
 
 def plan_edit(path: str | Path, assignments: Mapping[str, Value], remove: Sequence[str] = ()) -> Edit:
@@ -209,6 +212,7 @@ def plan_edit(path: str | Path, assignments: Mapping[str, Value], remove: Sequen
     """
     target = _holder(Path(path))
     _recover(target)
+    state = _state(target)
     container = read_container(target)
     try:
         keys = container.metadata.typed()
@@ -232,7 +236,7 @@ def plan_edit(path: str | Path, assignments: Mapping[str, Value], remove: Sequen
         directory = [(entry.name, entry.shape, entry.type_id, entry.offset) for entry in container.entries]
         header = encode_header(keys, directory, container.alignment)
         fits = len(header) == container.data_offset or not lines
-        return Edit(target, tuple(lines), header, None if fits else _plan_anew(container, keys))
+        return Edit(target, tuple(lines), header, None if fits else _plan_anew(container, keys), state)
     finally:
         container.close()
 
@@ -281,23 +285,31 @@ def set_keys(edit: Edit, *, resume: bool = True, threads: int | None = None, pro
     """
     if not edit.lines:
         return edit.path
-    if edit.plan is not None:
-        mode = stat.S_IMODE(edit.path.stat().st_mode)
-        execute.execute(
-            edit.plan, overwrite=True, resume=resume, threads=threads, progress=progress, replace_source=True
-        )
-        edit.path.chmod(mode)
-        return edit.path
     backup = backup_path(edit.path)
     try:
-        with edit.path.open("rb+") as file:
+        with _locked(edit.path) as file:
+            if _state(edit.path) != edit.state:
+                raise PlanError(
+                    f"{edit.path}: changed since the edit was planned; nothing was written, run the command again"
+                )
+            if edit.plan is not None:
+                execute.execute(
+                    edit.plan,
+                    overwrite=True,
+                    resume=resume,
+                    threads=threads,
+                    progress=progress,
+                    replace_source=True,
+                    mode=stat.S_IMODE(os.fstat(file.fileno()).st_mode),
+                )
+                return edit.path
             old = file.read(len(edit.header))
             with backup.open("xb") as copy:
                 copy.write(_BACKUP.pack(_BACKUP_MAGIC, *_identity(edit.path), xxhash.xxh3_64_intdigest(old)) + old)
                 copy.flush()
                 os.fsync(copy.fileno())
             _write_header(file.fileno(), edit.header)
-        backup.unlink()
+            backup.unlink()
     except FileExistsError:
         raise PlanError(
             f"{backup}: is not ggufx's, and is in the way: the old header is kept there while the new one is written; move "
@@ -308,11 +320,33 @@ def set_keys(edit: Edit, *, resume: bool = True, threads: int | None = None, pro
     return edit.path
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to change it, while no other process does."""
+    with path.open("rb+") as file:
+        outputs.lock(
+            file.fileno(),
+            path,
+            f"{path}: another process is changing its metadata; wait for it and run the command again",
+        )
+        if not outputs.same_file(path.resolve(), os.fstat(file.fileno()).st_ino):
+            raise PlanError(f"{path}: was replaced meanwhile; nothing was written, run the command again")
+        yield file
+
+
 def _recover(target: Path) -> None:
-    """Put back the header of an edit that was cut off."""
-    backup = backup_path(target)
-    if not backup.is_file() or not target.is_file():
+    """Put back the header of an edit that was cut off, and remove what a finished one left."""
+    if not target.is_file():
         return
+    execute.clean_up(target)
+    backup = backup_path(target)
+    if not backup.is_file() or backup.is_symlink():
+        return
+    with _locked(target):
+        _put_back(backup, target)
+
+
+def _put_back(backup: Path, target: Path) -> None:
     with backup.open("rb") as file:
         # A power cut may leave the name without the bytes; anything else is somebody's own file.
         magic = file.read(len(_BACKUP_MAGIC))
@@ -327,6 +361,11 @@ def _recover(target: Path) -> None:
             with target.open("rb+") as file:
                 _write_header(file.fileno(), old)
     backup.unlink()
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import json
 import os
 import struct
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ggufx import types
+from ggufx import outputs, types
 from ggufx.errors import (
     CheckpointError,
     CodecError,
@@ -48,6 +48,7 @@ __all__ = [
     "Progress",
     "TileDone",
     "check_output",
+    "clean_up",
     "default_workers",
     "descriptor",
     "ended_early",
@@ -58,7 +59,6 @@ __all__ = [
     "read_into",
     "read_spans",
     "read_strided",
-    "rename",
     "scratch",
 ]
 
@@ -67,7 +67,9 @@ MAX_WORKERS: Final = 16
 
 _RECORD = struct.Struct("<IQI")  # tile number, checksum of its bytes, checksum of the record
 _JOURNAL_VERSION: Final = 1
+_JOURNAL_MAGIC: Final = b'{"journal": '
 _SYNC_FILE_RANGE_WRITE: Final = 2
+_OUTPUT_FLAGS: Final = os.O_RDWR | os.O_NOFOLLOW
 _BATCH_NBYTES: Final = 1 << 24
 _BATCH_LEN: Final = 32
 _PIECE_NBYTES: Final = 1 << 18
@@ -88,6 +90,8 @@ class _Job(NamedTuple):
     tile: Tile
     sources: tuple[str, ...]
     output: str
+    inode: int
+    """Of ``output`` as it was created: a file that took its name meanwhile is another's."""
     position: int
     expected: int | None
     """Checksum from the journal: verify instead of writing."""
@@ -288,10 +292,29 @@ def _run(jobs: Sequence[_Job]) -> list[_Done]:
         ranges = [(job.position, job.position + job.tile.nbytes) for job in jobs if job.output == output]
         start, end = ranges[0][0], ranges[-1][1]
         if jobs[0].sync:
-            os.fsync(opened[output, os.O_RDWR])
+            os.fsync(opened[output, _OUTPUT_FLAGS])
         else:
-            _start_writeback(opened[output, os.O_RDWR], start, end - start)
+            _start_writeback(opened[output, _OUTPUT_FLAGS], start, end - start)
     return done
+
+
+def _open_output(path: str, inode: int, get: Callable[[str, int], int]) -> int:
+    """Return a descriptor of a partial output; raises PlanError unless it is the file that the run created."""
+    try:
+        descriptor = get(path, _OUTPUT_FLAGS)
+    except FileNotFoundError:
+        raise _replaced(path) from None
+    except OSError as error:
+        raise _replaced(path) if error.errno == errno.ELOOP else error from None
+    if os.fstat(descriptor).st_ino != inode:
+        raise _replaced(path)
+    return descriptor
+
+
+def _replaced(path: object) -> PlanError:
+    return PlanError(
+        f"{path}: was moved or replaced by something else while it was written; nothing was given its final name: start again"
+    )
 
 
 def _run_tile(job: _Job, opened: dict[tuple[str, int], int]) -> _Done:
@@ -305,7 +328,8 @@ def _run_tile(job: _Job, opened: dict[tuple[str, int], int]) -> _Done:
         return opened[key]
 
     tile = job.tile
-    descriptor = descriptor_of(job.output, os.O_RDWR)
+    known = opened.get((job.output, _OUTPUT_FLAGS))
+    descriptor = _open_output(job.output, job.inode, descriptor_of) if known is None else known
     if job.transform.op == "copy" and job.expected is None:
         (span,) = tile.spans
         path = job.sources[span.file]
@@ -467,6 +491,7 @@ def execute(
     executor: Executor | None = None,
     progress: Progress | None = None,
     replace_source: bool = False,
+    mode: int | None = None,
     observer: Observer | None = None,
 ) -> list[Path]:
     """Write a plan's files.
@@ -476,7 +501,7 @@ def execute(
     plan
         What to write.
     overwrite
-        Replace existing outputs, at the very end.
+        Replace existing outputs, at the very end; and the partial output of another plan, with a warning.
     resume
         Go on with a partial output of the same plan; ``False`` starts over.
     threads
@@ -488,6 +513,8 @@ def execute(
         Told about the bytes done.
     replace_source
         An output may be one of the sources: it takes that name at the very end, when no source is needed any more.
+    mode
+        Permissions of the outputs, from their beginning; ``None`` for what the umask leaves.
     observer
         Told about every tile done.
 
@@ -509,26 +536,59 @@ def execute(
     first = plan.files[0].path
     if not replace_source:
         _refuse_sources(plan)
-    try:
-        first.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise PlanError(f"{first}: {first.parent} is no directory; choose another --outfile") from None
+    made = _make_folder(first)
     workers = threads or default_workers()
-    with _Journal(first, plan, resume=resume) as journal, _files:
-        pending = _prepare(plan, journal, overwrite=overwrite)
-        try:
-            _check_sources(plan)
-            if executor is not None:
-                _fill(plan, pending, journal, executor, workers, progress, observer, sync=True)
-            else:
-                with ThreadPoolExecutor(workers, thread_name_prefix="ggufx") as pool:
-                    _fill(plan, pending, journal, pool, workers, progress, observer, sync=False)
-            _check_sources(plan)
-            _finish(plan, pending, journal, overwrite=overwrite)
-        except OSError as error:
-            raise _disk_error(first, error) from error
-        journal.remove()
+    try:
+        with _Journal(first, plan, resume=resume, overwrite=overwrite) as journal, _files:
+            try:
+                pending = _prepare(plan, journal, overwrite=overwrite, mode=mode)
+                _check_sources(plan)
+                if executor is not None:
+                    _fill(plan, pending, journal, executor, workers, progress, observer, sync=True)
+                else:
+                    with ThreadPoolExecutor(workers, thread_name_prefix="ggufx") as pool:
+                        _fill(plan, pending, journal, pool, workers, progress, observer, sync=False)
+                _check_sources(plan)
+                _finish(plan, pending, journal, overwrite=overwrite)
+            except OSError as error:
+                journal.discard(plan)
+                raise _disk_error(first, error) from error
+            except (MemoryError, RuntimeError) as error:
+                journal.discard(plan)
+                raise _resource_error(first, error, workers) from error
+            except BaseException:
+                journal.discard(plan)
+                raise
+            journal.remove()
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # it holds what the next run goes on with
+                folder.rmdir()
+        raise
     return [file.path for file in plan.files]
+
+
+def _make_folder(path: Path) -> list[Path]:
+    """Make the folder of an output, and return what was made, the innermost first."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise PlanError(f"{path}: {path.parent} is no directory; choose another --outfile") from None
+    except OSError as error:
+        raise DiskError(f"{path.parent}: cannot be made ({error.strerror}); choose another --outfile") from None
+    return missing
+
+
+def _resource_error(path: Path, error: MemoryError | RuntimeError, workers: int) -> Exception:
+    """Return our error for what the system refused; another RuntimeError is a fault of ours and stays as it is."""
+    if isinstance(error, RuntimeError) and "thread" not in str(error):
+        return error
+    what = "memory ran out" if isinstance(error, MemoryError) else f"the system starts no more threads ({error})"
+    return DiskError(
+        f"{path}: {what} with {workers} threads; what is done so far is kept: run the same command with fewer --threads, or "
+        "raise the limit (ulimit, or the container's)"
+    )
 
 
 def _refuse_sources(plan: Plan) -> None:
@@ -560,13 +620,18 @@ def journal_path(path: Path) -> Path:
 class _Journal:
     """The finished tiles of a plan: a JSON line with the digest, then fixed records. Locked while in use."""
 
-    def __init__(self, path: Path, plan: Plan, *, resume: bool) -> None:
+    def __init__(self, path: Path, plan: Plan, *, resume: bool, overwrite: bool) -> None:
         self.path = journal_path(path)
         self.done: dict[int, int] = {}
+        self.resumed = False
+        self._used = False
+        self.created: dict[Path, int] = {}
+        """Partial outputs that this run made, and their inodes."""
         self._lock = threading.Lock()
         self._descriptor = self._open(path)
+        self._inode = os.fstat(self._descriptor).st_ino
         try:
-            self._load(path, plan, resume=resume)
+            self._load(plan, resume=resume, overwrite=overwrite)
         except OSError as error:
             os.close(self._descriptor)
             raise DiskError(
@@ -580,42 +645,64 @@ class _Journal:
     def _open(self, path: Path) -> int:
         while True:
             try:
-                self._created = not self.path.exists()
-                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                try:
+                    descriptor, self._created = outputs.create(self.path), True
+                except FileExistsError:
+                    found = outputs.open_plain(self.path)
+                    if found is None:
+                        continue  # the run that had it has just ended
+                    descriptor, self._created = found, False
             except OSError as error:
                 raise DiskError(f"{self.path}: cannot be written ({os.strerror(error.errno or 0)})") from error
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                outputs.lock(
+                    descriptor, path, f"{path}: another process is writing this output; wait for it or choose another"
+                )
                 # The run that held the lock may have removed the file meanwhile: a lock on that says nothing.
-                if os.fstat(descriptor).st_ino == self.path.stat().st_ino:
+                if outputs.same_file(self.path, os.fstat(descriptor).st_ino):
                     return descriptor
-            except FileNotFoundError:
-                pass
-            except OSError:
+            except BaseException:
                 os.close(descriptor)
-                raise PlanError(
-                    f"{path}: another process is writing this output; wait for it or choose another"
-                ) from None
+                raise
             os.close(descriptor)
 
-    def _load(self, path: Path, plan: Plan, *, resume: bool) -> None:
+    def _load(self, plan: Plan, *, resume: bool, overwrite: bool) -> None:
         self._header = json.dumps({"journal": _JOURNAL_VERSION, "digest": plan.digest}).encode() + b"\n"
-        found = self.path.read_bytes()
+        found = self._read()
+        if not _is_journal(found):
+            raise PlanError(
+                f"{self.path}: is not ggufx's, and the journal of this output would have its name; move it away, or choose "
+                "another output"
+            )
         self.resumed = resume and found.startswith(self._header)
-        partials = [partial_path(file.path) for file in plan.files if partial_path(file.path).exists()]
-        if resume and partials and not self.resumed:
-            if self._created:
-                self.path.unlink()
-                raise PlanError(
-                    f"{partials[0]}: exists, but the journal of a run that wrote it does not; move it away, or start over with "
-                    "--no-resume"
-                )
-            # A journal whose first line is torn was never worth anything: the line is written before the first tile.
-            if b"\n" in found:
+        partials = [partial_path(file.path) for file in plan.files if _is_there(partial_path(file.path))]
+        if partials and self._created:
+            self.remove()
+            raise PlanError(
+                f"{partials[0]}: exists, but the journal of a run that wrote it does not: it may be somebody else's; move it "
+                "away, or choose another output"
+            )
+        # A journal whose first line is torn was never worth anything: the line is written before the first tile.
+        if resume and partials and not self.resumed and b"\n" in found:
+            if not overwrite:
                 raise PlanError(
                     f"{partials[0]}: belongs to another plan (other options, sources or version of ggufx); go on with the "
-                    "same command, or start over with --no-resume"
+                    "same command, or start over with --no-resume or --overwrite"
                 )
+            warnings.warn(
+                f"{partials[0]}: is what another plan left unfinished; it is started over",
+                outputs.OutputWarning,
+                stacklevel=4,
+            )
+        if not self.resumed:
+            # Before the other plan's journal is lost, without which nobody knows whose its partial output is.
+            for file in plan.files:
+                try:
+                    outputs.refuse_existing(file.path, overwrite=overwrite)
+                except OutputExists:
+                    if self._created:
+                        self.remove()
+                    raise
         end = len(self._header)
         if self.resumed:
             for position in range(end, len(found) - _RECORD.size + 1, _RECORD.size):
@@ -630,8 +717,17 @@ class _Journal:
             try:
                 self.forget()
             except OSError:
-                self.path.unlink()
+                self.remove()
                 raise
+
+    def _read(self) -> bytes:
+        pieces, at = [], 0
+        while piece := os.pread(self._descriptor, 1 << 20, at):
+            pieces.append(piece)
+            at += len(piece)
+            if at == len(piece) and not _is_journal(piece):
+                break  # a stranger's file may be of any length
+        return b"".join(pieces)
 
     def forget(self) -> None:
         """Drop every record."""
@@ -643,12 +739,27 @@ class _Journal:
     def add(self, number: int, checksum: int) -> None:
         """Record a finished tile, or, past the tiles' numbers, a file that is about to get its name (and its inode)."""
         with self._lock:
+            self._used = True
             _write(self._descriptor, self._end, _RECORD.pack(number, checksum, _check(number, checksum)))
             self._end += _RECORD.size
 
     def remove(self) -> None:
         """Forget the run."""
-        self.path.unlink()
+        # The name may have been given to another run's journal meanwhile.
+        if outputs.same_file(self.path, self._inode):
+            self.path.unlink()
+
+    def discard(self, plan: Plan) -> None:
+        """Remove what a run that did nothing yet has made; what another can go on with stays."""
+        if self.resumed or self._used:
+            return
+        for path, inode in self.created.items():
+            if outputs.same_file(path, inode):
+                with suppress(OSError):
+                    path.unlink()
+        if not any(_is_there(partial_path(file.path)) for file in plan.files):
+            with suppress(OSError):
+                self.remove()
 
     def __enter__(self) -> _Journal:
         return self
@@ -661,20 +772,54 @@ def _check(number: int, checksum: int) -> int:
     return xxhash.xxh32_intdigest(struct.pack("<IQ", number, checksum))
 
 
-def _refuse_existing(path: Path, *, overwrite: bool) -> None:
-    if path.is_dir():
-        raise OutputExists(f"{path}: is a directory; choose another --outfile")
-    if path.exists() and not overwrite:
-        raise OutputExists(f"{path}: exists; choose another --outfile or pass --overwrite")
+def clean_up(path: Path) -> None:
+    """Remove a journal of an output that is finished: a kill between the last rename and its removal leaves one."""
+    journal = journal_path(path)
+    if not _is_there(journal) or _is_there(partial_path(path)):
+        return
+    try:
+        descriptor = outputs.open_plain(journal)
+    except (PlanError, OSError):
+        return  # not ours, or not to be opened
+    if descriptor is None:
+        return
+    try:
+        outputs.lock(descriptor, journal, "")
+        if os.pread(descriptor, len(_JOURNAL_MAGIC), 0) == _JOURNAL_MAGIC:
+            journal.unlink()
+    except PlanError:
+        pass  # a run that is about to begin
+    finally:
+        os.close(descriptor)
+
+
+def _is_journal(found: bytes) -> bool:
+    """Return whether a file begins as journals do; a power cut may leave less of the line, or nothing but its length."""
+    return found[: len(_JOURNAL_MAGIC)] in (_JOURNAL_MAGIC, _JOURNAL_MAGIC[: len(found)]) or not found.strip(b"\0")
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except OSError:
+        return False
+    return True
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
     """Raise OutputExists for an output that :func:`execute` would refuse; for whoever has long work before the plan."""
     if path.is_dir() or not journal_path(path).exists():  # else a killed run may have finished this very file
-        _refuse_existing(path, overwrite=overwrite)
+        outputs.refuse_existing(path, overwrite=overwrite)
 
 
-def _prepare(plan: Plan, journal: _Journal, *, overwrite: bool) -> list[PlannedFile]:
+class _Pending(NamedTuple):
+    """A file that is not under its final name yet, and the inode of its partial output."""
+
+    file: PlannedFile
+    inode: int
+
+
+def _prepare(plan: Plan, journal: _Journal, *, overwrite: bool, mode: int | None) -> list[_Pending]:
     """Check names and space, preallocate; returns the files that are not under their final name yet."""
     pending = []
     for number, file in enumerate(plan.files):
@@ -682,45 +827,44 @@ def _prepare(plan: Plan, journal: _Journal, *, overwrite: bool) -> list[PlannedF
         if inode is not None and file.path.exists() and file.path.stat().st_ino == inode:
             partial_path(file.path).unlink(missing_ok=True)
             continue  # killed after this file got its name: it is the very one that was finished
-        try:
-            _refuse_existing(file.path, overwrite=overwrite)
-        except OutputExists:
-            if not journal.resumed:
-                journal.remove()
-            raise
+        outputs.refuse_existing(file.path, overwrite=overwrite)
         pending.append(file)
-    directory = pending[0].path.parent if pending else Path()
+    if not pending:
+        return []
     try:
         missing = sum(max(0, f.nbytes - _allocated(partial_path(f.path))) for f in pending)
-        if pending:
-            stat = os.statvfs(directory)
-            free = stat.f_bavail * stat.f_frsize
-            if missing > free:
-                raise OSError(errno.ENOSPC, f"{missing} bytes are needed and {free} are free")
-        for file in pending:
-            _allocate(partial_path(file.path), file.nbytes, keep=journal.resumed)
+        stat = os.statvfs(pending[0].path.parent)
+        free = stat.f_bavail * stat.f_frsize
+        if missing > free:
+            raise OSError(errno.ENOSPC, f"{missing} bytes are needed and {free} are free")
+        return [_Pending(file, _allocate(file, journal, mode)) for file in pending]
     except OSError as error:
-        if not journal.resumed:
-            for file in pending:
-                with suppress(OSError):  # it may not be a file at all; the first error is the one to tell
-                    partial_path(file.path).unlink()
-            journal.remove()
         raise _disk_error(pending[0].path, error) from error
-    return pending
 
 
 def _allocated(path: Path) -> int:
     try:
-        return path.stat().st_blocks * 512
+        return path.lstat().st_blocks * 512
     except FileNotFoundError:
         return 0
 
 
-def _allocate(path: Path, nbytes: int, *, keep: bool) -> None:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if keep else os.O_TRUNC), 0o644)
+def _allocate(file: PlannedFile, journal: _Journal, mode: int | None) -> int:
+    """Make a partial output of its full size, or take the one that a killed run left; returns its inode."""
+    path = partial_path(file.path)
+    descriptor = outputs.open_plain(path)
+    if descriptor is not None and (not journal.resumed or os.fstat(descriptor).st_nlink > 1):
+        # Never emptied: under a second name it may be an output, finished just before a kill.
+        os.close(descriptor)
+        path.unlink()
+        descriptor = None
+    if descriptor is None:
+        descriptor = outputs.create(path, mode)
+        journal.created[path] = os.fstat(descriptor).st_ino
     try:
-        os.ftruncate(descriptor, nbytes)
-        _reserve(descriptor, nbytes)
+        os.ftruncate(descriptor, file.nbytes)
+        _reserve(descriptor, file.nbytes)
+        return os.fstat(descriptor).st_ino
     finally:
         os.close(descriptor)
 
@@ -743,21 +887,25 @@ def _reserve(descriptor: int, nbytes: int) -> None:
 
 
 def _jobs(
-    plan: Plan, pending: list[PlannedFile], journal: _Journal, *, sync: bool
+    plan: Plan, pending: list[_Pending], journal: _Journal, *, sync: bool
 ) -> Iterator[tuple[PlannedTensor, _Job]]:
-    paths = {file.path for file in pending}
+    inodes = {file.path: inode for file, inode in pending}
     for number, (file_number, tensor, tile) in enumerate(plan.jobs()):
         file = plan.files[file_number]
-        if file.path in paths:
+        inode = inodes.get(file.path)
+        if inode is not None:
             position = len(file.header) + tensor.offset + tile.offset
             output = str(partial_path(file.path))
             expected = journal.done.get(number)
-            yield tensor, _Job(number, tensor.transform, tile, plan.source_files, output, position, expected, sync)
+            yield (
+                tensor,
+                _Job(number, tensor.transform, tile, plan.source_files, output, inode, position, expected, sync),
+            )
 
 
 def _fill(
     plan: Plan,
-    pending: list[PlannedFile],
+    pending: list[_Pending],
     journal: _Journal,
     pool: Executor,
     workers: int,
@@ -766,7 +914,7 @@ def _fill(
     *,
     sync: bool,
 ) -> None:
-    total = sum(tensor.nbytes for file in pending for tensor in file.tensors)
+    total = sum(tensor.nbytes for file, _ in pending for tensor in file.tensors)
     done = 0
     batches = _batches(_jobs(plan, pending, journal, sync=sync))
     # A bounded window of tasks: neither a hundred thousand futures nor an idle worker.
@@ -853,11 +1001,15 @@ def _codes_error(plan: Plan, tensor: PlannedTensor, job: _Job, outcome: Outcome)
     )
 
 
-def _finish(plan: Plan, pending: list[PlannedFile], journal: _Journal, *, overwrite: bool) -> None:
-    for file in pending:
+def _finish(plan: Plan, pending: list[_Pending], journal: _Journal, *, overwrite: bool) -> None:
+    for file, inode in pending:
         partial = partial_path(file.path)
-        descriptor = _files.get(str(partial), os.O_RDWR)
+        descriptor = _open_output(str(partial), inode, _files.get)
         _write(descriptor, 0, file.header)
+        if journal.resumed:
+            # What was new is zero between the tensors; what was there before may be anything.
+            for offset, nbytes in file.gaps():
+                _write(descriptor, offset, bytes(nbytes))
         try:
             os.fsync(descriptor)
         except OSError:
@@ -865,37 +1017,22 @@ def _finish(plan: Plan, pending: list[PlannedFile], journal: _Journal, *, overwr
             journal.forget()
             raise
         _check_file(partial, file)
+    inodes = {file.path: inode for file, inode in pending}
     for number, file in enumerate(plan.files):
-        if file in pending:
-            partial = partial_path(file.path)
-            journal.add(plan.n_tiles + number, partial.stat().st_ino)
-            rename(partial, file.path, overwrite=overwrite)
+        if file.path in inodes:
+            partial, inode = partial_path(file.path), inodes[file.path]
+            if not outputs.same_file(partial, inode):
+                raise _replaced(partial)
+            journal.add(plan.n_tiles + number, inode)
+            outputs.give_name(partial, file.path, overwrite=overwrite)
+            if file.path.stat().st_ino != inode:
+                raise _replaced(file.path)
     if pending:
-        directory = os.open(pending[0].path.parent, os.O_RDONLY)
+        directory = os.open(pending[0].file.path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
         finally:
             os.close(directory)
-
-
-def rename(partial: Path, path: Path, *, overwrite: bool) -> None:
-    """Give a finished file its name; without ``overwrite`` never to the loss of a file that came there meanwhile."""
-    exists = OutputExists(
-        f"{path}: came into being while {partial.name} was written; move one of them away, or pass --overwrite"
-    )
-    if not overwrite:
-        try:
-            os.link(partial, path)
-        except FileExistsError:
-            raise exists from None
-        except OSError:
-            # No hard links on this file system: look, then rename.
-            if path.exists():
-                raise exists from None
-        else:
-            partial.unlink()
-            return
-    partial.replace(path)
 
 
 def _check_file(partial: Path, file: PlannedFile) -> None:

@@ -14,20 +14,18 @@ are asked for.
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from ggufx import outputs
 from ggufx.container import DEFAULT_ALIGNMENT, MAGIC, StringArray, Value, ValueType, align_up, encode_header
-from ggufx.errors import DiskError, GGUFError, OutputExists
-from ggufx.execute import partial_path, rename
+from ggufx.errors import DiskError, GGUFError
 from ggufx.file import open as open_gguf
 from ggufx.transforms import ColumnEnergy
 
@@ -484,7 +482,7 @@ def save(matrix: ImportanceMatrix, path: str | Path, format: Format = "gguf", *,
     matrix
         From :func:`load`.
     path
-        Output; grows as ``path.partial``.
+        Output; grows under a name that nobody can guess.
     format
         ``"gguf"`` or ``"dat"``.
     overwrite
@@ -503,22 +501,11 @@ def save(matrix: ImportanceMatrix, path: str | Path, format: Format = "gguf", *,
     path = Path(path)
     if format not in get_args(Format):
         raise GGUFError(f"{format!r} is no format of importance matrices; choose gguf or dat")
-    if path.exists() and not overwrite:
-        raise OutputExists(f"{path}: exists; choose another --outfile or pass --overwrite")
-    partial = partial_path(path)
     try:
-        with partial.open("wb") as file:
-            notes = (_write_gguf if format == "gguf" else _write_legacy)(matrix, file)
-            file.flush()
-            os.fsync(file.fileno())
-        rename(partial, path, overwrite=overwrite)
-    except BaseException as error:
-        with suppress(OSError):  # the first error is the one to tell
-            partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise DiskError(f"{error.filename or path}: {error.strerror or error}; nothing was written") from error
-        raise
-    return notes
+        with outputs.replacing(path, overwrite=overwrite) as file:
+            return (_write_gguf if format == "gguf" else _write_legacy)(matrix, file)
+    except OSError as error:
+        raise DiskError(f"{error.filename or path}: {error.strerror or error}; nothing was written") from error
 
 
 def _write_gguf(matrix: ImportanceMatrix, file: BinaryIO) -> list[str]:

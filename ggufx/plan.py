@@ -396,6 +396,17 @@ class PlannedFile:
         """Bytes of the file."""
         return len(self.header) + self.data_nbytes
 
+    def gaps(self) -> Iterator[tuple[int, int]]:
+        """Yield (first byte, bytes) of all that lies behind the header and belongs to no tensor; it is zero."""
+        at = len(self.header)
+        for tensor in sorted(self.tensors, key=lambda t: (t.offset, t.nbytes)):
+            start = len(self.header) + tensor.offset
+            if start > at:
+                yield at, start - at
+            at = max(at, start + tensor.nbytes)
+        if self.nbytes > at:
+            yield at, self.nbytes - at
+
     def reads_back(self, path: Path) -> bool:
         """Return whether the finished file at ``path`` has this header, read as any reader would."""
         written = read_container(path)

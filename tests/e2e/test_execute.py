@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ggufx import execute, plan
+from ggufx import execute, outputs, plan
 from ggufx.container import Value
 from ggufx.convert import convert, plan_convert
 from ggufx.errors import CheckpointError, DiskError, OutputExists, PlanError
@@ -120,10 +120,11 @@ def test_signals_leave_what_can_be_resumed(
     assert wait_for_records(process, out, 40)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     lines = [line for line in err.splitlines() if not line.startswith("note: ")]
-    assert len(lines) == 1
-    assert "same command goes on" in lines[0]
+    assert len(lines) == 2
+    assert lines[0].startswith("stopping")
+    assert "same command goes on" in lines[1]
     assert not out.exists()
     assert partial_path(out).exists()
     assert records(out) >= 40
@@ -200,11 +201,13 @@ def test_a_partial_without_a_journal_is_not_ours_to_take(half_done: tuple[Path, 
     checkpoint, out, _ = half_done
     journal_path(out).unlink()
     found = partial_path(out).read_bytes()
-    with pytest.raises(PlanError, match=r"out.gguf.partial: exists, but the journal.*--no-resume"):
-        convert(checkpoint, out)
-    assert partial_path(out).read_bytes() == found
-    assert not journal_path(out).exists()
-    convert(checkpoint, out, resume=False)
+    for options in ({}, {"resume": False}, {"overwrite": True}, {"resume": False, "overwrite": True}):
+        with pytest.raises(PlanError, match=r"out.gguf.partial: exists, but the journal.*move it away"):
+            convert(checkpoint, out, **options)
+        assert partial_path(out).read_bytes() == found
+        assert not journal_path(out).exists()
+    partial_path(out).unlink()
+    convert(checkpoint, out)
     assert out.read_bytes() == undamaged
 
 
@@ -283,7 +286,7 @@ def test_killed_between_the_renames_of_a_split(
     wanted = [p.read_bytes() for p in convert(editable.path, tmp_path / "whole" / "o.gguf", **options)]  # type: ignore[arg-type]
     assert len(wanted) > 3
     applied.clear()
-    original, count = execute.rename, [0]
+    original, count = outputs.give_name, [0]
 
     def rename(partial: Path, path: Path, *, overwrite: bool) -> None:
         if count[0] == at:
@@ -292,7 +295,7 @@ def test_killed_between_the_renames_of_a_split(
         original(partial, path, overwrite=overwrite)
 
     with monkeypatch.context() as patch:
-        patch.setattr(execute, "rename", rename)
+        patch.setattr(outputs, "give_name", rename)
         with pytest.raises(Stop):
             convert(editable.path, tmp_path / "o.gguf", **options)  # type: ignore[arg-type]
     assert len(list(tmp_path.glob("o-*.gguf"))) == at
@@ -368,7 +371,8 @@ def test_a_write_that_fails_in_the_middle(
         run = cli("convert", editable.path, "--outfile", out)
     assert_one_line(run, "same command", "disk is full" if number != errno.EIO else os.strerror(number))
     assert not out.exists()
-    assert partial_path(out).exists()
+    # What no tile was recorded of is not worth keeping.
+    assert partial_path(out).exists() == journal_path(out).exists()
     run = cli("convert", editable.path, "--outfile", out)
     assert run.code == 0, run.err
     assert same(out, tmp_path / "whole" / "o.gguf")
@@ -639,7 +643,7 @@ def test_a_finished_looking_file_of_before_is_not_taken_for_ours(
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(execute, "rename", rename)
+        patch.setattr(outputs, "give_name", rename)
         with pytest.raises(Stop):
             convert(editable.path, out, overwrite=True)
     partial_path(out).unlink()
