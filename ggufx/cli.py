@@ -52,6 +52,7 @@ from ggufx import retarget as retarget_module
 from ggufx import rewrite as rewrite_module
 from ggufx import verify as verify_module
 from ggufx import warmup as warmup_module
+from ggufx.assignments import parse_assignments, parse_overrides
 from ggufx.errors import DiskError, FallbackError, GGUFError, PlanError
 from ggufx.file import open as open_gguf
 from ggufx.plan import Plan
@@ -748,10 +749,13 @@ def set_command(
     assignments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=TYPE:VALUE", help="TYPE: u8..u64, i8..i64, f32, f64, bool, str, arr[T]; int, float."
+            metavar="KEY=[TYPE:]VALUE",
+            help="TYPE: u8..u64, i8..i64, f32, f64, bool, str, arr[T]; int, float; by default the one that KEY has. "
+            "VALUE may be @FILE. KEY[3] is an element of an array.",
         ),
     ] = None,
     remove: Annotated[list[str] | None, typer.Option(help="Key to remove. Repeatable.")] = None,
+    change_type: Annotated[bool, typer.Option("--change-type", help="A key may get another type than it has.")] = False,
     threads: Threads = None,
     resume: Resume = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the changes; write nothing.")] = False,
@@ -759,7 +763,11 @@ def set_command(
     """Set or remove metadata: in place where the header's padding allows it, else the file is written anew."""
     if not assignments and not remove:
         raise PlanError("nothing to do: give KEY=TYPE:VALUE or --remove KEY")
-    edit = edit_module.plan_edit(file, edit_module.parse_assignments(assignments or ()), remove or ())
+    known = edit_module.typed_metadata(file)
+    values = parse_assignments(assignments or (), known, change_types=change_type)
+    edit = edit_module.plan_edit(file, values, remove or ())
+    for note in edit.notes:
+        _err.print(f"note: {note}", markup=False)
     for line in edit.lines:
         _out.print(line, markup=False)
     if not edit.lines:
@@ -882,7 +890,7 @@ def quantize(
         raise PlanError("--split-max-size and --keep-split exclude each other")
     rules = _recipe(recipe, custom_q, tensor_type, tensor_type_file)
     prepare: Callable[..., quantize_module.Quantization] = quantize_module.prepare
-    overrides = edit_module.parse_overrides(override_kv or ())
+    overrides = parse_overrides(override_kv or ())
     if sized:
         if outfile is not None and not (dry_run or split_max_size or keep_split):
             execute.check_output(outfile, overwrite=overwrite)

@@ -6,23 +6,20 @@ alignment, only those change; else the file is rewritten by the engine and takes
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final
 
-import numpy as np
 import xxhash
 
 from ggufx import execute, outputs, plan
+from ggufx.assignments import FIXED_KEYS
 from ggufx.container import (
-    DTYPES,
-    MAX_NAME_NBYTES,
     Container,
     Value,
     ValueType,
@@ -35,138 +32,10 @@ from ggufx.errors import DiskError, PlanError
 from ggufx.execute import Progress
 from ggufx.plan import Plan, Span
 
-__all__ = ["TYPES", "Edit", "parse_assignments", "parse_overrides", "plan_edit", "set_keys"]
+__all__ = ["Edit", "plan_edit", "set_keys", "typed_metadata"]
 
-TYPES: Final[Mapping[str, ValueType]] = {
-    "u8": ValueType.UINT8, "i8": ValueType.INT8, "u16": ValueType.UINT16, "i16": ValueType.INT16, "u32": ValueType.UINT32,
-    "i32": ValueType.INT32, "u64": ValueType.UINT64, "i64": ValueType.INT64, "f32": ValueType.FLOAT32,
-    "f64": ValueType.FLOAT64, "bool": ValueType.BOOL, "str": ValueType.STRING,
-}  # fmt: skip
-"""Spellings of the scalar types; ``arr[T]`` is an array of one."""
-
-_REFUSED: Final[Mapping[str, str]] = {
-    "general.alignment": "every tensor's offset depends on it; ggufx rewrite writes a file anew",
-    "general.architecture": "the names of keys and tensors depend on it",
-    "split.no": "it belongs to the split; ggufx split and merge-splits change it",
-    "split.count": "it belongs to the split; ggufx split and merge-splits change it",
-    "split.tensors.count": "it belongs to the split; ggufx split and merge-splits change it",
-    "ggufx.dialect": "it says whose type ids the file has; ggufx retarget changes both",
-}
 _BACKUP_MAGIC: Final = b"ggufx\0h1"
 _BACKUP: Final = struct.Struct("<8sQQQ")  # magic, inode, bytes of the file, checksum of the header that follows
-_BOOLS: Final = {"true": True, "1": True, "false": False, "0": False}
-
-
-def parse_assignments(texts: Iterable[str]) -> dict[str, Value]:
-    """Parse ``KEY=TYPE:VALUE`` texts; an array is ``KEY=arr[i32]:[1, 2, 3]``, its elements as JSON.
-
-    The types are :data:`TYPES`, and llama-quantize's ``int`` (a u32 where it fits, which is what loaders read, else an i64)
-    and ``float`` (f32).
-
-    Raises
-    ------
-    PlanError
-        A text is not of that form, a value does not fit its type, or a key is given twice.
-    """
-    found: dict[str, Value] = {}
-    for text in texts:
-        key, value = _parse(text)
-        if key in found:
-            raise PlanError(f"{key}: is given twice")
-        found[key] = value
-    return found
-
-
-def parse_overrides(texts: Iterable[str]) -> dict[str, Value]:
-    """Parse what ``--override-kv`` takes, as :func:`parse_assignments`.
-
-    Raises
-    ------
-    PlanError
-        As there; or a key decides how the file is read and cannot be overridden.
-    """
-    found = parse_assignments(texts)
-    for key in found:
-        if key in _REFUSED:
-            raise PlanError(f"{key} cannot be overridden: {_REFUSED[key]}")
-    return found
-
-
-def _parse(text: str) -> tuple[str, Value]:
-    key, equals, rest = text.partition("=")
-    kind, colon, value = rest.partition(":")
-    if not equals or not colon or not key:
-        raise PlanError(f"{text[:80]!r}: expected KEY=TYPE:VALUE, such as general.name=str:Mine")
-    if not key.isprintable() or " " in key or len(key.encode()) > MAX_NAME_NBYTES:
-        raise PlanError(f"{key[:80]!r}: a key is printable, without spaces, and of at most {MAX_NAME_NBYTES} bytes")
-    if kind == "int":
-        number = _scalar(key, "i64", value)
-        kind = "u32" if 0 <= number < 2**32 else "i64"
-    elif kind == "float":
-        kind = "f32"
-    element = kind.removeprefix("arr[").removesuffix("]") if kind.startswith("arr[") and kind.endswith("]") else None
-    if (kind if element is None else element) not in TYPES:
-        raise PlanError(
-            f"{key}: {kind!r} is no type; types are {', '.join(TYPES)}, int, float, and arr[T] of the first"
-        )
-    if element is None:
-        return key, Value(TYPES[kind], _scalar(key, kind, value))
-    try:
-        # Numbers stay texts until their type is known: Python would make 1e400 infinite.
-        items = json.loads(value if value.lstrip().startswith("[") else f"[{value}]", parse_float=_Number)
-    except (ValueError, RecursionError):
-        raise PlanError(f'{key}: {value[:60]!r} is no JSON list, such as [1, 2] or ["a", "b"]') from None
-    return key, Value.array(TYPES[element], [_element(key, element, item) for item in items])
-
-
-class _Number(str):
-    """The text of a number that is no integer."""
-
-    __slots__ = ()
-
-
-def _scalar(key: str, kind: str, text: str) -> Any:
-    if kind == "str":
-        return _element(key, kind, text)
-    if kind == "bool":
-        if text.lower() not in _BOOLS:
-            raise PlanError(f"{key}: {text[:60]!r} is no bool; true and false are")
-        return _BOOLS[text.lower()]
-    try:
-        return _element(key, kind, _Number(text) if kind in ("f32", "f64") else int(text, 0))
-    except ValueError:
-        raise PlanError(f"{key}: {text[:60]!r} is no {kind}") from None
-
-
-def _element(key: str, kind: str, item: Any) -> Any:
-    odd = PlanError(f"{key}: {str(item)[:60]!r} is no {kind}")
-    if kind in ("str", "bool"):
-        if type(item) is not (str if kind == "str" else bool):
-            raise odd
-        try:
-            str(item).encode()
-        except UnicodeEncodeError:
-            raise PlanError(f"{key}: the text is not valid UTF-8") from None
-        return item
-    dtype = DTYPES[TYPES[kind]]
-    if kind in ("f32", "f64"):
-        if type(item) not in (int, float, _Number):
-            raise odd
-        with np.errstate(over="ignore"):
-            try:
-                number = float(np.array(float(item), dtype))
-            except OverflowError:  # an integer of hundreds of digits
-                number = np.inf
-        # JSON's Infinity is a float; a text or an integer that becomes one was not meant so.
-        if np.isinf(number) and type(item) is not float and "inf" not in str(item).lower():
-            raise PlanError(f"{key}: {str(item)[:60]} is more than {kind} can hold")
-        return number
-    if type(item) is not int:
-        raise odd
-    limits = np.iinfo(dtype)
-    if not limits.min <= item <= limits.max:
-        raise PlanError(f"{key}: {str(item)[:60]} is outside {kind}, {limits.min} to {limits.max}")
-    return item
 
 
 @dataclass(frozen=True)
@@ -191,6 +60,8 @@ class Edit:
     plan: Plan | None
     state: tuple[int, int, int]
     """Inode, bytes and modification time (ns) of the file that the change was planned for."""
+    notes: tuple[str, ...] = ()
+    """Sentences the user should read."""
 
 
 def plan_edit(path: str | Path, assignments: Mapping[str, Value], remove: Sequence[str] = ()) -> Edit:
@@ -208,7 +79,7 @@ def plan_edit(path: str | Path, assignments: Mapping[str, Value], remove: Sequen
     Raises
     ------
     PlanError
-        A key cannot be changed without breaking the file, or is not there to be removed.
+        A key cannot be changed without breaking the file, is both set and removed, or names a token that is not there.
     """
     target = _holder(Path(path))
     _recover(target)
@@ -217,26 +88,44 @@ def plan_edit(path: str | Path, assignments: Mapping[str, Value], remove: Sequen
     try:
         keys = container.metadata.typed()
         for key in (*assignments, *remove):
-            if key in _REFUSED:
-                raise PlanError(f"{target}: {key} cannot be changed by itself: {_REFUSED[key]}")
+            if key in FIXED_KEYS:
+                raise PlanError(f"{target}: {key} cannot be changed by itself: {FIXED_KEYS[key]}")
         both = [key for key in remove if key in assignments]
-        absent = [key for key in remove if key not in keys]
-        if both or absent:
-            why = "is both set and removed" if both else "is not in the file, so it cannot be removed"
-            raise PlanError(f"{target}: {(both or absent)[0]} {why}")
-        lines = [f"- {key}" for key in remove]
-        for key in remove:
-            del keys[key]
+        if both:
+            raise PlanError(f"{target}: {both[0]} is both set and removed")
+        notes = [f"{key} is not in the file, so it need not be removed" for key in remove if key not in keys]
+        lines = [f"- {key}" for key in dict.fromkeys(remove) if keys.pop(key, None) is not None]
         for key, value in assignments.items():
             old = keys.get(key)
             if old is not None and old.same(value):
                 continue
             lines.append(f"+ {key} = {_short(value)}" if old is None else f"~ {key}: {_short(old)} -> {_short(value)}")
             keys[key] = value
+        _check_token_ids(target, keys, assignments)
         directory = [(entry.name, entry.shape, entry.type_id, entry.offset) for entry in container.entries]
         header = encode_header(keys, directory, container.alignment)
         fits = len(header) == container.data_offset or not lines
-        return Edit(target, tuple(lines), header, None if fits else _plan_anew(container, keys), state)
+        return Edit(target, tuple(lines), header, None if fits else _plan_anew(container, keys), state, tuple(notes))
+    finally:
+        container.close()
+
+
+def _check_token_ids(path: Path, keys: Mapping[str, Value], assignments: Mapping[str, Value]) -> None:
+    """Raise PlanError for the id of a special token that the vocabulary does not have: programs would crash on it."""
+    tokens = keys.get("tokenizer.ggml.tokens")
+    if tokens is None or tokens.element is None:
+        return
+    for key, value in assignments.items():
+        named = key.startswith("tokenizer.ggml.") and key.endswith("_token_id")
+        if named and isinstance(value.data, int) and not 0 <= value.data < len(tokens.data):
+            raise PlanError(f"{path}: {key} is {value.data}, but the vocabulary has {len(tokens.data)} tokens")
+
+
+def typed_metadata(path: str | Path) -> dict[str, Value]:
+    """Return the metadata that :func:`plan_edit` would change: of a split, the first member's."""
+    container = read_container(_holder(Path(path)))
+    try:
+        return container.metadata.typed()
     finally:
         container.close()
 
