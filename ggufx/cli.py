@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NoReturn, get_args
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -33,7 +32,6 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
 
 import ggufx
 from ggufx import budget as budget_module
@@ -56,6 +54,7 @@ from ggufx.assignments import parse_assignments, parse_overrides
 from ggufx.errors import DiskError, FallbackError, GGUFError, PlanError
 from ggufx.file import open as open_gguf
 from ggufx.plan import Plan
+from ggufx.terminal import Lines, make_table, prepare_streams, printable
 
 __all__ = ["app", "main"]
 
@@ -87,9 +86,8 @@ _NISPARKS = Target("nisparks")
 _PLAIN = Plain("f32")
 _FOLDER = MergeForm("safetensors")
 
-# A table is as wide as it needs to be: a narrow terminal wraps its lines, and nothing is cut off.
-_out = Console(soft_wrap=True, highlight=False, width=400)
-_err = Console(stderr=True, soft_wrap=True, highlight=False)
+_out = Lines()
+_err = Lines(stderr=True)
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -173,8 +171,8 @@ def _print_json(data: Any) -> None:
 
 
 def _text(name: str) -> str:
-    """Make a name from a file harmless: no markup, and control characters (escape sequences) as their codes."""
-    return escape("".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in name))
+    """Return a name from a file as a part of a line, without markup."""
+    return escape(printable(name, line=True))
 
 
 @contextmanager
@@ -342,7 +340,7 @@ def _print_plan(plan: Plan, threads: int | None, *, verbose: bool) -> None:
     )
 
 
-def _print_skipped(plan: Plan, console: Console, *, verbose: bool) -> None:
+def _print_skipped(plan: Plan, console: Lines, *, verbose: bool) -> None:
     """Print what is left out and why (with ``verbose`` by name), and the plan's notes."""
     reasons: dict[str, list[str]] = {}
     for name, reason in plan.skipped:
@@ -355,34 +353,9 @@ def _print_skipped(plan: Plan, console: Console, *, verbose: bool) -> None:
         console.print(f"note: {note}", markup=False)
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        numeric = column in (
-            "tensors",
-            "bytes",
-            "bpw",
-            "count",
-            "weights",
-            "max error",
-            "relative rms",
-            "differing",
-            "left out",
-            "SQNR dB",
-            "seconds",
-            "values",
-            "rows",
-            "min",
-            "mean",
-            "max",
-        )
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=True, overflow="ignore")
-    return table
-
-
 def _print_groups(groups: dict[str, dict[str, Any]], label: str) -> None:
     measured = any(group.get("relative_rms") is not None for group in groups.values())
-    table = _table(label, "tensors", "weights", "bytes", "bpw", *(("relative rms",) if measured else ()))
+    table = make_table(label, "tensors", "weights", "bytes", "bpw", *(("relative rms",) if measured else ()))
     for name, group in groups.items():
         numbers = [group["n_tensors"], group["n_weights"], group["nbytes"], f"{group['bits_per_weight']:.4f}"]
         if measured:
@@ -398,7 +371,7 @@ def _print_families(plan: Plan) -> None:
     for tensor in plan.tensors:
         name = re.sub(r"(^blk|^layers|\.experts)\.\d+\.", r"\1.N.", tensor.name)
         families.setdefault((name, tensor.shape, tensor.type), []).append(tensor)
-    table = _table("tensor", "count", "shape", "type", "bytes", "source")
+    table = make_table("tensor", "count", "shape", "type", "bytes", "source")
     for (name, shape, kind), members in families.items():
         nbytes = sum(tensor.nbytes for tensor in members)
         table.add_row(_text(name), str(len(members)), _text(str(list(shape))), kind, str(nbytes), _how(members[0]))
@@ -406,7 +379,7 @@ def _print_families(plan: Plan) -> None:
 
 
 def _print_tensors(plan: Plan) -> None:
-    table = _table("tensor", "shape", "type", "bytes", "source")
+    table = make_table("tensor", "shape", "type", "bytes", "source")
     for tensor in plan.tensors:
         table.add_row(_text(tensor.name), _text(str(list(tensor.shape))), tensor.type, str(tensor.nbytes), _how(tensor))
     _out.print(table)
@@ -446,14 +419,14 @@ def inspect(
             _out.print(f"{key}: {about[key]}", markup=False)
     if len(about["equivalent_dialects"]) > 1:
         _out.print(f"(its ids mean the same in {', '.join(about['equivalent_dialects'])})", markup=False)
-    table = _table("key", "type", "value")
+    table = make_table("key", "type", "value")
     for key, value in found["metadata"].items():
         text = json.dumps(value["value"], ensure_ascii=False)
         shown = text if len(text) <= 100 else text[:97] + "..."
         kind = value["type"] + (f" x {value['length']}" if "length" in value else "")
         table.add_row(_text(key), _text(kind), _text(shown))
     _out.print(table)
-    table = _table("tensor", "shape", "type", "bytes", "bpw")
+    table = make_table("tensor", "shape", "type", "bytes", "bpw")
     for tensor in found["tensors"]:
         numbers = (str(tensor["nbytes"]), f"{tensor['bits_per_weight']:.4f}")
         table.add_row(_text(tensor["name"]), _text(str(tensor["shape"])), tensor["type"], *numbers)
@@ -500,7 +473,7 @@ def verify(
         raise typer.Exit(0 if report.ok else 1)
     shown = [t for t in report.tensors if verbose or not t.ok]
     if shown:
-        table = _table("tensor", "type", "status", "differing", "max error", "relative rms", "detail")
+        table = make_table("tensor", "type", "status", "differing", "max error", "relative rms", "detail")
         for t in shown:
             numbers = (str(t.differing), f"{t.max_error:.3g}", f"{t.relative_rms:.3g}")
             table.add_row(_text(t.name), t.type, t.status, *numbers, _text(t.detail))
@@ -510,7 +483,7 @@ def verify(
     groups: dict[tuple[str, str], list[Any]] = {}
     for t in report.tensors:
         groups.setdefault((t.type, t.status), []).append(t)
-    table = _table("type", "status", "tensors", "max error", "relative rms")
+    table = make_table("type", "status", "tensors", "max error", "relative rms")
     for (kind, status), members in groups.items():
         worst, rms = max(t.max_error for t in members), max(t.relative_rms for t in members)
         table.add_row(kind, status, str(len(members)), f"{worst:.3g}", f"{rms:.3g}")
@@ -543,7 +516,7 @@ def diff(
     if found.reordered:
         _out.print("the common tensors are in another order")
     if found.tensors:
-        table = _table("tensor", "types", "shapes", "differing", "max error", "relative rms", "note")
+        table = make_table("tensor", "types", "shapes", "differing", "max error", "relative rms", "note")
         for t in found.tensors:
             kinds = t.types[0] if t.types[0] == t.types[1] else f"{t.types[0]} -> {t.types[1]}"
             shapes = (
@@ -1060,8 +1033,8 @@ def _print_budget(budget: budget_module.Budget, limit: int, threads: int | None,
     _out.print(f"measuring: {budget.n_sampled} weights in all, about {seconds:.0f} s; `ggufx recipe fit` does it")
 
 
-def _print_fit(fit: budget_module.Fit, console: Console) -> None:
-    table = _table("family", "tensors", "weights", "bytes", "bpw", "relative rms", "types")
+def _print_fit(fit: budget_module.Fit, console: Lines) -> None:
+    table = make_table("family", "tensors", "weights", "bytes", "bpw", "relative rms", "types")
     for record in fit.families():
         table.add_row(
             _text(record["family"]), str(record["n_tensors"]), str(record["n_weights"]), str(record["nbytes"]),
@@ -1122,7 +1095,7 @@ def _recipe(
     return rules if recipe is None else rules + recipe_module.load(recipe)
 
 
-def _print_findings(findings: list[recipe_module.Finding], console: Console) -> None:
+def _print_findings(findings: list[recipe_module.Finding], console: Lines) -> None:
     for finding in findings:
         style = {"error": "red", "warning": "yellow"}.get(finding.severity)
         console.print(f"{finding.severity}: {_text(finding.message)}", style=style)
@@ -1177,11 +1150,11 @@ def recipe_show(
     if target is not None:
         rules = rules.narrowed({c.name: dialects.get(target.value).type_id(c) is not None for c in types.all_codecs()})
     if form.value == "recipe":
-        sys.stdout.write(rules.text())
+        sys.stdout.write(printable(rules.text()))
     elif form.value == "custom-q":
-        sys.stdout.write(rules.custom_q() + "\n")
+        sys.stdout.write(printable(rules.custom_q() + "\n"))
     else:
-        sys.stdout.write("".join(f"{line}\n" for line in rules.tensor_types()))
+        sys.stdout.write(printable("".join(f"{line}\n" for line in rules.tensor_types())))
 
 
 @recipe_app.command("lint")
@@ -1267,8 +1240,8 @@ def recipe_fit(
         _print_budget(budget, limit, threads, as_json=as_json)
         return
     fit = _measured(budget, limit, threads)
-    _print_fit(fit, Console(stderr=True, soft_wrap=True, highlight=False, width=_out.width))
-    sys.stdout.write(fit.text())
+    _print_fit(fit, _err)
+    sys.stdout.write(printable(fit.text()))
 
 
 @recipe_app.command("from-gguf")
@@ -1281,7 +1254,7 @@ def recipe_from_gguf(
         rules = recipe_module.from_tensors((t.name, t.shape, t.type) for t in opened.tensors)
         bits = opened.data_nbytes * 8 / max(1, sum(t.size for t in opened.tensors))
         header = f"# {file.name}: {len(opened)} tensors, {opened.data_nbytes} bytes, {bits:.4f} bits per weight\n"
-    sys.stdout.write(header + rules.text())
+    sys.stdout.write(printable(header + rules.text()))
 
 
 @app.command()
@@ -1324,7 +1297,7 @@ def measure(
         writer.writeheader()
         writer.writerows(records)
     else:
-        table = _table("type", "tensors", "left out", "bpw", "relative rms", "max error", "SQNR dB")
+        table = make_table("type", "tensors", "left out", "bpw", "relative rms", "max error", "SQNR dB")
         for line in measure_module.summary(found):
             if not line["tensors"]:
                 table.add_row(line["type"], "0", str(line["left_out"]), "", "", "", "")
@@ -1358,7 +1331,7 @@ def imatrix_info(
     if as_json:
         _print_json(found)
         return
-    table = _table("entry", "values", "rows", "count", "min", "mean", "max", "without data")
+    table = make_table("entry", "values", "rows", "count", "min", "mean", "max", "without data")
     for line in found["entries"]:
         low, high = line["min_count"], line["max_count"]
         numbers = ("" if line[key] is None else f"{line[key]:.4g}" for key in ("min", "mean", "max"))
@@ -1411,7 +1384,7 @@ def types_command(
     if as_json:
         _print_json(rows)
         return
-    table = _table(*rows[0])
+    table = make_table(*rows[0])
     for row in rows:
         table.add_row(*(_text(catalog.cell(value)) for value in row.values()))
     _out.print(table)
@@ -1452,13 +1425,13 @@ _MARKS = {"kept": "ok", "broken": "BROKEN", "inapplicable": "-", "undecided": "?
 def _print_verdicts(found: dict[str, list[testing.Verdict]]) -> None:
     """Print laws in lines and few types in columns, or many types in lines and numbered laws in columns."""
     if len(found) <= 4:
-        table = _table("law", *found, "it says")
+        table = make_table("law", *found, "it says")
         for line in zip(*found.values(), strict=True):
             cells = [_MARKS[v.status] + (f" {v.seconds * 1000:.0f} ms" if v.seconds else "") for v in line]
             table.add_row(line[0].law, *cells, testing.LAWS[line[0].law].description)
         _out.print(table)
         return
-    table = _table("type", *(str(number) for number in range(1, len(testing.LAWS) + 1)), "seconds")
+    table = make_table("type", *(str(number) for number in range(1, len(testing.LAWS) + 1)), "seconds")
     for name, verdicts in found.items():
         table.add_row(name, *(_MARKS[v.status] for v in verdicts), f"{sum(v.seconds for v in verdicts):.2f}")
     _out.print(table)
@@ -1471,7 +1444,7 @@ def warmup(names: Names = None) -> None:
     """Compile the kernels of quant types now, into the cache on disk, so that no later call waits for it."""
     with _progress("warmup", unit="kernels") as progress:
         warmed = list(warmup_module.warm_up(names or None, progress=progress))
-    table = _table("type", "kernel", "seconds", "")
+    table = make_table("type", "kernel", "seconds", "")
     for kernel in warmed:
         table.add_row(
             kernel.type, kernel.verb, f"{kernel.seconds:.2f}", "compiled" if kernel.compiled else "from the cache"
@@ -1481,7 +1454,7 @@ def warmup(names: Names = None) -> None:
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
-    _err.print(f"error: {message}", markup=False, style="red")
+    _err.print(f"error: {printable(message, line=True)}", markup=False, style="red")
     raise SystemExit(code)
 
 
@@ -1520,6 +1493,7 @@ def main() -> None:
     stop = _Stopper()
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    prepare_streams()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _note
@@ -1530,11 +1504,6 @@ def main() -> None:
         _fail(str(error))
     except _Stopped as reason:
         _fail(f"stopped; {reason}" if str(reason) else "stopped", 128 + stop.number)
-    except BrokenPipeError:
-        # The reader of our output went away (| head): nothing more to print, and not 0: the work may not be done. Typer and
-        # rich end so themselves; this is for what they do not see.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except UnicodeDecodeError as error:
@@ -1544,6 +1513,9 @@ def main() -> None:
 def run() -> NoReturn:
     """Run :func:`main` and leave at once: taking apart Numba and a large plan at exit takes a tenth of a second."""
     code: int | str | None = 0
+    if hasattr(signal, "SIGPIPE"):
+        # A reader that goes away (| head) ends the process as it ends others: silently, and not with 0.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         main()
     except SystemExit as leave:

@@ -1,0 +1,108 @@
+"""What the command line prints goes through here: texts of files made harmless, tables, and streams as they come.
+
+Names, paths, keys and values are somebody else's words. A terminal obeys escape sequences, and shows texts that change the
+direction of writing as something else; so these characters are printed as their codes, whatever they stand in.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from io import TextIOWrapper
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["Lines", "make_table", "prepare_streams", "printable"]
+
+_HARMFUL: Final = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tabs and newlines: escape sequences begin with one
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that change the direction of writing
+    "\u2028\u2029\ud800-\udfff]"  # separators of lines, and halves of surrogate pairs, which are bytes that are no UTF-8
+)
+_NUMBERS: Final = frozenset({
+    "tensors", "bytes", "bpw", "count", "weights", "max error", "relative rms", "differing", "left out", "SQNR dB", "seconds",
+    "values", "rows", "min", "mean", "max",
+})  # fmt: skip
+"""Headings of columns that hold numbers."""
+_PIPE_WIDTH: Final = 1 << 16
+"""Nothing that another program reads is wrapped."""
+
+
+def printable(text: str, *, line: bool = False) -> str:
+    r"""Return a text whose harmful characters are codes, such as ``\x1b``, which a regular expression reads as the same.
+
+    Parameters
+    ----------
+    line
+        Newlines and tabs are codes, too: the text is a part of a line.
+    """
+
+    def code(match: re.Match[str]) -> str:
+        number = ord(match[0])
+        # What Python reads bytes as that are no UTF-8.
+        if 0xDC80 <= number <= 0xDCFF:
+            return f"\\x{number - 0xDC00:02x}"
+        return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
+
+    text = _HARMFUL.sub(code, text)
+    return text.replace("\n", "\\n").replace("\t", "\\t") if line else text
+
+
+class Lines(Console):
+    """A console that prints every text harmless; lines for a pipe are not wrapped and have no blanks at their end."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, soft_wrap=True, highlight=False)
+        if not self.is_terminal:
+            self.width = _PIPE_WIDTH
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Render a text of anybody's."""
+        return super().render_str(printable(text), **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as every console does."""
+        if self.is_terminal or not any(isinstance(item, Table) for item in objects):
+            super().print(*objects, **options)
+            return
+        with self.capture() as captured:
+            super().print(*objects, **options)
+        self.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+
+
+class _Harmless(Table):
+    """A table whose cells are parts of a line."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """Add a row."""
+        super().add_row(*(printable(c, line=True) if isinstance(c, str) else c for c in cells), **options)
+
+
+def make_table(*columns: str) -> Table:
+    """Return a table with these headings; columns of numbers end at their right."""
+    table = _Harmless(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in _NUMBERS else "left", no_wrap=True)
+    return table
+
+
+def prepare_streams() -> None:
+    """Make standard streams usable, whatever the caller has made of them.
+
+    A stream that is closed (``>&-``, a daemon's) leads to nowhere, instead of into the next file that is opened under its
+    number. Characters that a stream's encoding lacks are printed as their codes.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+        stream = getattr(sys, name)
+        if number and isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
