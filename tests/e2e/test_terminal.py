@@ -87,8 +87,9 @@ def test_a_recipe_from_a_file_with_harmful_names_is_that_files(tmp_path: Path, c
     text = cli("recipe", "from-gguf", evil).out
     (tmp_path / "r.recipe").write_text(text)
     assert r"\x1b" in text
-    run = cli("recipe", "show", tmp_path / "r.recipe", "--for", evil)
+    run = cli("quantize", evil, tmp_path / "o.gguf", "--recipe", tmp_path / "r.recipe")
     assert run.code == 0, run
+    assert "matches no tensor" not in run.err
 
 
 # Tables -----------------------------------------------------------------------------------------------------------
