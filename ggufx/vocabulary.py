@@ -7,13 +7,13 @@ tokenizer.json, as llama.cpp's converter does: unused ids up to the vocabulary s
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any
 
 from ggufx.checkpoint import Checkpoint
 from ggufx.container import Value, ValueType
 from ggufx.errors import CheckpointError
+from ggufx.typed import read_object
 
 __all__ = ["chat_template", "split_expressions", "tokenizer_keys"]
 
@@ -59,9 +59,9 @@ def tokenizer_keys(checkpoint: Checkpoint, pre: str, vocab_len: int) -> dict[str
 def split_expressions(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return the expressions that tokenizer.json splits text with, one after the other; none where it does so otherwise."""
     try:
-        stages = json.loads((checkpoint.path / "tokenizer.json").read_text(encoding="utf-8"))["pre_tokenizer"]
+        stages = read_object(checkpoint.path / "tokenizer.json", constants=False)["pre_tokenizer"]
         found = [stage["pattern"]["Regex"] for stage in stages["pretokenizers"] if stage["type"] == "Split"]
-    except (ValueError, KeyError, TypeError, OSError):
+    except (KeyError, TypeError):
         return ()
     # An end of a line may stand in an expression as itself.
     return tuple(str(text).replace("\r", r"\r").replace("\n", r"\n") for text in found)
@@ -93,8 +93,8 @@ def _special(checkpoint: Checkpoint, vocab_len: int | None) -> Any:
 
 def _tokens(checkpoint: Checkpoint, vocab_len: int) -> tuple[list[str], list[int]]:
     path = checkpoint.path / "tokenizer.json"
+    tokenizer = read_object(path, needed="the tokenizer is read from it", constants=False)
     try:
-        tokenizer = json.loads(path.read_text(encoding="utf-8"))
         model = tokenizer["model"]
         kind, vocab = model["type"], model["vocab"]
         added = tokenizer.get("added_tokens") or []
@@ -106,9 +106,7 @@ def _tokens(checkpoint: Checkpoint, vocab_len: int) -> tuple[list[str], list[int
                 placed[int(entry["id"])] = (text, _CONTROL)
             else:
                 placed[int(entry["id"])] = (text.replace("▁", " "), _USER_DEFINED)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; the tokenizer is read from it") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read as a tokenizer ({error!r})") from None
     if kind != "BPE" or not byte_level:
         raise CheckpointError(f"{path}: the tokenizer is {kind}, expected byte-level BPE")
