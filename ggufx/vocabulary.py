@@ -85,7 +85,7 @@ def _special(checkpoint: Checkpoint, vocab_len: int | None) -> Any:
     _ = checkpoint.tokenizer_config, checkpoint.generation_config
     try:
         return SpecialVocab(checkpoint.path, load_merges=vocab_len is not None, n_vocab=vocab_len)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: tokenizer.json and the files beside it cannot be read ({error!r})"
         ) from None

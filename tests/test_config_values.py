@@ -303,6 +303,16 @@ def test_hyper_connections_are_written_where_readers_would_suppose_others(target
         checked("deepseek_v4", target, {"hc_eps": "1e-6"})
 
 
+@pytest.mark.parametrize("key", ["n_group", "topk_group"])
+def test_groups_of_experts_are_stated_where_they_choose(key: str) -> None:
+    """Transformers' class has 8 and 4 where config.json has none, programs for GGUF have no groups then."""
+    for value in (GONE, None, 0, "8", True):
+        with pytest.raises(CheckpointError, match=f"config.json: {key} is .*, expected an integer from 1"):
+            checked("deepseek_v3", "llama.cpp", {key: value})
+    plain = {"topk_method": "greedy", "n_group": GONE, "topk_group": None}
+    assert not [name for name in checked("deepseek_v3", "llama.cpp", plain) if "expert_group" in name]
+
+
 def test_groups_that_ik_llama_cpp_does_not_know_are_told() -> None:
     model = architecture("deepseek_v3", {})
     model.keys("ik_llama.cpp", mtp=False, file_type=0, chat_template=None)
