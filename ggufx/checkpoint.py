@@ -269,8 +269,11 @@ def read_shard(path: Path, shard: int) -> tuple[tuple[int, int], list[SourceTens
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     # The format forbids a name twice; the library's own parser takes the last one.
     header = parse_object(text, f"{path}: the safetensors header", constants=False, unique=True)
+    remarks = header.pop("__metadata__", None)
+    if remarks is not None and not (isinstance(remarks, dict) and all(isinstance(v, str) for v in remarks.values())):
+        raise CheckpointError(f"{path}: __metadata__ of the header is {shown(remarks)}, expected texts by their names")
     start = 8 + length
-    tensors = [_entry(path, shard, start, name, line) for name, line in header.items() if name != "__metadata__"]
+    tensors = [_entry(path, shard, start, name, line) for name, line in header.items()]
     end = start
     for tensor in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
         if tensor.offset != end:

@@ -58,7 +58,7 @@ def plan_export(file: File, outfile: str | Path) -> Plan:
             "DeepSeek-V4 (deepseek4)"
         )
     model = DeepSeekV4File(file)
-    _said_by_config(model)
+    unsaid = _said_by_config(model)
     paths = [str(path) for path in file.paths]
     names = [Path("model.safetensors")] if model.single_shard else model.shard_names()
     _no_other_shards(directory, [path.name for path in names] + [INDEX_NAME] * (len(names) > 1))
@@ -91,6 +91,7 @@ def plan_export(file: File, outfile: str | Path) -> Plan:
     files += [PlannedText(directory / name, content=_json(content)) for name, content in small.items()]
     files.append(PlannedText(directory / "README.md", content=companions.model_card(file.facts).encode()))
     notes += [f"config.json: {key} is supposed: {why}" for key, why in model.supposed]
+    notes += [f"key {key} is left out: config.json has no place for it" for key in unsaid]
     if model.config["num_nextn_predict_layers"]:
         notes.append("config.json: num_nextn_predict_layers is 0: the MTP block is not in this file")
     states = [(path.stat().st_size, path.stat().st_mtime_ns) for path in file.paths]
@@ -121,23 +122,32 @@ def export(
         )
 
 
-def _said_by_config(model: DeepSeekV4File) -> None:
-    """Raise PlanError for a key whose value config.json has no place for: a clamp per layer, say."""
+def _said_by_config(model: DeepSeekV4File) -> list[str]:
+    """Return the architecture's keys that config.json says nothing of.
+
+    Raises
+    ------
+    PlanError
+        A key has a value that config.json has no place for: a clamp per layer, say.
+    """
     said: dict[str, Value] = {}
     for form in ("nisparks", "llama.cpp"):
         said |= model.keys(form, file_type=0, chat_template="")
-    for key, value in model.file.metadata.typed().items():
-        if key in said and key.startswith("deepseek4.") and _values(value) != _values(said[key]):
+    own = {key: value for key, value in model.file.metadata.typed().items() if key.startswith("deepseek4.")}
+    for key, value in own.items():
+        if key in said and _values(value) != _values(said[key]):
             raise PlanError(
                 f"{model.file.path}: key {key} is {short(value)}, which config.json has no place for beside the other keys: "
                 f"a conversion of it would write {short(said[key])}"
             )
+    return [key for key in own if key not in said and key != "deepseek4.nextn_predict_layers"]
 
 
 def _values(value: Value) -> set[Any]:
     """Return the different values of a key: writers differ in its type, and in whether an array counts the MTP block."""
     items = value.to_json() if value.type is ValueType.ARRAY else [value.data]
-    return {float(np.float32(item)) if isinstance(item, float) else item for item in items}
+    with np.errstate(over="ignore"):  # of a float64 that is no float32: infinity is another value, too
+        return {float(np.float32(item)) if isinstance(item, float) else item for item in items}
 
 
 def _no_other_shards(directory: Path, ours: Sequence[str]) -> None:

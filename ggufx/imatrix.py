@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import outputs
-from ggufx.container import DEFAULT_ALIGNMENT, MAGIC, StringArray, Value, ValueType, align_up, encode_header
+from ggufx.container import DEFAULT_ALIGNMENT, MAGIC, Value, ValueType, align_up, encode_header
 from ggufx.errors import DiskError, GGUFError
 from ggufx.file import open as open_gguf
 from ggufx.transforms import ColumnEnergy
@@ -388,22 +388,13 @@ def _load_gguf(path: Path) -> ImportanceMatrix:
             entries[base] = _Entry(tensor.path, tensor.file_offset, tensor.size, whole)
         if not entries:
             raise GGUFError(f"{path}: is a GGUF without *.in_sum2 tensors, so no importance matrix")
-        numbers = {}
-        for key in ("imatrix.chunk_count", "imatrix.chunk_size"):
-            number = file.metadata.get(key, 0)
-            if type(number) is not int or not 0 <= number < 2**32:
-                raise GGUFError(f"{path}: {key} is {number!r}; it must be a count")
-            numbers[key] = number
-        datasets = file.metadata.get("imatrix.datasets", ())
-        if not isinstance(datasets, StringArray | tuple):
-            raise GGUFError(f"{path}: imatrix.datasets must be an array of strings")
         return ImportanceMatrix(
             path,
             entries,
             format="gguf",
-            datasets=tuple(datasets),
-            chunk_count=numbers["imatrix.chunk_count"],
-            chunk_size=numbers["imatrix.chunk_size"],
+            datasets=tuple(file.facts.texts("imatrix.datasets", ())),
+            chunk_count=file.facts.integer("imatrix.chunk_count", 0),
+            chunk_size=file.facts.integer("imatrix.chunk_size", 0),
         )
 
 

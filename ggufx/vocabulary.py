@@ -81,7 +81,7 @@ def split_expressions(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def _parsed(path: Path, state: tuple[int, int]) -> dict[str, Any]:
-    return read_object(path)
+    return read_object(path, constants=False)
 
 
 def _read(path: Path) -> dict[str, Any]:

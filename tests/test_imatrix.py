@@ -345,9 +345,9 @@ def entry(writer: gguf.GGUFWriter, name: str, values: Any, dtype: Any = np.float
         (lambda w: (entry(w, "x.in_sum2", [1, np.inf]), entry(w, "x.counts", [1])), "1 values that are NaN, inf"),
         (lambda w: (entry(w, "x.in_sum2", [1, 2]), entry(w, "x.counts", [np.nan])), "'x.counts' has 1 values"),
         (lambda w: (entry(w, "x.in_sum2", [1, 2]), entry(w, "x.counts", [-3])), "'x.counts' has 1 values"),
-        (lambda w: w.add_string("imatrix.datasets", "text"), "must be an array of strings"),
-        (lambda w: w.add_array("imatrix.datasets", [1, 2]), "must be an array of strings"),
-        (lambda w: w.add_string("imatrix.chunk_count", "7"), "imatrix.chunk_count is '7'; it must be a count"),
+        (lambda w: w.add_string("imatrix.datasets", "text"), "imatrix.datasets is .*, expected an array of texts"),
+        (lambda w: w.add_array("imatrix.datasets", [1, 2]), "imatrix.datasets is .*, expected an array of texts"),
+        (lambda w: w.add_string("imatrix.chunk_count", "7"), "imatrix.chunk_count is '7', expected an integer"),
         (lambda w: w.add_int32("imatrix.chunk_size", -7), "imatrix.chunk_size is -7"),
     ],
 )

@@ -319,8 +319,8 @@ class DeepSeekV3(Architecture):
             key.Attention.LAYERNORM_RMS_EPS: Value.f32(self.number("rms_norm_eps")),
             key.LLM.EXPERT_COUNT: Value.u32(self.n_experts),
             key.LLM.EXPERT_USED_COUNT: Value.u32(self.integer("num_experts_per_tok")),
-            key.LLM.EXPERT_GROUP_COUNT: self._optional("n_group"),
-            key.LLM.EXPERT_GROUP_USED_COUNT: self._optional("topk_group"),
+            key.LLM.EXPERT_GROUP_COUNT: self._groups("n_group"),
+            key.LLM.EXPERT_GROUP_USED_COUNT: self._groups("topk_group"),
             key.LLM.EXPERT_GATING_FUNC: Value.u32(self._gating()),
             key.Attention.KEY_LENGTH: Value.u32(key_len if ik else dims["kv_lora"] + dims["rope"]),
             key.Attention.VALUE_LENGTH: Value.u32(value_len if ik else dims["kv_lora"]),
@@ -350,8 +350,10 @@ class DeepSeekV3(Architecture):
                 del keys[name]
         return {name.format(arch=self.name): value for name, value in keys.items() if value is not None}
 
-    def _optional(self, key: str) -> Value | None:
-        number = self.facts.integer(key, None, least=1)
+    def _groups(self, key: str) -> Value | None:
+        """Return a number of groups of experts: V3's way of choosing needs it, and transformers has a default of its own."""
+        grouped = self.facts.choice("topk_method", TOPK_METHODS, TOPK_METHODS[0]) == "noaux_tc"
+        number = self.facts.integer(key, least=1) if grouped else self.facts.integer(key, None, least=1)
         return None if number is None else Value.u32(number)
 
     def _gating(self) -> int:

@@ -94,8 +94,11 @@ class Rope:
         found = self
         if self.kind is None:
             found = replace(other, theta=self.theta, partial=self.partial)
-        elif other.kind is not None and self._scaling() != other._scaling():
-            raise _contradiction(config, self.name, self._scaling(), other.name, other._scaling())
+        elif other.kind is not None:
+            own, others = self._scaling(), other._scaling()
+            odd = next((key for key in own | others if own.get(key) != others.get(key)), None)
+            if odd is not None:
+                raise _contradiction(config, f"{self.name}'s {odd}", own.get(odd), f"{other.name}'s", others.get(odd))
         return replace(
             found,
             theta=self._agreed("rope_theta", self.theta, other.name, other.theta, config),
@@ -113,13 +116,14 @@ class Rope:
         return others if own is None else own
 
     def _scaling(self) -> dict[str, Any]:
-        return {key: value.data for key, value in self.keys().items()} | dict(self.mscales or {})
+        keys = {key.removeprefix("rope.scaling."): value.data for key, value in self.keys().items()}
+        return keys | dict(self.mscales or {})
 
 
 def _contradiction(config: Facts, name: str, value: object, other: str, others: object) -> CheckpointError:
     return CheckpointError(
-        f"{config.where}: {name} ({shown(value)}) and {other} ({shown(others)}) contradict each other: programs would follow "
-        "the one or the other; remove the wrong one"
+        f"{config.where}: {name} ({shown(value)}) and {other} ({shown(others)}) contradict each other, and a GGUF "
+        "of this model holds one value; correct the file"
     )
 
 

@@ -20,6 +20,7 @@ import ggufx
 from ggufx import quantize, transforms
 from ggufx.checkpoint import Checkpoint
 from ggufx.convert import convert, plan_convert
+from ggufx.hybrid import open as open_hybrid
 from ggufx.types.f8_e4m3_b128 import decode_scaled, exponents
 from ggufx.verify import verify
 
@@ -702,3 +703,13 @@ def test_scales_of_16_bits(dtype: str, target: str, editable: Source, cli: Cli, 
     assert types["blk.0.attn_q_a.weight"] == ("F8_E4M3_B128" if target == "nisparks" else "F32")
     assert cli("verify", out, "--against", editable.path).code == 0
     assert cli("quantize", editable.path, tmp_path / "q.gguf", "q8_0", "--target", target).code == 0
+    # A hybrid holds the scales as they are.
+    paths = ("--safetensor-path", editable.path, "--gguf-path", out, "--output-path", tmp_path / "hybrid")
+    run = cli("merge", *paths)
+    assert run.code == 0, run.err
+    with open_hybrid(tmp_path / "hybrid") as hybrid:
+        found = hybrid["blk.0.attn_output.weight"]
+        wanted_values = decode(editable, "model.layers.0.self_attn.o_proj.weight")
+        assert np.array_equal(found.numpy().view(np.uint32), wanted_values.view(np.uint32))
+        assert np.array_equal(found[5:9, 3:7], wanted_values[5:9, 3:7])
+    assert cli("verify", tmp_path / "hybrid", "--against", editable.path).code == 0

@@ -311,6 +311,20 @@ def test_a_damaged_checkpoint(case: str, editable: Source, cli: Cli, tmp_path: P
     assert f"error: {caught.value}\n" == run.err.splitlines(keepends=True)[-1]
 
 
+@pytest.mark.parametrize(("dtype", "nbytes"), [("F6_E2M3", 96), ("C64", 1024), ("F8_E4M3FNUZ", 128), ("F9", 7)])
+def test_a_tensor_of_another_dtype_can_be_left_out(
+    dtype: str, nbytes: int, editable: Source, cli: Cli, tmp_path: Path
+) -> None:
+    """It is known by its name and bytes: only who needs its values refuses it."""
+    put("extra.weight", dtype, (128,), nbytes)(editable)
+    assert_one_line(cli("convert", editable.path, "--outfile", tmp_path / "o.gguf"), "extra.weight", "--skip")
+    run = cli("convert", editable.path, "--outfile", tmp_path / "o.gguf", "--skip", "extra.*")
+    assert run.code == 0, run.err
+    put("norm.weight", dtype, (128,), nbytes)(editable)
+    run = cli("convert", editable.path, "--outfile", tmp_path / "p.gguf", "--skip", "extra.*")
+    assert_one_line(run, f"'norm.weight' has dtype {dtype}; expected BF16 or F16 or F32")
+
+
 def test_the_errors_of_a_process(editable: Source, tmp_path: Path) -> None:
     """The same through a real process: nothing is printed that the tests above would not see."""
     drop("norm.weight")(editable)

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import ggufx
 from ggufx import execute
 from ggufx import export as export_module
 from ggufx.container import Value, ValueType
 from ggufx.convert import convert
 from ggufx.edit import plan_edit, set_keys
-from ggufx.export import export
+from ggufx.export import export, plan_export
 from ggufx.file import Tensor
 from ggufx.retarget import retarget
 
@@ -228,6 +229,16 @@ def test_a_tokenizer_that_is_none(key: str, value: Value, converted: Converted, 
         assert not (tmp_path / "back" / "tokenizer.json").exists()
     else:
         assert_one_line(run, str(path), f"key tokenizer.ggml.{key} is", "expected an array of", "ggufx set")
+
+
+def test_a_key_that_config_json_has_no_place_for_is_told(converted: Converted, tmp_path: Path) -> None:
+    path = Path(shutil.copy(converted("mini").path, tmp_path / "n.gguf"))
+    set_keys(plan_edit(path, {"deepseek4.rope.scaling.yarn_attn_factor": Value.f32(1.5)}))
+    with ggufx.open(path) as file:
+        notes = [note for note in plan_export(file, tmp_path / "back").notes if "left out" in note]
+    assert notes == ["key deepseek4.rope.scaling.yarn_attn_factor is left out: config.json has no place for it"]
+    with ggufx.open(converted("mini").path) as file:
+        assert not [note for note in plan_export(file, tmp_path / "back").notes if "left out" in note]
 
 
 def test_an_interrupted_export_goes_on(converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
