@@ -20,11 +20,8 @@ import xxhash
 
 from ggufx import execute, plan
 from ggufx.container import (
-    DTYPES,
     MAX_NAME_NBYTES,
     Container,
-    Value,
-    ValueType,
     backup_path,
     encode_header,
     read_container,
@@ -33,6 +30,7 @@ from ggufx.container import (
 from ggufx.errors import DiskError, PlanError
 from ggufx.execute import Progress
 from ggufx.plan import Plan, Span
+from ggufx.values import DTYPES, Value, ValueType
 
 __all__ = ["TYPES", "Edit", "parse_assignments", "parse_overrides", "plan_edit", "set_keys"]
 

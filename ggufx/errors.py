@@ -24,7 +24,15 @@ __all__ = [
     "UnknownDialect",
     "UnknownType",
     "UnsupportedType",
+    "quoted",
 ]
+
+
+def quoted(name: str) -> str:
+    """Return a name as messages show it: in quotes, odd characters escaped, and the middle of a long one left out."""
+    if len(name) <= 120:
+        return repr(name)
+    return f"{name[:60]!r}...{name[-30:]!r} ({len(name)} characters)"
 
 
 class GGUFError(Exception):

@@ -114,7 +114,7 @@ def _line(tensor: Tensor) -> dict[str, Any]:
         "nbytes": tensor.nbytes,
         "bits_per_weight": tensor.bits_per_weight,
         "role": role(tensor.name),
-        "file_offset": tensor.file_offset,
+        "file_offset": tensor.position,
     }
 
 

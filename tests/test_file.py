@@ -15,7 +15,7 @@ from oracle import VECTORS, assert_same_bits
 import ggufx
 from ggufx.container import StringArray, ValueType, encode_header, read_container
 from ggufx.errors import ContainerError, UnknownType
-from ggufx.types import Codec
+from ggufx.stored import StoredFile
 
 RNG_SEED = 11
 TOKENS = ["<s>", "", "héllo", "日本", "a\nb", "\0"] + [f"token {i}" for i in range(50)]
@@ -351,19 +351,19 @@ def test_bad_indices_raise_index_error(model: Path, index: object) -> None:
     ],
     ids=str,
 )
-def test_only_what_is_asked_is_decoded(
+def test_only_what_is_asked_is_read(
     model: Path, monkeypatch: pytest.MonkeyPatch, name: str, index: object, fraction: float
 ) -> None:
     seen: list[int] = []
-    decode = Codec.decode
+    read_into = StoredFile.read_into
 
-    def spy(self: Codec, data: np.ndarray, *args: object, **kwargs: object) -> np.ndarray:
-        seen.append(np.asarray(data).nbytes)
-        return decode(self, data, *args, **kwargs)
+    def spy(self: StoredFile, offset: int, buffer: np.ndarray) -> None:
+        seen.append(buffer.nbytes)
+        read_into(self, offset, buffer)
 
     with ggufx.open(model) as f:
         nbytes = f[name].nbytes
-        monkeypatch.setattr(Codec, "decode", spy)
+        monkeypatch.setattr(StoredFile, "read_into", spy)
         assert seen == []
         f[name][index]
         assert sum(seen) == round(nbytes * fraction)

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from ggufx import kernels
 from ggufx.errors import CodecError, NonFiniteError, UnsupportedType
+from ggufx.stored import scratch
 
 __all__ = ["Codec", "Effort", "ImportanceWarning", "Layout", "Objective", "Search"]
 
@@ -282,6 +283,68 @@ class Codec(ABC):
             The type is known by its layout only.
         """
         rows, shape = self._packed_rows(data, shape)
+        target = self._decode_target(shape, dtype, out)
+        if rows.size:
+            self._decode_rows_of(lambda start, stop: rows[start:stop], shape, target, threads, use_kernel=use_kernel)
+        return target
+
+    def decode_from(
+        self,
+        fill: Callable[[int, int, U8], None],
+        shape: tuple[int, ...],
+        *,
+        dtype: npt.DTypeLike | None = None,
+        out: npt.NDArray[Any] | None = None,
+        threads: int | None = None,
+    ) -> npt.NDArray[Any]:
+        """Decode rows that are fetched piece by piece, so that the packed tensor is never in memory as a whole.
+
+        Parameters
+        ----------
+        fill
+            ``fill(start, stop, buffer)`` writes the packed rows ``start`` to ``stop`` into uint8 [stop - start, row_nbytes];
+            called from several threads at a time.
+        shape
+            Logical shape, numpy order.
+        dtype, out, threads
+            As in :meth:`decode`.
+
+        Returns
+        -------
+        ndarray of ``shape``: ``out`` when given.
+
+        Raises
+        ------
+        CodecError, UnsupportedType
+            As :meth:`decode`.
+        """
+        target = self._decode_target(shape, dtype, out)
+        row_nbytes = self.layout.row_nbytes(shape[-1] if shape else 1)
+        if self.layout.nbytes(shape) == 0:
+            return target
+        if self._copies and target.dtype == self.value_dtype and target.flags.aligned:
+            # Stored as it is wanted: no stop on the way.
+            stored = target.reshape(-1).view(np.uint8).reshape(-1, row_nbytes)
+            self._in_chunks(lambda start, stop: fill(start, stop, stored[start:stop]), len(stored), row_nbytes, threads)
+            return target
+
+        def rows_of(start: int, stop: int) -> U8:
+            buffer = scratch("packed", (stop - start) * row_nbytes).reshape(stop - start, row_nbytes)
+            fill(start, stop, buffer)
+            return _readonly(buffer)
+
+        self._decode_rows_of(rows_of, shape, target, threads)
+        return target
+
+    @property
+    def _copies(self) -> bool:
+        """Whether values are stored as they are decoded."""
+        return self.layout.block == np.dtype([("value", self.value_dtype)])
+
+    def _decode_target(
+        self, shape: tuple[int, ...], dtype: npt.DTypeLike | None, out: npt.NDArray[Any] | None
+    ) -> npt.NDArray[Any]:
+        """Return what to decode into, checked."""
         wanted = self.value_dtype if dtype is None else np.dtype(dtype)
         if out is None:
             out = np.empty(shape, wanted)
@@ -300,13 +363,22 @@ class Codec(ABC):
                 f"to {out.dtype}"
             )
         if not self.can_decode:
-            self.decode_rows(rows, out)  # raises the type's own reason
-        if rows.size == 0:
-            return out
-        target = out.reshape(rows.shape[0], -1)
+            self.decode_rows(np.empty((0, 0), np.uint8), out)  # raises the type's own reason
+        return out
+
+    def _decode_rows_of(
+        self,
+        rows_of: Callable[[int, int], U8],
+        shape: tuple[int, ...],
+        out: npt.NDArray[Any],
+        threads: int | None,
+        *,
+        use_kernel: bool = True,
+    ) -> None:
+        """Fill ``out`` from ``rows_of(start, stop)``: contiguous read-only rows, uint8 [stop - start, row_nbytes]."""
+        target = out.reshape(prod(shape[:-1]), -1)
         # Plain numbers that stay or grow are copied: no kernel is faster, and a compiler is slow to load.
-        is_plain = self.layout.block == np.dtype([("value", self.value_dtype)])
-        copies = is_plain and target.dtype.itemsize >= self.value_dtype.itemsize
+        copies = self._copies and target.dtype.itemsize >= self.value_dtype.itemsize
         function = self._kernels.get("decode") if use_kernel and not copies else None
         narrows = function is not None and target.dtype.name in kernels.OUTPUTS
         direct = target.flags.aligned and (narrows or target.dtype == self.value_dtype)
@@ -315,16 +387,15 @@ class Codec(ABC):
             part = target[start:stop]
             buffer = part if direct else np.empty(part.shape, self.value_dtype)
             if function is not None:
-                function(rows[start:stop], buffer.view(kernels.OUTPUTS[buffer.dtype.name]), self.layout.block_len)
+                function(rows_of(start, stop), buffer.view(kernels.OUTPUTS[buffer.dtype.name]), self.layout.block_len)
             else:
-                self.decode_rows(rows[start:stop], buffer)
+                self.decode_rows(rows_of(start, stop), buffer)
             if not direct:
                 # Overflow on the way to a narrower float is the caller's wish, as with astype.
                 with np.errstate(over="ignore", invalid="ignore"):
                     part[...] = buffer
 
-        self._in_chunks(decode_chunk, rows.shape[0], target.shape[1] * 4, threads)
-        return out
+        self._in_chunks(decode_chunk, target.shape[0], target.shape[1] * 4, threads)
 
     def encode(
         self,

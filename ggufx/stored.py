@@ -1,0 +1,312 @@
+"""Bytes of an open file: read at an offset, or viewed, with a bounded number of descriptors whatever the number of files.
+
+A model may be a thousand files, and a process may have 256 descriptors. So a file here gives its descriptor away when others
+need it, and opens its path again at the next read, where it makes sure that the path still leads to the same file.
+
+Reading is ``pread`` into memory of the caller: a file that is shortened meanwhile is an error then. In a mapped view it would
+be the end of the process (SIGBUS).
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+import threading
+from collections import OrderedDict
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+from weakref import ReferenceType, WeakValueDictionary, ref
+
+import numpy as np
+import numpy.typing as npt
+
+from ggufx.errors import ContainerError
+
+__all__ = ["StoredFile", "descriptor_limit", "scratch"]
+
+_PIECE_NBYTES: Final = 1 << 30
+"""At a time: Linux reads 2 GB at most, other systems refuse more."""
+
+_local = threading.local()
+
+
+def scratch(slot: str, nbytes: int) -> npt.NDArray[np.uint8]:
+    """Return this thread's memory called ``slot``, uint8 [nbytes], used again by the next call: fresh pages cost a copy."""
+    held: npt.NDArray[np.uint8] | None = getattr(_local, slot, None)
+    if held is None or held.nbytes < nbytes:
+        held = np.empty(nbytes, np.uint8)
+        setattr(_local, slot, held)
+    return held[:nbytes]
+
+
+def descriptor_limit() -> int:
+    """Return how many descriptors one cache of them may hold: a quarter of what the process may have, 8 to 256."""
+    try:
+        import resource
+
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except (ImportError, OSError, ValueError):  # a system without such limits
+        return 256
+    return 256 if allowed == resource.RLIM_INFINITY else min(256, max(8, allowed // 4))
+
+
+class _Recent:
+    """The files that hold a descriptor, least recently read first."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        # Re-entrant: the garbage collector may end a file while this thread holds the lock.
+        self.lock = threading.RLock()
+        self.files: OrderedDict[int, ReferenceType[StoredFile]] = OrderedDict()
+
+    def after_fork(self) -> None:
+        """Take the files over into a forked process: no other thread of the parent's reads here."""
+        files = self.files
+        self.reset()
+        for number, reference in files.items():
+            file = reference()
+            if file is not None:
+                file._users = 0
+                self.files[number] = reference
+
+    def make_room(self, room: int) -> None:
+        """Close idle descriptors until at most ``room`` are held; the caller holds the lock."""
+        for number, reference in list(self.files.items()):
+            if len(self.files) <= room:
+                return
+            file = reference()
+            if file is None:
+                self.files.pop(number, None)
+            elif not file._users:
+                file._drop()
+
+
+_recent: Final = _Recent()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_recent.after_fork)
+
+
+class StoredFile:
+    """A file, open for reading.
+
+    Parameters
+    ----------
+    path
+        A regular file or a block device: what has a size.
+    state
+        (size, modification time in ns) that it must have, where it is opened a second time.
+
+    Attributes
+    ----------
+    path : Path
+    nbytes : int
+        Size when it was opened.
+    state : tuple of int
+        (size, modification time in ns) then.
+
+    Raises
+    ------
+    ContainerError
+        It is a directory, a pipe or another thing without a size, or not the file that was open before.
+    OSError
+        As from ``open``.
+    """
+
+    def __init__(self, path: Path, state: tuple[int, int] | None = None) -> None:
+        self.path = path
+        self.closed = False
+        self._users = 0
+        self._descriptor: int | None = None
+        self._mapping: ReferenceType[mmap.mmap] | None = None
+        self._identity: tuple[int, int] | None = None
+        with _recent.lock:
+            descriptor = self._open()
+        status = os.fstat(descriptor)
+        self.nbytes = os.lseek(descriptor, 0, os.SEEK_END) if stat.S_ISBLK(status.st_mode) else status.st_size
+        self.state = (self.nbytes, status.st_mtime_ns)
+        if state is not None and state != self.state:
+            raise ContainerError(path, "changed", "the file is not what it was when it was first opened; open it again")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.closed:
+            raise ValueError(f"{self.path} is closed")
+        return _restored, (self.path.absolute(), self.state)
+
+    def __del__(self) -> None:
+        with _recent.lock:
+            self._drop()
+
+    def close(self) -> None:
+        """Release the file. Arrays that still view it keep its memory mapped until they go."""
+        with _recent.lock:
+            self.closed = True
+            if not self._users:
+                self._drop()
+
+    def read_into(self, offset: int, buffer: npt.NDArray[np.uint8]) -> None:
+        """Fill a C-contiguous ``buffer``, uint8, from byte ``offset``.
+
+        Raises
+        ------
+        ContainerError
+            The file ends before, or is another one by now.
+        """
+        descriptor = self._take()
+        try:
+            view, done = memoryview(buffer.reshape(-1).data), 0
+            while done < len(view):
+                count = os.preadv(descriptor, [view[done : done + _PIECE_NBYTES]], offset + done)
+                if count == 0:
+                    raise self._short(offset, len(view), offset + done)
+                done += count
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+        finally:
+            self._give()
+
+    def read(self, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Return ``nbytes`` bytes from ``offset``, uint8, in memory of their own; raises as :meth:`read_into`."""
+        if offset + nbytes > self.nbytes:  # before memory is taken
+            raise self._short(offset, nbytes, self.nbytes)
+        buffer = np.empty(nbytes, np.uint8)
+        self.read_into(offset, buffer)
+        return buffer
+
+    def view(self, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Return ``nbytes`` bytes from ``offset`` as a read-only view of the file: nothing is read until it is looked at.
+
+        A copy where the system does not map it: a process has a limited number of descriptors, and each file with live views
+        takes one.
+
+        Raises
+        ------
+        ContainerError
+            The file ends before, or is another one by now.
+        """
+        descriptor = self._take()
+        try:
+            if nbytes == 0:
+                return np.empty(0, np.uint8)
+            with _recent.lock:
+                mapping = None if self._mapping is None else self._mapping()
+                if mapping is None or os.fstat(descriptor).st_size < offset + nbytes:
+                    mapping = self._mapped(descriptor, offset, nbytes)
+            if mapping is None:
+                data = self.read(offset, nbytes)
+                data.flags.writeable = False
+                return data
+            return np.frombuffer(mapping, np.uint8, nbytes, offset)
+        finally:
+            self._give()
+
+    def _mapped(self, descriptor: int, offset: int, nbytes: int) -> mmap.mmap | None:
+        size = os.fstat(descriptor).st_size
+        if size < offset + nbytes <= self.nbytes and stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise self._short(offset, nbytes, size)
+        if size < offset + nbytes:
+            return None
+        for room in (None, 0):
+            if room is not None:
+                _recent.make_room(room)
+            try:
+                mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENODEV, errno.ENOMEM):
+                    raise
+            else:
+                self._mapping = ref(mapping)
+                return mapping
+        return None
+
+    def _short(self, offset: int, nbytes: int, end: int) -> ContainerError:
+        return ContainerError(
+            self.path,
+            "truncated",
+            f"the file ends at byte {end}, expected {nbytes} bytes at {offset}: it is incomplete, or was shortened after it "
+            "was opened; download or convert it again",
+        )
+
+    # Descriptors -------------------------------------------------------------------------------------------------
+
+    def _take(self) -> int:
+        """Return a descriptor that stays open until :meth:`_give`."""
+        with _recent.lock:
+            if self.closed:
+                raise ValueError(f"{self.path} is closed")
+            descriptor = self._descriptor
+            if descriptor is None:
+                descriptor = self._open()
+            else:
+                _recent.files.move_to_end(id(self))
+            self._users += 1
+            return descriptor
+
+    def _give(self) -> None:
+        with _recent.lock:
+            self._users -= 1
+            if self.closed and not self._users:
+                self._drop()
+
+    def _open(self) -> int:
+        """Open the path, of the first time or again; the caller holds the lock."""
+        _recent.make_room(descriptor_limit() - 1)
+        # A pipe would wait for a writer.
+        flags = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)
+        try:
+            descriptor = os.open(self.path, flags)
+        except FileNotFoundError:
+            if self._identity is None:
+                raise
+            raise ContainerError(self.path, "changed", "the file was removed after it was opened") from None
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            _recent.make_room(0)
+            descriptor = os.open(self.path, flags)
+        try:
+            status = os.fstat(descriptor)
+            if stat.S_ISDIR(status.st_mode):
+                raise ContainerError(self.path, "magic", "is a directory, not a GGUF file")
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+                raise ContainerError(
+                    self.path,
+                    "magic",
+                    "is a pipe or a device without a size, not a GGUF file; write its content to a file",
+                )
+            identity = (status.st_dev, status.st_ino)
+            if self._identity not in (None, identity):
+                raise ContainerError(
+                    self.path, "changed", "another file has taken the place of the one that was opened; open it again"
+                )
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._identity = identity
+        self._descriptor = descriptor
+        _recent.files[id(self)] = ref(self)
+        return descriptor
+
+    def _drop(self) -> None:
+        """Close the descriptor; the caller holds the lock."""
+        descriptor, self._descriptor = self._descriptor, None
+        _recent.files.pop(id(self), None)
+        if descriptor is not None:
+            with suppress(OSError):
+                os.close(descriptor)
+
+
+_restored_files: WeakValueDictionary[tuple[Path, tuple[int, int]], StoredFile] = WeakValueDictionary()
+
+
+def _restored(path: Path, state: tuple[int, int]) -> StoredFile:
+    """Open the file of a pickle, once for all that were pickled of it."""
+    file = _restored_files.get((path, state))
+    if file is None or file.closed:
+        file = _restored_files[path, state] = StoredFile(path, state)
+    return file
