@@ -260,11 +260,11 @@ def _agreed(path: object, type_id: int, named: Mapping[str, Codec], entries: Seq
 
 def _misfit(path: object, type_id: int, named: Mapping[str, Codec], entries: Sequence[Entry]) -> str:
     codec_of = dict.fromkeys(named.values())
-    entry = (
-        next(e for e in entries if not any(fits(codec, e, "longer") for codec in codec_of))
-        if len(codec_of) == 1
-        else entries[0]
-    )
+    entry = entries[0]
+    if len(codec_of) == 1:
+        (codec,) = codec_of
+        odd = [e for e in entries if not fits(codec, e)]
+        entry = next((e for e in odd if not fits(codec, e, "longer")), odd[0])
     sizes = []
     for codec in codec_of:
         try:

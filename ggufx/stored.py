@@ -3,8 +3,8 @@
 A model may be a thousand files, and a process may have 256 descriptors. So a file here gives its descriptor away when others
 need it, and opens its path again at the next read, where it makes sure that the path still leads to the same file.
 
-Reading is ``pread`` into memory of the caller: a file that is shortened meanwhile is an error then. In a mapped view it would
-be the end of the process (SIGBUS).
+A file that was shortened since is an error where it is read into memory of the caller. Looking at bytes of a mapped view that
+are gone ends the process (SIGBUS); who looks at a view asks :meth:`StoredFile.require` before, which costs nothing beside it.
 """
 
 from __future__ import annotations
@@ -122,12 +122,15 @@ class StoredFile:
         self.closed = False
         self._users = 0
         self._descriptor: int | None = None
-        self._mapping: ReferenceType[mmap.mmap] | None = None
+        # Kept as long as the descriptor, and as long as arrays view it.
+        self._mapping: mmap.mmap | None = None
+        self._viewed: ReferenceType[mmap.mmap] | None = None
         self._identity: tuple[int, int] | None = None
         with _recent.lock:
             descriptor = self._open()
         status = os.fstat(descriptor)
-        self.nbytes = os.lseek(descriptor, 0, os.SEEK_END) if stat.S_ISBLK(status.st_mode) else status.st_size
+        self._regular = stat.S_ISREG(status.st_mode)
+        self.nbytes = status.st_size if self._regular else os.lseek(descriptor, 0, os.SEEK_END)
         self.state = (self.nbytes, status.st_mtime_ns)
         if state is not None and state != self.state:
             raise ContainerError(path, "changed", "the file is not what it was when it was first opened; open it again")
@@ -178,6 +181,16 @@ class StoredFile:
         self.read_into(offset, buffer)
         return buffer
 
+    def require(self, end: int) -> None:
+        """Raise ContainerError if the file no longer has ``end`` bytes."""
+        descriptor = self._take()
+        try:
+            size = os.fstat(descriptor).st_size
+        finally:
+            self._give()
+        if size < end and self._regular:
+            raise self._short(0, end, size)
+
     def view(self, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
         """Return ``nbytes`` bytes from ``offset`` as a read-only view of the file: nothing is read until it is looked at.
 
@@ -194,7 +207,7 @@ class StoredFile:
             if nbytes == 0:
                 return np.empty(0, np.uint8)
             with _recent.lock:
-                mapping = None if self._mapping is None else self._mapping()
+                mapping = self._mapping or (None if self._viewed is None else self._viewed())
                 if mapping is None or os.fstat(descriptor).st_size < offset + nbytes:
                     mapping = self._mapped(descriptor, offset, nbytes)
             if mapping is None:
@@ -207,10 +220,10 @@ class StoredFile:
 
     def _mapped(self, descriptor: int, offset: int, nbytes: int) -> mmap.mmap | None:
         size = os.fstat(descriptor).st_size
-        if size < offset + nbytes <= self.nbytes and stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise self._short(offset, nbytes, size)
-        if size < offset + nbytes:
+        if not self._regular:
             return None
+        if size < offset + nbytes:
+            raise self._short(offset, nbytes, size)
         for room in (None, 0):
             if room is not None:
                 _recent.make_room(room)
@@ -220,7 +233,7 @@ class StoredFile:
                 if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENODEV, errno.ENOMEM):
                     raise
             else:
-                self._mapping = ref(mapping)
+                self._mapping, self._viewed = mapping, ref(mapping)
                 return mapping
         return None
 
@@ -295,6 +308,7 @@ class StoredFile:
     def _drop(self) -> None:
         """Close the descriptor; the caller holds the lock."""
         descriptor, self._descriptor = self._descriptor, None
+        self._mapping = None
         _recent.files.pop(id(self), None)
         if descriptor is not None:
             with suppress(OSError):

@@ -15,7 +15,7 @@ from oracle import VECTORS, assert_same_bits
 import ggufx
 from ggufx.container import StringArray, ValueType, encode_header, read_container
 from ggufx.errors import ContainerError, UnknownType
-from ggufx.stored import StoredFile
+from ggufx.types import Codec
 
 RNG_SEED = 11
 TOKENS = ["<s>", "", "héllo", "日本", "a\nb", "\0"] + [f"token {i}" for i in range(50)]
@@ -351,19 +351,22 @@ def test_bad_indices_raise_index_error(model: Path, index: object) -> None:
     ],
     ids=str,
 )
-def test_only_what_is_asked_is_read(
+def test_only_what_is_asked_is_decoded(
     model: Path, monkeypatch: pytest.MonkeyPatch, name: str, index: object, fraction: float
 ) -> None:
     seen: list[int] = []
-    read_into = StoredFile.read_into
+    decode_rows_of = Codec._decode_rows_of
 
-    def spy(self: StoredFile, offset: int, buffer: np.ndarray) -> None:
-        seen.append(buffer.nbytes)
-        read_into(self, offset, buffer)
+    def spy(self: Codec, rows_of: Callable[[int, int], np.ndarray], *args: object, **kwargs: object) -> None:
+        def counted(start: int, stop: int) -> np.ndarray:
+            seen.append(rows_of(start, stop).nbytes)
+            return rows_of(start, stop)
+
+        decode_rows_of(self, counted, *args, **kwargs)
 
     with ggufx.open(model) as f:
         nbytes = f[name].nbytes
-        monkeypatch.setattr(StoredFile, "read_into", spy)
+        monkeypatch.setattr(Codec, "_decode_rows_of", spy)
         assert seen == []
         f[name][index]
         assert sum(seen) == round(nbytes * fraction)

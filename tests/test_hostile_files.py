@@ -209,7 +209,9 @@ def test_every_byte_is_accounted_for_or_the_file_is_refused(case: str, tmp_path:
 
 def test_a_gap_between_tensors_is_named_as_one(tmp_path: Path) -> None:
     data = build((), (X, line("y", (32,), 0, 160)), ROW + bytes(32) + ROW)
-    with pytest.raises(UnknownDialect, match=r"'x' .* has 160 bytes .* takes 128 bytes as F32: there is a gap") as caught:
+    with pytest.raises(
+        UnknownDialect, match=r"'x' .* has 160 bytes .* takes 128 bytes as F32: there is a gap"
+    ) as caught:
         ggufx.open(write(tmp_path, data))
     assert "corrupted" not in str(caught.value)
 

@@ -24,7 +24,6 @@ import numpy.typing as npt
 
 from ggufx import kernels
 from ggufx.errors import CodecError, NonFiniteError, UnsupportedType
-from ggufx.stored import scratch
 
 __all__ = ["Codec", "Effort", "ImportanceWarning", "Layout", "Objective", "Search"]
 
@@ -290,20 +289,20 @@ class Codec(ABC):
 
     def decode_from(
         self,
-        fill: Callable[[int, int, U8], None],
+        rows_of: Callable[[int, int], U8],
         shape: tuple[int, ...],
         *,
         dtype: npt.DTypeLike | None = None,
         out: npt.NDArray[Any] | None = None,
         threads: int | None = None,
     ) -> npt.NDArray[Any]:
-        """Decode rows that are fetched piece by piece, so that the packed tensor is never in memory as a whole.
+        """Decode rows that are fetched piece by piece, so that the packed tensor need not be in memory as a whole.
 
         Parameters
         ----------
-        fill
-            ``fill(start, stop, buffer)`` writes the packed rows ``start`` to ``stop`` into uint8 [stop - start, row_nbytes];
-            called from several threads at a time.
+        rows_of
+            ``rows_of(start, stop)`` returns the packed rows ``start`` to ``stop``, uint8 [stop - start, row_nbytes],
+            contiguous; called from several threads at a time, each of which is done with the rows at its next call.
         shape
             Logical shape, numpy order.
         dtype, out, threads
@@ -319,27 +318,9 @@ class Codec(ABC):
             As :meth:`decode`.
         """
         target = self._decode_target(shape, dtype, out)
-        row_nbytes = self.layout.row_nbytes(shape[-1] if shape else 1)
-        if self.layout.nbytes(shape) == 0:
-            return target
-        if self._copies and target.dtype == self.value_dtype and target.flags.aligned:
-            # Stored as it is wanted: no stop on the way.
-            stored = target.reshape(-1).view(np.uint8).reshape(-1, row_nbytes)
-            self._in_chunks(lambda start, stop: fill(start, stop, stored[start:stop]), len(stored), row_nbytes, threads)
-            return target
-
-        def rows_of(start: int, stop: int) -> U8:
-            buffer = scratch("packed", (stop - start) * row_nbytes).reshape(stop - start, row_nbytes)
-            fill(start, stop, buffer)
-            return _readonly(buffer)
-
-        self._decode_rows_of(rows_of, shape, target, threads)
+        if self.layout.nbytes(shape):
+            self._decode_rows_of(lambda start, stop: _readonly(rows_of(start, stop)), shape, target, threads)
         return target
-
-    @property
-    def _copies(self) -> bool:
-        """Whether values are stored as they are decoded."""
-        return self.layout.block == np.dtype([("value", self.value_dtype)])
 
     def _decode_target(
         self, shape: tuple[int, ...], dtype: npt.DTypeLike | None, out: npt.NDArray[Any] | None
@@ -378,7 +359,8 @@ class Codec(ABC):
         """Fill ``out`` from ``rows_of(start, stop)``: contiguous read-only rows, uint8 [stop - start, row_nbytes]."""
         target = out.reshape(prod(shape[:-1]), -1)
         # Plain numbers that stay or grow are copied: no kernel is faster, and a compiler is slow to load.
-        copies = self._copies and target.dtype.itemsize >= self.value_dtype.itemsize
+        is_plain = self.layout.block == np.dtype([("value", self.value_dtype)])
+        copies = is_plain and target.dtype.itemsize >= self.value_dtype.itemsize
         function = self._kernels.get("decode") if use_kernel and not copies else None
         narrows = function is not None and target.dtype.name in kernels.OUTPUTS
         direct = target.flags.aligned and (narrows or target.dtype == self.value_dtype)
