@@ -209,6 +209,7 @@ def plan_edit(path: str | Path, assignments: Mapping[str, Value], remove: Sequen
     _recover(target)
     container = read_container(target)
     try:
+        container.require_little_endian()
         keys = container.metadata.typed()
         for key in (*assignments, *remove):
             if key in _REFUSED:

@@ -10,6 +10,7 @@ Text that is not UTF-8 is no reason to refuse a file: its odd bytes become the c
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ DTYPES: Final[Mapping[ValueType, np.dtype[Any]]] = {
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 def decode_text(data: bytes) -> str:
@@ -71,7 +73,13 @@ def encode_text(text: str) -> bytes:
 
 def printable(text: str) -> str:
     r"""Return a text with each byte that is not UTF-8 written as ``\xff``: what can be printed and put into JSON."""
-    return text if text.isascii() else encode_text(text).decode("utf-8", "backslashreplace")
+    return text if text.isascii() else _SURROGATE.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    # What was one byte; another lone surrogate can only come from Python itself, and JSON text takes neither.
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
 
 
 def encode_string(text: str) -> bytes:
