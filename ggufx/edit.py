@@ -30,7 +30,7 @@ from ggufx.container import (
 from ggufx.errors import DiskError, PlanError
 from ggufx.execute import Progress
 from ggufx.plan import Plan, Span
-from ggufx.values import DTYPES, Value, ValueType
+from ggufx.values import DTYPES, Value, ValueType, printable
 
 __all__ = ["TYPES", "Edit", "parse_assignments", "parse_overrides", "plan_edit", "set_keys"]
 
@@ -219,14 +219,18 @@ def plan_edit(path: str | Path, assignments: Mapping[str, Value], remove: Sequen
         if both or absent:
             why = "is both set and removed" if both else "is not in the file, so it cannot be removed"
             raise PlanError(f"{target}: {(both or absent)[0]} {why}")
-        lines = [f"- {key}" for key in remove]
+        lines = [f"- {printable(key)}" for key in remove]
         for key in remove:
             del keys[key]
         for key, value in assignments.items():
             old = keys.get(key)
             if old is not None and old.same(value):
                 continue
-            lines.append(f"+ {key} = {_short(value)}" if old is None else f"~ {key}: {_short(old)} -> {_short(value)}")
+            lines.append(
+                f"+ {printable(key)} = {_short(value)}"
+                if old is None
+                else f"~ {printable(key)}: {_short(old)} -> {_short(value)}"
+            )
             keys[key] = value
         directory = [(entry.name, entry.shape, entry.type_id, entry.offset) for entry in container.entries]
         header = encode_header(keys, directory, container.alignment)

@@ -9,13 +9,16 @@ are gone ends the process (SIGBUS); who looks at a view asks :meth:`StoredFile.r
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
 import stat
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 from weakref import ReferenceType, WeakValueDictionary, ref
@@ -91,6 +94,38 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_recent.after_fork)
 
 
+class _Mapping:
+    """A whole file, mapped read-only, for ``numpy.asarray``; it ends with the last array that views it.
+
+    Not :class:`mmap.mmap`, which keeps a descriptor of its own as long as it lives: views of a thousand files would take as
+    many.
+    """
+
+    def __init__(self, address: int, nbytes: int, unmap: Callable[[int, int], int]) -> None:
+        self._range, self._unmap = (address, nbytes), unmap
+        self.__array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (address, True), "version": 3}
+
+    @classmethod
+    def of(cls, descriptor: int, nbytes: int) -> _Mapping | None:
+        """Map the file of a descriptor; ``None`` where the system does not."""
+        map_memory, unmap = _system_calls()
+        address = map_memory(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+        return None if address in (None, ctypes.c_void_p(-1).value) else cls(address, nbytes, unmap)
+
+    def __del__(self) -> None:
+        self._unmap(*self._range)
+
+
+@cache
+def _system_calls() -> tuple[Callable[..., int | None], Callable[[int, int], int]]:
+    library = ctypes.CDLL(None)
+    map_memory, unmap = library.mmap, library.munmap
+    map_memory.restype = ctypes.c_void_p
+    map_memory.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_ssize_t)
+    unmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    return map_memory, unmap
+
+
 class StoredFile:
     """A file, open for reading.
 
@@ -123,8 +158,8 @@ class StoredFile:
         self._users = 0
         self._descriptor: int | None = None
         # Kept as long as the descriptor, and as long as arrays view it.
-        self._mapping: mmap.mmap | None = None
-        self._viewed: ReferenceType[mmap.mmap] | None = None
+        self._mapping: _Mapping | None = None
+        self._viewed: ReferenceType[_Mapping] | None = None
         self._identity: tuple[int, int] | None = None
         with _recent.lock:
             descriptor = self._open()
@@ -165,7 +200,8 @@ class StoredFile:
             while done < len(view):
                 count = os.preadv(descriptor, [view[done : done + _PIECE_NBYTES]], offset + done)
                 if count == 0:
-                    raise self._short(offset, len(view), offset + done)
+                    end = os.fstat(descriptor).st_size if self._regular else offset + done
+                    raise self._short(offset, len(view), end)
                 done += count
         except OSError as error:
             error.filename = str(self.path)
@@ -194,8 +230,7 @@ class StoredFile:
     def view(self, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
         """Return ``nbytes`` bytes from ``offset`` as a read-only view of the file: nothing is read until it is looked at.
 
-        A copy where the system does not map it: a process has a limited number of descriptors, and each file with live views
-        takes one.
+        A copy where the system does not map it: a device, or a file system without that.
 
         Raises
         ------
@@ -214,28 +249,20 @@ class StoredFile:
                 data = self.read(offset, nbytes)
                 data.flags.writeable = False
                 return data
-            return np.frombuffer(mapping, np.uint8, nbytes, offset)
+            return np.asarray(mapping)[offset : offset + nbytes]
         finally:
             self._give()
 
-    def _mapped(self, descriptor: int, offset: int, nbytes: int) -> mmap.mmap | None:
-        size = os.fstat(descriptor).st_size
+    def _mapped(self, descriptor: int, offset: int, nbytes: int) -> _Mapping | None:
         if not self._regular:
             return None
+        size = os.fstat(descriptor).st_size
         if size < offset + nbytes:
             raise self._short(offset, nbytes, size)
-        for room in (None, 0):
-            if room is not None:
-                _recent.make_room(room)
-            try:
-                mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENODEV, errno.ENOMEM):
-                    raise
-            else:
-                self._mapping, self._viewed = mapping, ref(mapping)
-                return mapping
-        return None
+        mapping = _Mapping.of(descriptor, size)
+        if mapping is not None:
+            self._mapping, self._viewed = mapping, ref(mapping)
+        return mapping
 
     def _short(self, offset: int, nbytes: int, end: int) -> ContainerError:
         return ContainerError(
