@@ -73,6 +73,8 @@ _JOURNAL_VERSION: Final = 1
 _SYNC_FILE_RANGE_WRITE: Final = 2
 _BATCH_NBYTES: Final = 1 << 24
 _BATCH_LEN: Final = 32
+_BATCH_FILES: Final = 4
+"""Descriptors that a batch holds at most: all workers together have to live with those of a process, which may be 256."""
 _PIECE_NBYTES: Final = 1 << 18
 _PROCESS_NBYTES: Final = 250_000_000
 """Python, NumPy, Numba with LLVM, and a plan of a hundred thousand tiles."""
@@ -325,10 +327,11 @@ def _run_tiles(jobs: Sequence[_Job], opened: dict[tuple[str, int], int]) -> list
         # The tiles of a batch follow each other in the file.
         ranges = [(job.position, job.position + job.tile.nbytes) for job in jobs if job.output == output]
         start, end = ranges[0][0], ranges[-1][1]
-        if jobs[0].sync:
-            os.fsync(opened[output, os.O_RDWR])
-        else:
-            _start_writeback(opened[output, os.O_RDWR], start, end - start)
+        with _files.using(output, os.O_RDWR) as descriptor:
+            if jobs[0].sync:
+                os.fsync(descriptor)
+            else:
+                _start_writeback(descriptor, start, end - start)
     return done
 
 
@@ -339,6 +342,9 @@ def _run_tile(job: _Job, opened: dict[tuple[str, int], int]) -> _Done:
         # Once a batch: looking whether a path is still the same file takes longer than reading a small tile.
         key = (path, flags)
         if key not in opened:
+            if len(opened) == _BATCH_FILES:
+                # The output stays: it is written to after this.
+                _files.let_go(opened.pop(next(held for held in opened if held[0] != job.output)))
             opened[key] = _files.get(path, flags)
         return opened[key]
 
