@@ -34,7 +34,8 @@ from test_hostile_files import (
 )
 
 import ggufx
-from ggufx.errors import AmbiguousDialect, ContainerError, GGUFError, UnknownDialect, UnsupportedType
+import ggufx.torch
+from ggufx.errors import AmbiguousDialect, CodecError, ContainerError, GGUFError, UnknownDialect, UnsupportedType
 from ggufx.measure import measure
 from ggufx.rewrite import rewrite
 
@@ -334,6 +335,11 @@ def test_a_long_name_does_not_make_a_long_message(path: Path) -> None:
             ggufx.open(write(path, data))
         assert len(str(caught.value)) < 1000
         assert "(65535 characters)" in str(caught.value)
+    # Of every command, wherever the message is made.
+    with ggufx.open(write(path, build((), (line(name, (32,), 999),), ROW))) as f, pytest.raises(GGUFError) as caught:
+        ggufx.torch.load(f.path)[name].dequantize()
+    assert len(str(caught.value)) < 1000
+    assert len(str(CodecError(f"tensor {name!r} of the model's file's part"))) < 300
 
 
 # Old and big-endian files ---------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from test_hostile_files import ARRAY, STRING, U16, build, kv, line, string, u32,
 
 import ggufx
 import ggufx.torch
-from ggufx.errors import CheckpointError, ContainerError, GGUFError
+from ggufx.errors import CheckpointError, ContainerError, GGUFError, NonFiniteError
 from ggufx.measure import measure
 from ggufx.stored import descriptor_limit
 
@@ -244,6 +244,13 @@ def test_files_and_tensors_can_be_pickled_and_copied(whole: Path) -> None:
         for tensor in (pickle.loads(packed), copy.deepcopy(f["t7"])):
             assert (tensor.name, tensor.shape, tensor.type, tensor.codec) == ("t7", (2, 32), "F32", f["t7"].codec)
             assert tensor.numpy().tolist() == numbers(7, 2, 32).tolist()
+
+
+def test_errors_come_back_from_other_processes() -> None:
+    for error in (ContainerError("m.gguf", "rule", "what"), NonFiniteError(1, 2, float("inf"), "Q8_0")):
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again)) == (type(error), str(error))
+    assert (again.moved(3).args[0]).startswith("found inf at row 4, column 2")
 
 
 def test_tensors_go_to_other_processes(whole: Path) -> None:
