@@ -235,6 +235,9 @@ def plan_edit(path: str | Path, assignments: Mapping[str, Value], remove: Sequen
         directory = [(entry.name, entry.shape, entry.type_id, entry.offset) for entry in container.entries]
         header = encode_header(keys, directory, container.alignment)
         fits = len(header) == container.data_offset or not lines
+        extra = container.file_nbytes - container.data_offset
+        if not fits and not container.entries and extra > 0:
+            lines.append(f"- {extra} bytes behind the header, which belong to no tensor")
         return Edit(target, tuple(lines), header, None if fits else _plan_anew(container, keys))
     finally:
         container.close()

@@ -96,13 +96,16 @@ def test_what_commands_say_of_trailing_bytes(path: Path, tmp_path: Path, cli: Cl
     assert path.read_bytes().endswith(ROW + bytes(64))
 
 
-def test_a_file_without_tensors_may_have_bytes_after_its_header(path: Path) -> None:
+def test_a_file_without_tensors_may_have_bytes_after_its_header(path: Path, cli: Cli) -> None:
     head = build((LLAMA,))
     for tail in (bytes(5), bytes(32), b"x" * 1000):
         write(path, head + bytes(-len(head) % 32) + tail)
         with ggufx.open(path) as f:
             assert list(f) == []
             assert f.notes[0].startswith(f"{len(tail)} bytes follow the header of m.gguf at byte ")
+    run = cli("set", path, f"general.name=str:{'n' * 100}")
+    assert run.code == 0
+    assert "- 1000 bytes behind the header, which belong to no tensor" in run.out
     write(path, head)
     with ggufx.open(path) as f:
         assert f.notes == ()
