@@ -60,10 +60,12 @@ LOADER_MAX_DIMS: Final = 4
 LOADER_MAX_NAME_NBYTES: Final = 63
 """ggml's ``GGML_MAX_NAME`` without the final NUL; its loader refuses longer tensor names."""
 MAX_NAME_NBYTES: Final = 65535
-MAX_HEADER_NBYTES: Final = 1 << 30
+MAX_HEADER_NBYTES: Final = 1 << 28
 """The largest headers, those of big vocabularies, have some 16 MB; a longer one than this is damage, and not read to memory."""
 MAX_NESTING: Final = 8
 """Arrays within arrays."""
+MAX_NESTED: Final = 1 << 18
+"""Arrays within the arrays of a file, each of which is an object of Python's: an empty one has only 12 bytes in the file."""
 SPLIT_PATTERN: Final = re.compile(r"^(?P<prefix>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 _U32 = struct.Struct("<I")
@@ -198,7 +200,7 @@ def _restored(stored: StoredFile, version: int, alignment: int, data_offset: int
 class _Cursor:
     """Bounds-checked reading position over a file's first bytes, which are read as far as they are needed."""
 
-    __slots__ = ("_base", "_size", "_stored", "_u32", "_u64", "_view", "end", "order", "path", "position")
+    __slots__ = ("_base", "_size", "_stored", "_u32", "_u64", "_view", "end", "nested", "order", "path", "position")
 
     def __init__(self, stored: StoredFile, base: int) -> None:
         self._stored = stored
@@ -206,6 +208,7 @@ class _Cursor:
         self._view = memoryview(b"")
         self.path = stored.path
         self.position = 0
+        self.nested = 0
         self.end = stored.nbytes - base
         self.lay_out("<", 3)
 
@@ -224,12 +227,15 @@ class _Cursor:
             )
         return ContainerError(self.path, rule, detail)
 
+    def _limit(self, nbytes: int) -> None:
+        if nbytes > MAX_HEADER_NBYTES:
+            raise self.fail("header-length", f"the header has more than {MAX_HEADER_NBYTES} bytes: the file is damaged")
+
     def _hold(self, nbytes: int) -> None:
         """Have the first ``nbytes`` bytes in memory. Views of what was there before stay valid."""
         if nbytes <= len(self._view):
             return
-        if nbytes > MAX_HEADER_NBYTES:
-            raise self.fail("header-length", f"the header has more than {MAX_HEADER_NBYTES} bytes: the file is damaged")
+        self._limit(nbytes)
         length = min(self.end, max(nbytes, 4 * len(self._view), _FIRST_READ_NBYTES))
         self._view = memoryview(self._stored.read(self._base, length)).toreadonly()  # type: ignore[arg-type]
 
@@ -328,11 +334,15 @@ class _Cursor:
                 f"array {quoted(key)} claims {count} elements, at least {nbytes} bytes, but only "
                 f"{self.end - self.position} bytes are left in the file",
             )
+        self._limit(self.position + nbytes)
         if element is ValueType.STRING:
             return Value(ValueType.ARRAY, self.strings(count, key), element)
         if element is ValueType.ARRAY:
             if depth == MAX_NESTING:
                 raise self.fail("nested-array", f"key {quoted(key)} holds arrays within arrays, more than {depth} deep")
+            self.nested += count
+            if self.nested > MAX_NESTED:
+                raise self.fail("nested-array", f"key {quoted(key)} brings the arrays within arrays to {self.nested}")
             return Value(ValueType.ARRAY, tuple(self._array(key, depth + 1) for _ in range(count)), element)
         return Value(ValueType.ARRAY, self._scalars(element, count, key), element)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
 import tracemalloc
 from pathlib import Path
@@ -182,6 +183,30 @@ def test_refused_by_its_rule(case: str, tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
     assert f"[rule: {rule}]" in str(caught.value)
     assert peak < 10_000_000, f"{peak} bytes were allocated on the file's word"
+
+
+@pytest.mark.parametrize(
+    ("value_type", "value", "rule"),
+    [
+        (STRING, u64(2**38), "header-length"),
+        (ARRAY, u32(F32) + u64(2**36), "header-length"),
+        (ARRAY, u32(STRING) + u64(2**36), "header-length"),
+        (ARRAY, u32(ARRAY) + u64(2**36), "header-length"),
+        (ARRAY, u32(ARRAY) + u64(2**20), "nested-array"),
+    ],
+)
+def test_a_sparse_file_gets_no_memory_either(value_type: int, value: bytes, rule: str, tmp_path: Path) -> None:
+    path = write(tmp_path, build((kv("k", value_type, value),)))
+    os.truncate(path, 2**40)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ContainerError) as caught:
+            read_container(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert caught.value.rule == rule
+    assert peak < 2**20
 
 
 @pytest.mark.parametrize("case", ["array of 2^63 strings", "array of 2^63 u64", "2^63 tensors", "2^63 keys"])
