@@ -36,6 +36,8 @@ _TURNED: Final = frozenset(
 """Types whose big-endian bytes are known: numbers, and those that gguf-convert-endian turns round, whose blocks have their
 scales in the highest-byte-first order and nothing else of more than one byte. Of BF16 tools disagree."""
 
+_PIECE_NBYTES: Final = 1 << 20
+"""Of rows from here and there that are copied at a time."""
 _MAX_FILES: Final = 10_000
 """GGUFs that are counted behind the first one of a file."""
 
@@ -244,8 +246,22 @@ class Tensor:
         return numbers, paired
 
     def _packed_rows(self, numbers: npt.NDArray[np.int64], row_nbytes: int) -> npt.NDArray[np.uint8]:
-        """Read rows by their numbers, in any order: uint8 [n, row_nbytes]."""
+        """Read rows by their numbers, in any order: uint8 [n, row_nbytes]; raises IndexError for a number that is no row's."""
+        n_rows = prod(self.shape[:-1])
+        if numbers.size and not 0 <= numbers.min() <= numbers.max() < n_rows:
+            raise IndexError(f"rows {numbers.min()} to {numbers.max()} of {quoted(self.name)}, which has {n_rows}")
         packed = np.empty((numbers.size, row_nbytes), np.uint8)
+        if not self._container.big_endian:
+            if numbers.size:
+                view = self.packed.reshape(-1, row_nbytes)
+                # As in decoding: whether the file still has the bytes is looked at before each piece.
+                step = max(1, _PIECE_NBYTES // row_nbytes)
+                for start in range(0, numbers.size, step):
+                    piece = numbers[start : start + step]
+                    self._container.stored.require(self.position + (int(piece.max()) + 1) * row_nbytes)
+                    # The numbers are those of rows, so nothing is clipped; the default looks, and copies twice.
+                    view.take(piece, axis=0, out=packed[start : start + step], mode="clip")
+            return packed
         # Rows that follow each other are one read.
         breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
         for start, stop in zip((0, *breaks), (*breaks, numbers.size), strict=True):

@@ -142,6 +142,17 @@ def test_files_that_are_dropped_give_their_descriptors_back(tmp_path: Path) -> N
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
 
+def test_rows_by_their_numbers(tmp_path: Path) -> None:
+    values = numbers(0, 3, 40, 32)
+    with ggufx.open(f32_file(tmp_path / "m.gguf", values)) as f:
+        chosen = np.array([119, 0, 7, 7, 8])
+        assert f["t0"].rows_at(chosen).tolist() == values.reshape(120, 32)[chosen].tolist()
+        assert f["t0"].rows_at(chosen[:0]).shape == (0, 32)
+        for bad in (120, -1):
+            with pytest.raises(IndexError, match=f"rows {min(0, bad)} to {max(0, bad)} of 't0', which has 120"):
+                f["t0"].rows_at(np.array([0, bad]))
+
+
 # Files that change ----------------------------------------------------------------------------------------------------
 
 
