@@ -164,12 +164,6 @@ class Container:
         """Whether :meth:`close` was called."""
         return self.stored.closed
 
-    @property
-    def missing_nbytes(self) -> int:
-        """Bytes that the offsets of the tensors call for at least and that the file does not have."""
-        least = self.data_offset + max((entry.offset for entry in self.entries), default=0)
-        return max(0, least - self.file_nbytes)
-
     def bytes_of(self, entry: Entry, nbytes: int | None = None) -> npt.NDArray[np.uint8]:
         """Return the tensor's bytes, uint8 [nbytes], a read-only view of the file; default: the whole span."""
         return self.stored.view(self.data_offset + entry.offset, entry.span if nbytes is None else nbytes)

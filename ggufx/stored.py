@@ -160,12 +160,14 @@ class StoredFile:
         # Kept as long as the descriptor, and as long as arrays view it.
         self._mapping: _Mapping | None = None
         self._viewed: ReferenceType[_Mapping] | None = None
-        self._identity: tuple[int, int] | None = None
-        with _recent.lock:
-            descriptor = self._open()
-        status = os.fstat(descriptor)
-        self._regular = stat.S_ISREG(status.st_mode)
-        self.nbytes = status.st_size if self._regular else os.lseek(descriptor, 0, os.SEEK_END)
+        self._identity: tuple[int, ...] | None = None
+        descriptor = self._take()
+        try:
+            status = os.fstat(descriptor)
+            self._regular = stat.S_ISREG(status.st_mode)
+            self.nbytes = status.st_size if self._regular else os.lseek(descriptor, 0, os.SEEK_END)
+        finally:
+            self._give()
         self.state = (self.nbytes, status.st_mtime_ns)
         if state is not None and state != self.state:
             raise ContainerError(path, "changed", "the file is not what it was when it was first opened; open it again")
@@ -319,10 +321,13 @@ class StoredFile:
                     "magic",
                     "is a pipe or a device without a size, not a GGUF file; write its content to a file",
                 )
-            identity = (status.st_dev, status.st_ino)
+            # With size and time, as the next file may get the number of one that was removed.
+            identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
             if self._identity not in (None, identity):
                 raise ContainerError(
-                    self.path, "changed", "another file has taken the place of the one that was opened; open it again"
+                    self.path,
+                    "changed",
+                    "another file has taken the place of the one that was opened, or it was changed; open it again",
                 )
         except BaseException:
             os.close(descriptor)

@@ -20,7 +20,17 @@ from typing import Any, Final, overload
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["DTYPES", "KeyValues", "StringArray", "Value", "ValueType", "decode_text", "encode_text", "printable"]
+__all__ = [
+    "DTYPES",
+    "KeyValues",
+    "StringArray",
+    "Value",
+    "ValueType",
+    "decode_text",
+    "encode_string",
+    "encode_text",
+    "printable",
+]
 
 
 class ValueType(IntEnum):

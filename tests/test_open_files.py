@@ -30,7 +30,7 @@ from ggufx.stored import descriptor_limit
 
 Cli = Callable[..., Run]
 
-COUNT = 150
+COUNT = 110
 LIMIT = 96
 """Descriptors that the process may have, those of the tests' own included: fewer than there are files."""
 
