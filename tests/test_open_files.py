@@ -178,22 +178,31 @@ def test_a_file_that_is_shortened_while_it_is_open(tmp_path: Path) -> None:
             ggufx.torch.TorchFile(f).load()
 
 
-def test_a_file_that_shrinks_does_not_kill_the_process(tmp_path: Path) -> None:
-    path = f32_file(tmp_path / "m.gguf", numbers(1, 512, 1024))
+def test_a_file_that_shrinks_while_it_is_decoded_does_not_kill_the_process(tmp_path: Path) -> None:
+    # Three pieces of 4 MB and rows from two of them; the file is cut while the first piece is decoded.
+    path = f32_file(tmp_path / "m.gguf", np.ones((3, 1 << 20), "<f4"))
+    size = path.stat().st_size
     code = (
         "import os, sys, ggufx\n"
+        "from ggufx.types.scalars import F32\n"
+        "decode = F32.decode_rows\n"
+        "def cut(self, rows, out):\n"
+        "    decode(self, rows, out)\n"
+        "    os.truncate(sys.argv[1], 8192)\n"
+        "F32.decode_rows = cut\n"
         "f = ggufx.open(sys.argv[1])\n"
-        "os.truncate(sys.argv[1], 8192)\n"
-        "try:\n"
-        "    f['t0'].numpy()\n"
-        "except ggufx.errors.ContainerError as error:\n"
-        "    print(error.rule)\n"
+        "for read in (lambda: f['t0'].numpy(threads=1), lambda: f['t0'][[2, 0]]):\n"
+        "    try:\n"
+        "        read()\n"
+        "    except ggufx.errors.ContainerError as error:\n"
+        "        print(error.rule)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(ggufx.__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", code, path], capture_output=True, text=True, env=environment, check=False
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "truncated\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "truncated\ntruncated\n", "")
+    assert path.stat().st_size == 8192 < size
 
 
 def test_measure_reads_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
