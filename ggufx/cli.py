@@ -55,6 +55,7 @@ from ggufx.errors import DiskError, FallbackError, GGUFError, PlanError
 from ggufx.file import open as open_gguf
 from ggufx.plan import Plan
 from ggufx.terminal import Lines, make_table, prepare_streams, printable
+from ggufx.values import as_unicode
 
 __all__ = ["app", "main"]
 
@@ -159,8 +160,10 @@ def _json(data: Any) -> str:
     def clean(value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
             return None
+        if isinstance(value, str):
+            return as_unicode(value)  # a name in a file need not be UTF-8
         if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items()}
+            return {clean(key): clean(item) for key, item in value.items()}
         return [clean(item) for item in value] if isinstance(value, list | tuple) else value
 
     return json.dumps(clean(data), indent=1, allow_nan=False) + "\n"
@@ -402,16 +405,44 @@ def inspect(
     tensors: Annotated[str | None, typer.Option(help="Shell pattern of the tensors to list.")] = None,
     limit: Annotated[int | None, typer.Option(min=0, help="List at most N tensors and array elements.")] = None,
     dialect: DialectOption = None,
+    header_only: Annotated[
+        bool,
+        typer.Option("--header-only", help="Exit with 0 though tensor data or members of a split are missing."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show a GGUF's dialect, metadata, tensors, and bytes by type and by role."""
+    """Show a GGUF's dialect, metadata, tensors, and bytes by type and by role.
+
+    Of a file that is incomplete it shows what is there, says what is missing, and exits with 1 (with --header-only: 0).
+    """
     name = None if dialect is None else dialect.value
     # A table shows a few elements of an array; JSON without a limit has them all.
     elements = limit if as_json or limit is not None else 8
-    found = inspect_module.inspect(file, dialect=name, pattern=tensors, limit=limit, elements=elements)
-    if as_json:
-        _print_json(found)
-        return
+
+    def look(*, header_only: bool) -> dict[str, Any]:
+        return inspect_module.inspect(
+            file, dialect=name, pattern=tensors, limit=limit, elements=elements, header_only=header_only
+        )
+
+    failure: GGUFError | None = None
+    try:
+        found = look(header_only=header_only)
+    except GGUFError as error:
+        try:
+            found = look(header_only=True)
+        except GGUFError:
+            raise error from None
+        if found["file"]["complete"]:
+            raise
+        failure = error
+    _print_json(found) if as_json else _print_inspected(found)
+    for note in found["file"]["notes"]:
+        _err.print(f"note: {_text(note)}")
+    if failure is not None:
+        raise failure
+
+
+def _print_inspected(found: dict[str, Any]) -> None:
     about = found["file"]
     for key in ("path", "format", "version", "dialect", "file_type", "alignment", "data_offset", "nbytes"):
         # A hybrid has no header, so no version and no alignment.
@@ -542,6 +573,7 @@ def rewrite(
     """Copy a GGUF with the same metadata and tensor bytes: merges a split file, or splits one."""
     with open_gguf(file, dialect=None if dialect is None else dialect.value) as source:
         plan = rewrite_module.plan_rewrite(source, outfile, split_max_nbytes=_parse_nbytes(split_max_size))
+        _print_skipped(plan, _err, verbose=False)
         _execute(plan, "rewrite", overwrite=overwrite, resume=resume, threads=threads)
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
+from typing import Literal
 
 from ggufx import types
 from ggufx.container import Entry, align_up
-from ggufx.errors import AmbiguousDialect, CodecError, UnknownDialect
+from ggufx.errors import AmbiguousDialect, CodecError, UnknownDialect, quoted
 from ggufx.types import Codec
 
 __all__ = ["DIALECTS", "DS4", "OPAQUE", "TARGETS", "Dialect", "Resolution", "fits", "get", "resolve"]
@@ -123,16 +125,32 @@ def get(name: str) -> Dialect:
     return DIALECTS[name]
 
 
-def fits(codec: Codec, entry: Entry) -> bool:
-    """Return whether a tensor of ``codec`` tiles the entry's span exactly, final padding aside."""
-    try:
-        nbytes = codec.layout.nbytes(entry.shape)
-    except CodecError:
+End = Literal["exact", "longer", "shorter"]
+"""What the last tensor's span may be: the tensor's bytes and at most their padding; more, as other bytes may follow; less, as
+the file may be incomplete."""
+
+
+def _has_whole_rows(codec: Codec, entry: Entry) -> bool:
+    """Return whether the entry's rows are whole blocks of ``codec``."""
+    return (entry.shape[-1] if entry.shape else 1) % codec.layout.block_len == 0
+
+
+def fits(codec: Codec, entry: Entry, end: End = "exact") -> bool:
+    """Return whether a tensor of ``codec`` tiles the entry's span exactly, final padding aside.
+
+    Parameters
+    ----------
+    end
+        Of which kind the span of a file's last tensor may be; each kind includes those before it.
+    """
+    if not _has_whole_rows(codec, entry):
         return False
-    if entry.last:
-        # Writers may or may not pad the last tensor.
-        return nbytes <= entry.span <= align_up(nbytes, entry.alignment)
-    return entry.span == align_up(nbytes, entry.alignment)
+    nbytes = codec.layout.nbytes(entry.shape)
+    padded = align_up(nbytes, entry.alignment)
+    if not entry.last:
+        return entry.span == padded
+    # Writers may or may not pad the last tensor.
+    return (end == "shorter" or nbytes <= entry.span) and (end != "exact" or entry.span <= padded)
 
 
 @dataclass(frozen=True)
@@ -155,7 +173,12 @@ class Resolution:
 
 
 def resolve(
-    path: object, entries: Sequence[Entry], *, dialect: str | None = None, stamped: str | None = None
+    path: object,
+    entries: Sequence[Entry],
+    *,
+    dialect: str | None = None,
+    stamped: str | None = None,
+    incomplete: bool = False,
 ) -> Resolution:
     """Find the dialect of a file from its ids and spans.
 
@@ -170,6 +193,8 @@ def resolve(
         file of an unknown fork can be listed and copied.
     stamped
         Value of the file's ``ggufx.dialect`` key; one that is not registered here (a newer ggufx wrote it) counts as none.
+    incomplete
+        The file may end before its last tensor does.
 
     Raises
     ------
@@ -188,7 +213,7 @@ def resolve(
     meanings = {i: _meanings(candidates, i) for i in by_id}
     valid: dict[int, dict[str, Codec]] = {}
     for type_id, named in meanings.items():
-        valid[type_id] = {name: codec for name, codec in named.items() if all(fits(codec, e) for e in by_id[type_id])}
+        valid[type_id] = _fitting(named, by_id[type_id], incomplete=incomplete)
         if named and not valid[type_id]:
             raise UnknownDialect(_misfit(path, type_id, named, by_id[type_id]))
     known = [type_id for type_id, named in meanings.items() if named]
@@ -208,31 +233,56 @@ def _meanings(candidates: Iterable[Dialect], type_id: int) -> dict[str, Codec]:
     return {name: codec for name, codec in found.items() if codec is not None}
 
 
+def _fitting(named: Mapping[str, Codec], entries: Sequence[Entry], *, incomplete: bool) -> dict[str, Codec]:
+    """Return the meanings whose sizes are the entries' spans, of the last tensor as nearly as any meaning has it."""
+    ends: tuple[End, ...] = ("exact", "longer", "shorter") if incomplete else ("exact", "longer")
+    for end in ends:
+        found = {name: codec for name, codec in named.items() if all(fits(codec, entry, end) for entry in entries)}
+        if found:
+            return found
+        # Other bytes may follow the last tensor, but rather it is what a fork means whose sizes are the spans.
+        meanings = _meanings(DIALECTS.values(), entries[0].type_id)
+        if any(all(fits(codec, entry) for entry in entries) for codec in meanings.values()):
+            break
+    return {}
+
+
 def _agreed(path: object, type_id: int, named: Mapping[str, Codec], entries: Sequence[Entry]) -> Codec:
     distinct = dict.fromkeys(named.values())
-    if len(distinct) == 1:
-        return next(iter(distinct))
+    if len(distinct) == 1 or not any(prod(entry.shape) for entry in entries):
+        return next(iter(distinct))  # tensors without elements are the same in every type
     claims = ", ".join(f"{codec.name} in {name}" for name, codec in named.items())
     raise AmbiguousDialect(
-        f"{path}: id {type_id} of tensor {entries[0].name!r} and {len(entries) - 1} more fits several types: {claims}; "
+        f"{path}: id {type_id} of tensor {quoted(entries[0].name)} and {len(entries) - 1} more fits several types: {claims}; "
         "say which with --dialect or open(..., dialect=...)"
     )
 
 
 def _misfit(path: object, type_id: int, named: Mapping[str, Codec], entries: Sequence[Entry]) -> str:
     codec_of = dict.fromkeys(named.values())
-    entry = (
-        next(e for e in entries if not any(fits(codec, e) for codec in codec_of)) if len(codec_of) == 1 else entries[0]
-    )
+    entry = entries[0]
+    if len(codec_of) == 1:
+        (codec,) = codec_of
+        odd = [e for e in entries if not fits(codec, e)]
+        entry = next((e for e in odd if not fits(codec, e, "longer")), odd[0])
     sizes = []
     for codec in codec_of:
         try:
+            codec.layout.row_nbytes(entry.shape[-1] if entry.shape else 1)
             sizes.append(f"{codec.layout.nbytes(entry.shape)} bytes as {codec.name}")
         except CodecError as error:
             sizes.append(f"impossible as {codec.name} ({error})")
+    shown = f"{path}: tensor {quoted(entry.name)} {list(entry.shape)} of type id {entry.type_id} has {entry.span} bytes"
+    takes = " or ".join(sizes)
+    listed = f"--dialect {OPAQUE} lists it all the same"
+    needs = [codec.layout.nbytes(entry.shape) for codec in codec_of if _has_whole_rows(codec, entry)]
+    if needs and not entry.last and entry.span > max(needs):
+        return (
+            f"{shown} before the next tensor starts but takes {takes}: there is a gap between the tensors, which llama.cpp "
+            f"refuses, too; or a fork wrote the file that gives this id another meaning ({listed})"
+        )
     where = "the file ends there" if entry.last else "the next tensor starts there"
     return (
-        f"{path}: tensor {entry.name!r} {list(entry.shape)} of type id {type_id} has {entry.span} bytes ({where}) but takes "
-        f"{' or '.join(sizes)}: the model is corrupted or incomplete, or written by a fork that gives this id another "
-        f"meaning (--dialect {OPAQUE} lists it all the same)"
+        f"{shown} ({where}) but takes {takes}: the model is corrupted or incomplete, or written by a fork that gives this id "
+        f"another meaning ({listed})"
     )

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import execute
-from ggufx.container import Value, ValueType
 from ggufx.execute import Progress
 from ggufx.file import Tensor
 from ggufx.hybrid import HybridFile, ScaledTensor, open
+from ggufx.values import Value, ValueType, as_unicode
 
 __all__ = ["Difference", "TensorDifference", "diff"]
 
@@ -95,10 +95,10 @@ def diff(
 
 
 def _keys(a: dict[str, Value], b: dict[str, Value]) -> list[str]:
-    lines = [f"- {key} = {_text(a[key])}" for key in a if key not in b and not key.startswith("split.")]
-    lines += [f"+ {key} = {_text(b[key])}" for key in b if key not in a and not key.startswith("split.")]
+    lines = [f"- {as_unicode(key)} = {_text(a[key])}" for key in a if key not in b and not key.startswith("split.")]
+    lines += [f"+ {as_unicode(key)} = {_text(b[key])}" for key in b if key not in a and not key.startswith("split.")]
     lines += [
-        f"~ {key}: {_text(a[key])} -> {_text(b[key])}"
+        f"~ {as_unicode(key)}: {_text(a[key])} -> {_text(b[key])}"
         for key in a
         if key in b and not key.startswith("split.") and not a[key].same(b[key])
     ]

@@ -21,8 +21,6 @@ from ggufx import execute, outputs, plan
 from ggufx.assignments import FIXED_KEYS
 from ggufx.container import (
     Container,
-    Value,
-    ValueType,
     backup_path,
     encode_header,
     read_container,
@@ -31,6 +29,7 @@ from ggufx.container import (
 from ggufx.errors import DiskError, PlanError
 from ggufx.execute import Progress
 from ggufx.plan import Plan, Span
+from ggufx.values import Value, ValueType, as_unicode
 
 __all__ = ["Edit", "plan_edit", "set_keys", "typed_metadata"]
 
@@ -86,6 +85,7 @@ def plan_edit(path: str | Path, assignments: Mapping[str, Value], remove: Sequen
     state = _state(target)
     container = read_container(target)
     try:
+        container.require_little_endian()
         keys = container.metadata.typed()
         for key in (*assignments, *remove):
             if key in FIXED_KEYS:
@@ -94,17 +94,24 @@ def plan_edit(path: str | Path, assignments: Mapping[str, Value], remove: Sequen
         if both:
             raise PlanError(f"{target}: {both[0]} is both set and removed")
         notes = [f"{key} is not in the file, so it need not be removed" for key in remove if key not in keys]
-        lines = [f"- {key}" for key in dict.fromkeys(remove) if keys.pop(key, None) is not None]
+        lines = [f"- {as_unicode(key)}" for key in dict.fromkeys(remove) if keys.pop(key, None) is not None]
         for key, value in assignments.items():
             old = keys.get(key)
             if old is not None and old.same(value):
                 continue
-            lines.append(f"+ {key} = {_short(value)}" if old is None else f"~ {key}: {_short(old)} -> {_short(value)}")
+            lines.append(
+                f"+ {as_unicode(key)} = {_short(value)}"
+                if old is None
+                else f"~ {as_unicode(key)}: {_short(old)} -> {_short(value)}"
+            )
             keys[key] = value
         _check_token_ids(target, keys, assignments)
         directory = [(entry.name, entry.shape, entry.type_id, entry.offset) for entry in container.entries]
         header = encode_header(keys, directory, container.alignment)
         fits = len(header) == container.data_offset or not lines
+        extra = container.file_nbytes - container.data_offset
+        if not fits and not container.entries and extra > 0:
+            lines.append(f"- {extra} bytes behind the header, which belong to no tensor")
         return Edit(target, tuple(lines), header, None if fits else _plan_anew(container, keys), state, tuple(notes))
     finally:
         container.close()

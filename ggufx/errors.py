@@ -6,6 +6,9 @@ rule that was broken, the numbers, and what to do. The command line prints that 
 
 from __future__ import annotations
 
+import re
+from typing import Final
+
 __all__ = [
     "AmbiguousDialect",
     "CheckpointError",
@@ -24,11 +27,33 @@ __all__ = [
     "UnknownDialect",
     "UnknownType",
     "UnsupportedType",
+    "quoted",
 ]
 
 
+_LONG_NAME: Final = re.compile(r"'[^'\s]{300,}'")
+"""A quoted word: sentences with two apostrophes have spaces between them."""
+
+
+def _shortened(found: re.Match[str]) -> str:
+    return quoted(found[0][1:-1])
+
+
+def quoted(name: str) -> str:
+    """Return a name as messages show it: in quotes, odd characters escaped, and the middle of a long one left out."""
+    if len(name) <= 120:
+        return repr(name)
+    return f"{name[:60]!r}...{name[-30:]!r} ({len(name)} characters)"
+
+
 class GGUFError(Exception):
-    """Base of every error that ggufx raises on purpose."""
+    """Base of every error that ggufx raises on purpose.
+
+    A name in quotes that is longer than any real one (a file may give a tensor 65535 bytes) is shortened in the message.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_LONG_NAME.sub(_shortened, arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ContainerError(GGUFError):
@@ -49,6 +74,10 @@ class ContainerError(GGUFError):
         self.path = str(path)
         self.rule = rule
         self.detail = detail
+
+    def __reduce__(self) -> tuple[type[ContainerError], tuple[str, str, str]]:
+        # Worker processes send errors as pickles, which call the class with what is in args otherwise.
+        return type(self), (self.path, self.rule, self.detail)
 
 
 class UnknownType(GGUFError):
@@ -95,6 +124,9 @@ class NonFiniteError(CodecError):
     def __init__(self, row: int, column: int, value: object, name: str) -> None:
         super().__init__(f"found {value} at row {row}, column {column}: {name} encodes finite values only")
         self._facts = (row, column, value, name)
+
+    def __reduce__(self) -> tuple[type[NonFiniteError], tuple[int, int, object, str]]:
+        return type(self), self._facts
 
     def moved(self, rows: int) -> NonFiniteError:
         """Return the error for rows that are a part of something, of which ``rows`` rows come before."""

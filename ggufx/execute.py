@@ -15,10 +15,11 @@ import os
 import struct
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -40,6 +41,7 @@ from ggufx.errors import (
     SourceCodesError,
 )
 from ggufx.plan import FLOAT_SCALES, Plan, PlannedFile, PlannedTensor, Span, Tile, Transform
+from ggufx.stored import descriptor_limit, scratch
 from ggufx.transforms import ColumnEnergy, Outcome, apply, decode_parts
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "descriptor",
     "ended_early",
     "execute",
+    "let_go",
     "memory_need",
     "open_files",
     "partial_path",
@@ -72,6 +75,8 @@ _SYNC_FILE_RANGE_WRITE: Final = 2
 _OUTPUT_FLAGS: Final = os.O_RDWR | os.O_NOFOLLOW
 _BATCH_NBYTES: Final = 1 << 24
 _BATCH_LEN: Final = 32
+_BATCH_FILES: Final = 4
+"""Descriptors that a batch holds at most: all workers together have to live with those of a process, which may be 256."""
 _PIECE_NBYTES: Final = 1 << 18
 _PROCESS_NBYTES: Final = 250_000_000
 """Python, NumPy, Numba with LLVM, and a plan of a hundred thousand tiles."""
@@ -128,15 +133,19 @@ class _Done(NamedTuple):
 
 @dataclass
 class _Files:
-    """Open descriptors of this process, by path and mode, for as long as some run uses them."""
+    """Open descriptors of this process, by path and mode, for as long as some run uses them.
+
+    No more of them than a process may have: the least recently used ones that nobody holds are closed for others.
+    """
 
     descriptors: dict[tuple[str, int], tuple[int, tuple[int, int]]]
     retired: list[int]
     lock: threading.Lock
     users: int = 0
+    holders: Counter[int] = field(default_factory=Counter)
 
     def get(self, path: str, flags: int) -> int:
-        """Return a descriptor of the file that is at ``path`` now.
+        """Return a descriptor of the file that is at ``path`` now; it stays open until :meth:`let_go`.
 
         A worker process lives longer than a run: what it opened as OUT.partial is OUT after the rename, and the next run
         must not write there.
@@ -147,13 +156,39 @@ class _Files:
             if held is not None:
                 status = Path(path).stat()
                 if held[1] == (status.st_dev, status.st_ino):
+                    self.descriptors[key] = self.descriptors.pop(key)  # the last one is the most recent
+                    self.holders[held[0]] += 1
                     return held[0]
                 # Another thread may be reading through the old one, and its number must not become another file's.
                 self.retired.append(self.descriptors.pop(key)[0])
+            self._make_room()
             descriptor = os.open(path, flags | os.O_CLOEXEC)
             status = os.fstat(descriptor)
             self.descriptors[key] = descriptor, (status.st_dev, status.st_ino)
+            self.holders[descriptor] += 1
             return descriptor
+
+    def let_go(self, descriptor: int) -> None:
+        """Say that one who got a descriptor no longer uses it."""
+        with self.lock:
+            self.holders[descriptor] -= 1
+
+    @contextmanager
+    def using(self, path: str, flags: int) -> Iterator[int]:
+        """Return a context with a descriptor of the file that is at ``path`` now."""
+        descriptor = self.get(path, flags)
+        try:
+            yield descriptor
+        finally:
+            self.let_go(descriptor)
+
+    def _make_room(self) -> None:
+        excess = len(self.descriptors) + 1 - descriptor_limit()
+        if excess <= 0:
+            return
+        idle = [key for key, (descriptor, _) in self.descriptors.items() if not self.holders[descriptor]]
+        for key in idle[:excess]:
+            os.close(self.descriptors.pop(key)[0])
 
     def __enter__(self) -> Self:
         with self.lock:
@@ -169,19 +204,10 @@ class _Files:
                     os.close(descriptor)
                 self.descriptors.clear()
                 self.retired.clear()
+                self.holders.clear()
 
 
 _files = _Files({}, [], threading.Lock())
-_local = threading.local()
-
-
-def scratch(slot: str, nbytes: int) -> npt.NDArray[np.uint8]:
-    """Return this thread's memory called ``slot``, uint8 [nbytes], used again by the next call: fresh pages cost a copy."""
-    held: npt.NDArray[np.uint8] | None = getattr(_local, slot, None)
-    if held is None or held.nbytes < nbytes:
-        held = np.empty(nbytes, np.uint8)
-        setattr(_local, slot, held)
-    return held[:nbytes]
 
 
 def read_into(path: str, offset: int, buffer: npt.NDArray[np.uint8]) -> None:
@@ -189,7 +215,8 @@ def read_into(path: str, offset: int, buffer: npt.NDArray[np.uint8]) -> None:
 
     Reads with ``pread`` into memory that is used again: mapped pages of a large model would count as resident memory.
     """
-    _fill_buffer(path, _files.get(path, os.O_RDONLY), offset, buffer)
+    with _files.using(path, os.O_RDONLY) as descriptor:
+        _fill_buffer(path, descriptor, offset, buffer)
 
 
 def read_strided(
@@ -199,15 +226,15 @@ def read_strided(
 
     Otherwise as :func:`read_into`; a descriptor and a view for all of them, as thousands of short spans are mostly overhead.
     """
-    descriptor = _files.get(path, os.O_RDONLY)
     view, at = memoryview(buffer), 0  # type: ignore[arg-type] # ndarrays are buffers
-    while at < len(view):
-        for start, nbytes in spans:
-            part = view[at : at + nbytes]
-            if os.preadv(descriptor, [part], offset + start) != nbytes:
-                _fill_buffer(path, descriptor, offset + start, buffer[at : at + nbytes])
-            at += nbytes
-        offset += stride
+    with _files.using(path, os.O_RDONLY) as descriptor:
+        while at < len(view):
+            for start, nbytes in spans:
+                part = view[at : at + nbytes]
+                if os.preadv(descriptor, [part], offset + start) != nbytes:
+                    _fill_buffer(path, descriptor, offset + start, buffer[at : at + nbytes])
+                at += nbytes
+            offset += stride
 
 
 def read_spans(sources: Sequence[str], tile: Tile) -> list[npt.NDArray[np.uint8]]:
@@ -226,8 +253,13 @@ def open_files() -> AbstractContextManager[object]:
 
 
 def descriptor(path: str) -> int:
-    """Return a descriptor for reading, good within :func:`open_files`, for who reads without Python."""
+    """Return a descriptor for reading, good within :func:`open_files` until :func:`let_go`, for who reads without Python."""
     return _files.get(path, os.O_RDONLY)
+
+
+def let_go(descriptor: int) -> None:
+    """Say that what :func:`descriptor` gave is no longer used."""
+    _files.let_go(descriptor)
 
 
 def ended_early(path: str, offset: int, nbytes: int, got: int) -> CheckpointError:
@@ -282,6 +314,14 @@ def _start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
 def _run(jobs: Sequence[_Job]) -> list[_Done]:
     """Do some tiles; stops after one that is refused. Runs on any thread or process."""
     opened: dict[tuple[str, int], int] = {}
+    try:
+        return _run_tiles(jobs, opened)
+    finally:
+        for descriptor in opened.values():
+            _files.let_go(descriptor)
+
+
+def _run_tiles(jobs: Sequence[_Job], opened: dict[tuple[str, int], int]) -> list[_Done]:
     done: list[_Done] = []
     for job in jobs:
         done.append(_run_tile(job, opened))
@@ -291,10 +331,11 @@ def _run(jobs: Sequence[_Job]) -> list[_Done]:
         # The tiles of a batch follow each other in the file.
         ranges = [(job.position, job.position + job.tile.nbytes) for job in jobs if job.output == output]
         start, end = ranges[0][0], ranges[-1][1]
-        if jobs[0].sync:
-            os.fsync(opened[output, _OUTPUT_FLAGS])
-        else:
-            _start_writeback(opened[output, _OUTPUT_FLAGS], start, end - start)
+        with _files.using(output, _OUTPUT_FLAGS) as descriptor:
+            if jobs[0].sync:
+                os.fsync(descriptor)
+            else:
+                _start_writeback(descriptor, start, end - start)
     return done
 
 
@@ -311,6 +352,16 @@ def _open_output(path: str, inode: int, get: Callable[[str, int], int]) -> int:
     return descriptor
 
 
+@contextmanager
+def _opened_output(path: str, inode: int) -> Iterator[int]:
+    """Return a context with a descriptor of a partial output; raises as :func:`_open_output`."""
+    descriptor = _open_output(path, inode, _files.get)
+    try:
+        yield descriptor
+    finally:
+        _files.let_go(descriptor)
+
+
 def _replaced(path: object) -> PlanError:
     return PlanError(
         f"{path}: was moved or replaced by something else while it was written; nothing was given its final name: start again"
@@ -324,6 +375,9 @@ def _run_tile(job: _Job, opened: dict[tuple[str, int], int]) -> _Done:
         # Once a batch: looking whether a path is still the same file takes longer than reading a small tile.
         key = (path, flags)
         if key not in opened:
+            if len(opened) == _BATCH_FILES:
+                # The output stays: it is written to after this.
+                _files.let_go(opened.pop(next(held for held in opened if held[0] != job.output)))
             opened[key] = _files.get(path, flags)
         return opened[key]
 
@@ -1004,18 +1058,18 @@ def _codes_error(plan: Plan, tensor: PlannedTensor, job: _Job, outcome: Outcome)
 def _finish(plan: Plan, pending: list[_Pending], journal: _Journal, *, overwrite: bool) -> None:
     for file, inode in pending:
         partial = partial_path(file.path)
-        descriptor = _open_output(str(partial), inode, _files.get)
-        _write(descriptor, 0, file.header)
-        if journal.resumed:
-            # What was new is zero between the tensors; what was there before may be anything.
-            for offset, nbytes in file.gaps():
-                _write(descriptor, offset, bytes(nbytes))
-        try:
-            os.fsync(descriptor)
-        except OSError:
-            # Linux forgets which pages failed and would read them back as good: nothing in the journal holds any more.
-            journal.forget()
-            raise
+        with _opened_output(str(partial), inode) as descriptor:
+            _write(descriptor, 0, file.header)
+            if journal.resumed:
+                # What was new is zero between the tensors; what was there before may be anything.
+                for offset, nbytes in file.gaps():
+                    _write(descriptor, offset, bytes(nbytes))
+            try:
+                os.fsync(descriptor)
+            except OSError:
+                # Linux forgets which pages failed and would read them back as good: nothing in the journal holds any more.
+                journal.forget()
+                raise
         _check_file(partial, file)
     inodes = {file.path: inode for file, inode in pending}
     for number, file in enumerate(plan.files):

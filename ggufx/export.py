@@ -24,6 +24,7 @@ from ggufx.execute import Progress
 from ggufx.file import File, open
 from ggufx.plan import Matrix, Plan, PlannedFile, PlannedShard, PlannedTensor, PlannedText, Span, Transform
 from ggufx.retarget import is_bfloat16, short
+from ggufx.values import as_unicode
 
 __all__ = ["export", "plan_export"]
 
@@ -89,8 +90,10 @@ def plan_export(file: File, outfile: str | Path) -> Plan:
             "weight_map": {t.name: names[t.shard].name for t in sorted(described, key=lambda t: t.name)},
         }
     files += [PlannedText(directory / name, content=_json(content)) for name, content in small.items()]
-    files.append(PlannedText(directory / "README.md", content=companions.model_card(file.facts).encode()))
-    notes += [f"config.json: {key} is supposed: {why}" for key, why in model.supposed]
+    files.append(
+        PlannedText(directory / "README.md", content=_utf8(companions.model_card(file.facts), "the model card"))
+    )
+    notes += [*file.notes, *(f"config.json: {key} is supposed: {why}" for key, why in model.supposed)]
     notes += [f"key {key} is left out: config.json has no place for it" for key in unsaid]
     if model.config["num_nextn_predict_layers"]:
         notes.append("config.json: num_nextn_predict_layers is 0: the MTP block is not in this file")
@@ -229,4 +232,14 @@ def _config(model: DeepSeekV4File, tensors: Iterable[SourceTensor]) -> dict[str,
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return _utf8(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "a token or another text")
+
+
+def _utf8(text: str, what: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        around = as_unicode(text[max(0, error.start - 20) : error.end + 20])
+        raise PlanError(
+            f"{what} holds bytes that are not UTF-8, which a checkpoint's files cannot: {around!r}; ggufx set repairs a key"
+        ) from None

@@ -10,25 +10,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import EllipsisType, TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from ggufx import dialects
-from ggufx.container import Container, Entry, KeyValues, read_container, read_splits
-from ggufx.errors import ContainerError, UnknownType
+from ggufx import dialects, types
+from ggufx.container import MAGIC, Container, Entry, KeyValues, align_up, read_container, read_splits
+from ggufx.errors import CodecError, ContainerError, GGUFError, UnknownType, UnsupportedType, quoted
+from ggufx.stored import StoredFile, scratch
 from ggufx.typed import Facts
 from ggufx.types import Codec
 
 __all__ = ["File", "Tensor", "open"]
 
 DIALECT_KEY = "ggufx.dialect"
+_TURNED: Final = frozenset(
+    ("F32", "F16", "F64", "I8", "I16", "I32", "I64", "Q4_0", "Q8_0", "Q4_K", "Q6_K", "MXFP4", "NVFP4")
+)
+"""Types whose big-endian bytes are known: numbers, and those that gguf-convert-endian turns round, whose blocks have their
+scales in the highest-byte-first order and nothing else of more than one byte. Of BF16 tools disagree."""
+
+_PIECE_NBYTES: Final = 1 << 20
+"""Of rows from here and there that are copied at a time."""
+_MAX_FILES: Final = 10_000
+"""GGUFs that are counted behind the first one of a file."""
 
 Index = int | slice | EllipsisType | npt.NDArray[np.integer[Any]] | list[int]
 
@@ -85,16 +97,34 @@ class Tensor:
         return self._container.path
 
     @property
-    def file_offset(self) -> int:
+    def position(self) -> int:
         """Byte position of the tensor in :attr:`path`."""
         return self._container.data_offset + self._entry.offset
+
+    @property
+    def file_offset(self) -> int:
+        """Byte position of the tensor in :attr:`path`, for who takes its bytes from there.
+
+        Raises
+        ------
+        ContainerError
+            The file is big-endian, so that its bytes are not those of the type.
+        """
+        self._container.require_little_endian()
+        return self.position
 
     @property
     def packed(self) -> npt.NDArray[np.uint8]:
         """The bytes as they lie in the file, a read-only view: uint8 ``shape[:-1] + (row_nbytes,)``.
 
         One axis of ``nbytes`` for a type that no dialect knows. Valid as long as it is referenced, even after the file
-        is closed.
+        is closed. The system reads what is looked at; if another process shortens the file meanwhile, looking at what is gone
+        ends the process (SIGBUS). :meth:`numpy` and indexing look for that and raise.
+
+        Raises
+        ------
+        ContainerError
+            The file does not have these bytes.
         """
         data = self._container.bytes_of(self._entry, self.nbytes)
         if self.codec is None or not self.shape:
@@ -124,8 +154,17 @@ class Tensor:
         ------
         UnknownType, UnsupportedType
             No dialect knows the id, or the type has no decoder.
+        CodecError
+            ``dtype`` or ``out`` does not fit.
+        ContainerError
+            The file does not have the bytes: it is incomplete, or was shortened or replaced after it was opened.
         """
-        return self._known().decode(self.packed, self.shape, dtype=dtype, out=out, threads=threads)
+        return self._decode(0, self.shape, dtype, out, threads)
+
+    def rows_at(self, numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]:
+        """Decode rows by their numbers, outer axes flattened: ``value_dtype`` [n, row_len] for integers [n]."""
+        codec = self._decodable()
+        return codec.decode(self._packed_rows(np.asarray(numbers, np.int64), codec.layout.row_nbytes(self.shape[-1])))
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         if copy is False:
@@ -137,7 +176,7 @@ class Tensor:
 
         Integers, slices, ``...`` and 1-D integer arrays, as in numpy.
         """
-        codec = self._known()
+        codec = self._decodable()
         parts = index if isinstance(index, tuple) else (index,)
         if any(part is None or isinstance(part, bool | np.bool_) for part in parts):
             raise IndexError("only integers, slices, ... and integer arrays index a tensor")
@@ -155,31 +194,125 @@ class Tensor:
             and not isinstance(inner[0], slice)
             and any(isinstance(p, list) or np.ndim(p) for p in parts if p is not ... and not isinstance(p, slice))
         ):
-            packed, paired = self._rows_named_by(outer)
+            numbers, paired = self._rows_named_by(outer)
+            row_nbytes = codec.layout.row_nbytes(self.shape[-1])
+            packed = self._packed_rows(numbers.reshape(-1), row_nbytes).reshape(*numbers.shape, row_nbytes)
             return codec.decode(packed)[(*paired, *inner)]
-        decoded = codec.decode(self.packed[outer] if outer else self.packed)
+        decoded = self._decode_outer(outer)
         return decoded[(..., *inner)] if inner else decoded
 
-    def _rows_named_by(self, outer: tuple[Any, ...]) -> tuple[npt.NDArray[np.uint8], list[Any]]:
-        """Return the packed rows that ``outer`` names, and ``outer`` in terms of them.
+    def _decode_outer(self, outer: tuple[Any, ...]) -> npt.NDArray[Any]:
+        """Decode what indices of the outer axes name, whole rows."""
+        codec, lead, first = self._decodable(), self.shape[:-1], 0
+        if all(isinstance(part, int | np.integer | slice) for part in outer):
+            rest = list(outer)
+            while rest and not isinstance(rest[0], slice):
+                number = operator.index(rest.pop(0))
+                if not -lead[0] <= number < lead[0]:
+                    axis = len(outer) - len(rest) - 1
+                    raise IndexError(f"index {number} is out of bounds for axis {axis} with size {lead[0]}")
+                first += number % lead[0] * prod(lead[1:])
+                lead = lead[1:]
+            outer = tuple(rest)
+            if len(rest) == 1:
+                start, stop, step = rest[0].indices(lead[0])
+                if step == 1:
+                    first += start * prod(lead[1:])
+                    lead, outer = (max(0, stop - start), *lead[1:]), ()
+            if not outer:
+                return self._decode(first, (*lead, *self.shape[-1:]))
+        numbers = np.asarray((first + np.arange(prod(lead)).reshape(lead))[outer])
+        row_nbytes = codec.layout.row_nbytes(self.shape[-1])
+        return codec.decode(self._packed_rows(numbers.reshape(-1), row_nbytes).reshape(*numbers.shape, row_nbytes))
+
+    def _rows_named_by(self, outer: tuple[Any, ...]) -> tuple[npt.NDArray[np.int64], list[Any]]:
+        """Return the numbers of the rows that ``outer`` names, and ``outer`` in terms of them.
 
         numpy pairs the integer arrays of all axes, the last one included, so their pairing must wait until the rows are
         decoded.
         """
-        packed = self.packed
+        numbers = np.arange(prod(self.shape[:-1])).reshape(self.shape[:-1])
         paired: list[Any] = []
         for axis, part in enumerate(outer):
             if isinstance(part, slice):
-                packed = packed[(slice(None),) * axis + (part,)]
+                numbers = numbers[(slice(None),) * axis + (part,)]
                 paired.append(slice(None))
                 continue
             indices = np.asarray(part)
             if indices.size and indices.dtype.kind not in "iu":
                 raise IndexError(f"an array of {indices.dtype} beside an index of the last axis; use integers")
             wanted, where = np.unique(indices.astype(np.intp), return_inverse=True)
-            packed = packed.take(wanted, axis=axis)
+            numbers = numbers.take(wanted, axis=axis)
             paired.append(where.reshape(indices.shape))
-        return packed, paired
+        return numbers, paired
+
+    def _packed_rows(self, numbers: npt.NDArray[np.int64], row_nbytes: int) -> npt.NDArray[np.uint8]:
+        """Read rows by their numbers, in any order: uint8 [n, row_nbytes]; raises IndexError for a number that is no row's."""
+        n_rows = prod(self.shape[:-1])
+        if numbers.size and not 0 <= numbers.min() <= numbers.max() < n_rows:
+            raise IndexError(f"rows {numbers.min()} to {numbers.max()} of {quoted(self.name)}, which has {n_rows}")
+        packed = np.empty((numbers.size, row_nbytes), np.uint8)
+        if not self._container.big_endian:
+            if numbers.size:
+                view = self.packed.reshape(-1, row_nbytes)
+                # As in decoding: whether the file still has the bytes is looked at before each piece.
+                step = max(1, _PIECE_NBYTES // row_nbytes)
+                for start in range(0, numbers.size, step):
+                    piece = numbers[start : start + step]
+                    self._container.stored.require(self.position + (int(piece.max()) + 1) * row_nbytes)
+                    # The numbers are those of rows, so nothing is clipped; the default looks, and copies twice.
+                    view.take(piece, axis=0, out=packed[start : start + step], mode="clip")
+            return packed
+        # Rows that follow each other are one read.
+        breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
+        for start, stop in zip((0, *breaks), (*breaks, numbers.size), strict=True):
+            if start < stop:
+                self._read_rows(int(numbers[start]), packed[start:stop])
+        return packed
+
+    def _read_rows(self, first: int, buffer: npt.NDArray[np.uint8]) -> None:
+        """Fill ``buffer``, uint8 [n, row_nbytes], with the rows from ``first``, in the byte order of this machine."""
+        self._container.read_into(self._entry, first * buffer.shape[1], buffer)
+        if self._container.big_endian and self.codec is not None:
+            blocks = buffer.reshape(-1).view(self.codec.layout.block)
+            for name in self.codec.layout.block.names or ():
+                if blocks[name].dtype.itemsize > 1:
+                    blocks[name].byteswap(inplace=True)
+
+    def _decode(
+        self,
+        first: int,
+        shape: tuple[int, ...],
+        dtype: npt.DTypeLike | None = None,
+        out: npt.NDArray[Any] | None = None,
+        threads: int | None = None,
+    ) -> npt.NDArray[Any]:
+        """Decode the rows from ``first`` that ``shape`` counts."""
+        codec = self._decodable()
+        row_nbytes = codec.layout.row_nbytes(shape[-1] if shape else 1)
+        if self._container.big_endian:
+
+            def rows_of(start: int, stop: int) -> npt.NDArray[np.uint8]:
+                rows = scratch("packed", (stop - start) * row_nbytes).reshape(stop - start, row_nbytes)
+                self._read_rows(first + start, rows)
+                return rows
+
+        else:
+            # A view, as reading into memory first costs a fifth of a decoder's time and more; whether the file still has the
+            # bytes is looked at before each piece.
+            rows_view = (
+                self.packed.reshape(-1, row_nbytes)[first:] if prod(shape) else np.empty((0, row_nbytes), np.uint8)
+            )
+            end = self.position + first * row_nbytes
+
+            def rows_of(start: int, stop: int) -> npt.NDArray[np.uint8]:
+                self._container.stored.require(end + stop * row_nbytes)
+                return rows_view[start:stop]
+
+        try:
+            return codec.decode_from(rows_of, shape, dtype=dtype, out=out, threads=threads)
+        except CodecError as error:
+            raise CodecError(f"{self.path}: tensor {quoted(self.name)}: {error}") from None
 
     def __len__(self) -> int:
         if not self.shape:
@@ -192,10 +325,27 @@ class Tensor:
     def _known(self) -> Codec:
         if self.codec is None:
             raise UnknownType(
-                f"{self.path}: tensor {self.name!r} has type id {self.type_id}, which no known dialect defines; it can be "
-                "listed and copied, not decoded. Register a codec for it (see ggufx.types) or name the dialect"
+                f"{self.path}: tensor {quoted(self.name)} has type id {self.type_id}, which no known dialect defines; it can "
+                "be listed and copied, not decoded. Register a codec for it (see ggufx.types) or name the dialect"
             )
         return self.codec
+
+    def _decodable(self) -> Codec:
+        codec = self._known()
+        if self._container.big_endian and codec.name not in _TURNED:
+            raise UnsupportedType(
+                f"{self.path}: tensor {quoted(self.name)}: {codec.name} of a big-endian file cannot be decoded; convert the "
+                "file with the gguf package's gguf-convert-endian"
+            )
+        return codec
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A codec is one of this process: its name travels.
+        return {**self.__dict__, "codec": None if self.codec is None else self.codec.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.codec = None if state["codec"] is None else types.get(state["codec"])
 
 
 class File(Mapping[str, Tensor]):
@@ -209,16 +359,34 @@ class File(Mapping[str, Tensor]):
         Name of the dialect that explains every id (the first of :attr:`equivalent`), ``None`` for a mix.
     equivalent : tuple of str
         Every dialect that explains the file equally well.
+    notes : tuple of str
+        What is odd about the file and does not keep it from being read, a sentence each: bytes that belong to no tensor, and
+        with ``header_only`` what is missing.
+    complete : bool
+        Whether all tensors' bytes and all members are there; only with ``header_only`` they may not be.
+
+    An open file, and a tensor of one, can be pickled: it is opened again by its path, and must be the same file then.
     """
 
-    def __init__(self, containers: list[Container], dialect: str | None = None) -> None:
+    def __init__(
+        self,
+        containers: list[Container],
+        dialect: str | None = None,
+        *,
+        missing: Sequence[str] = (),
+        header_only: bool = False,
+    ) -> None:
         first = containers[0]
         self.metadata: KeyValues = first.metadata
         self._containers = containers
         stamped = first.metadata.get(DIALECT_KEY)
         entries = [entry for container in containers for entry in container.entries]
         resolution = dialects.resolve(
-            first.path, entries, dialect=dialect, stamped=stamped if isinstance(stamped, str) else None
+            first.path,
+            entries,
+            dialect=dialect,
+            stamped=stamped if isinstance(stamped, str) else None,
+            incomplete=header_only,
         )
         self.dialect = None if resolution.dialect is None else resolution.dialect.name
         self.equivalent = resolution.equivalent
@@ -227,9 +395,40 @@ class File(Mapping[str, Tensor]):
             for entry in container.entries:
                 if entry.name in self._tensors:
                     raise ContainerError(
-                        container.path, "duplicate-tensor", f"tensor {entry.name!r} is in another split, too"
+                        container.path, "duplicate-tensor", f"tensor {quoted(entry.name)} is in another split, too"
                     )
                 self._tensors[entry.name] = Tensor(container, entry, resolution.codecs.get(entry.type_id))
+        self._reopen: tuple[Any, ...] = (
+            first.path.absolute(),
+            dialect,
+            len(containers) > 1 or bool(missing),
+            header_only,
+        )
+        self.complete = not missing
+        self.notes: tuple[str, ...] = tuple(self._notes(missing, dialect))
+
+    def _notes(self, missing: Sequence[str], dialect: str | None) -> Iterator[str]:
+        if missing:
+            count = len(missing) + len(self._containers)
+            yield f"{len(missing)} of {count} split members are missing: {', '.join(missing[:3])}"
+        needed = there = 0
+        for container in self._containers:
+            if container.big_endian:
+                yield f"{container.path.name} is big-endian: its values are shown as they were meant"
+            end = _end_of_data(container, self._tensors)
+            needed += end - container.data_offset
+            there += max(0, min(end, container.file_nbytes) - container.data_offset)
+            if container.entries and self._tensors[container.entries[-1].name].codec is None:
+                continue  # nobody knows where the last tensor ends
+            padded = container.data_offset + align_up(end - container.data_offset, container.alignment)
+            if container.file_nbytes > padded:
+                yield _follows(container, end, padded, dialect)
+        if there < needed:
+            self.complete = False
+            yield f"tensor data is incomplete: {there} of {needed} bytes are there"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (*self._reopen, tuple(container.stored for container in self._containers))
 
     @property
     def path(self) -> Path:
@@ -308,7 +507,51 @@ class File(Mapping[str, Tensor]):
         return f"<File {self.path.name}: {len(self)} tensors, {self.data_nbytes} bytes, dialect {self.dialect}>"
 
 
-def open(path: str | Path, *, dialect: str | None = None, splits: bool = True) -> File:
+def _end_of_data(container: Container, tensors: Mapping[str, Tensor]) -> int:
+    """Return the byte after the last tensor of a container."""
+    if not container.entries:
+        return container.data_offset
+    last = container.entries[-1]
+    return container.data_offset + last.offset + tensors[last.name].nbytes
+
+
+def _follows(container: Container, end: int, padded: int, dialect: str | None) -> str:
+    """Return what to say of the bytes behind the last tensor."""
+    extra = f"{container.file_nbytes - end} bytes follow the last tensor of {container.path.name} at byte {end}"
+    if not container.entries:
+        extra = f"{container.file_nbytes - end} bytes follow the header of {container.path.name} at byte {end}"
+    for position in dict.fromkeys((padded, end)):
+        count = _count_files(container, position, dialect)
+        if count:
+            files = "1 more GGUF file follows" if count == 1 else f"{count} more GGUF files follow"
+            return (
+                f"{files} in {container.path.name} at byte {position}; only the first one is read. If they are the members of "
+                "a split that were concatenated, cut them apart, give them their names and join them with ggufx merge-splits"
+            )
+    return f"{extra}; they belong to no tensor, and commands that write a model leave them out"
+
+
+def _count_files(container: Container, position: int, dialect: str | None) -> int:
+    """Return how many GGUFs begin one after the other from a byte of a container's file."""
+    count = 0
+    while (
+        count < _MAX_FILES
+        and position + len(MAGIC) <= container.file_nbytes
+        and container.stored.read(position, len(MAGIC)).tobytes() == MAGIC
+    ):
+        count += 1
+        try:
+            following = read_container(container.path, base=position)
+            codecs = dialects.resolve(container.path, following.entries, dialect=dialect).codecs
+        except GGUFError:
+            break  # what it is cannot be said, but that it is one
+        tensors = {entry.name: Tensor(following, entry, codecs.get(entry.type_id)) for entry in following.entries}
+        nbytes = _end_of_data(following, tensors) - following.data_offset
+        position = following.data_offset + align_up(nbytes, following.alignment)
+    return count
+
+
+def open(path: str | Path, *, dialect: str | None = None, splits: bool = True, header_only: bool = False) -> File:
     """Open a GGUF file of any dialect for reading.
 
     Parameters
@@ -320,6 +563,9 @@ def open(path: str | Path, *, dialect: str | None = None, splits: bool = True) -
         say. ``"opaque"`` takes every tensor for bytes of an unknown type: a file that no dialect explains opens, too.
     splits
         ``False`` opens one member of a split file alone.
+    header_only
+        ``True`` opens what lacks tensor data, or members of a split, too: the first megabytes of a download tell names, shapes
+        and types. :attr:`File.notes` says what is missing; reading a tensor whose bytes are not there raises ContainerError.
 
     Raises
     ------
@@ -329,4 +575,41 @@ def open(path: str | Path, *, dialect: str | None = None, splits: bool = True) -
         No dialect, or several that disagree, explain the ids. An id that no dialect knows is no error.
     """
     path = Path(path)
-    return File(read_splits(path) if splits else [read_container(path)], dialect)
+
+    def reader(member: Path) -> Container:
+        return read_container(member, header_only=header_only)
+
+    if not splits:
+        return File([reader(path)], dialect, header_only=header_only)
+    try:
+        containers, missing = read_splits(path, reader, incomplete=header_only)
+    except ContainerError as error:
+        if error.rule == "split-name":
+            _refuse_concatenated(path, dialect)
+        raise
+    return File(containers, dialect, missing=missing, header_only=header_only)
+
+
+def _refuse_concatenated(path: Path, dialect: str | None) -> None:
+    """Raise ContainerError for members of a split that were put into one file, which is no way to merge them."""
+    try:
+        alone = open(path, dialect=dialect, splits=False)
+    except GGUFError:
+        return
+    note = next((note for note in alone.notes if "GGUF file" in note), None)
+    if note is not None:
+        raise ContainerError(path, "split-name", note) from None
+
+
+def _reopened(
+    path: Path,
+    dialect: str | None,
+    splits: bool,
+    header_only: bool,
+    stored: tuple[StoredFile, ...],
+) -> File:
+    """Open the file of a pickle; that it is the same one was seen when ``stored`` came out of it."""
+    file = open(path, dialect=dialect, splits=splits, header_only=header_only)
+    if [container.stored.state for container in file.containers] != [one.state for one in stored]:
+        raise ContainerError(path, "changed", "the file is not what it was when it was first opened; open it again")
+    return file

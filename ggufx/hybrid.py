@@ -7,7 +7,6 @@ FP8 weights have their scales beside them, and both are one tensor here.
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from ggufx.checkpoint import SourceTensor, read_shard
 from ggufx.container import Container, Entry, KeyValues
 from ggufx.errors import AmbiguousDialect, CodecError, ContainerError
 from ggufx.file import File, Index, Tensor
+from ggufx.stored import StoredFile, scratch
 from ggufx.typed import Facts, read_object
 from ggufx.types import Codec
 from ggufx.types.f8_e4m3_b128 import BLOCK_LEN, E8M0, decode_scaled, widened
@@ -69,7 +69,7 @@ class ScaledTensor(Tensor):
     def scales(self) -> npt.NDArray[np.float32]:
         """The scales, a copy: float32 [ceil(rows / 128), ceil(row_len / 128)]."""
         container, entry, dtype = self._scales
-        raw = container.bytes_of(entry)
+        raw = container.stored.read(container.data_offset + entry.offset, entry.span)
         # A copy is aligned and writeable, as the kernel's one overload wants it.
         return np.array(E8M0[raw] if dtype in ("F8_E8M0", "U8") else widened(raw, dtype)).reshape(entry.shape)
 
@@ -94,16 +94,18 @@ class ScaledTensor(Tensor):
             raise CodecError(
                 f"out is {out.dtype}{list(out.shape)}, it must be a writeable C-contiguous {wanted}{list(self.shape)}"
             )
-        codes, scales, filled = self.packed, self.scales, out
+        scales, filled = self.scales, out
         # Whole rows of scales, so that no chunk begins within one.
         step = max(1, _CHUNK_LEN // max(1, self.shape[-1]) // BLOCK_LEN) * BLOCK_LEN
 
         def decode(start: int) -> None:
-            rows = np.array(codes[start : start + step])  # as for the scales
+            stop = min(start + step, self.shape[0])
+            rows = scratch("packed", (stop - start) * self.shape[-1]).reshape(stop - start, -1)
+            self._read_rows(start, rows)
             first = start // BLOCK_LEN
             part = scales[first : first + -(-rows.shape[0] // BLOCK_LEN)]
             with np.errstate(over="ignore"):  # float16 has no room for all of them
-                filled[start : start + step] = decode_scaled(rows, part, BLOCK_LEN)[0]
+                filled[start:stop] = decode_scaled(rows, part, BLOCK_LEN)[0]
 
         with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
             list(pool.map(decode, range(0, self.shape[0], step)))
@@ -122,10 +124,14 @@ class ScaledTensor(Tensor):
             raise IndexError("only integers, slices, ... and integer arrays index a tensor")
         if parts and parts[0] is not Ellipsis and (len(parts) == 1 or isinstance(parts[1], slice)):
             rows = np.arange(self.shape[0])[parts[0]]
-            flat = rows.reshape(-1)
-            values = decode_scaled(np.ascontiguousarray(self.packed[flat]), self.scales[flat // BLOCK_LEN], 1)[0]
+            values = self.rows_at(rows.reshape(-1))
             return values.reshape(*rows.shape, self.shape[-1])[(..., *parts[1:])]
         return self.numpy()[index]
+
+    def rows_at(self, numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
+        """Decode rows by their numbers: float32 [n, row_len]."""
+        wanted = np.asarray(numbers, np.int64)
+        return decode_scaled(self._packed_rows(wanted, self.shape[-1]), self.scales[wanted // BLOCK_LEN], 1)[0]
 
 
 class HybridFile(File):
@@ -141,6 +147,8 @@ class HybridFile(File):
 
     def __init__(self, path: Path, dialect: str | None) -> None:
         self._path = path
+        self._chosen = dialect
+        self.notes, self.complete = (), True
         self.metadata = KeyValues({})
         self._containers: list[Container] = []
         self._dialects = (
@@ -149,7 +157,7 @@ class HybridFile(File):
         sources: dict[str, tuple[SourceTensor, Container]] = {}
         for number, shard in enumerate(sorted(path.glob("*.safetensors"))):
             _, tensors = read_shard(shard, number)
-            container = _mapped(shard, tensors)
+            container = _opened(shard, tensors)
             self._containers.append(container)
             for tensor in sorted(tensors, key=lambda t: t.offset):
                 if tensor.name in sources:
@@ -177,6 +185,13 @@ class HybridFile(File):
         agreeing = [d.name for d in self._dialects if all(d.codec(number) is codec for number, codec in codecs)]
         self.equivalent = tuple(agreeing)
         self.dialect = agreeing[0] if agreeing else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (
+            self._path.absolute(),
+            self._chosen,
+            tuple(container.stored for container in self._containers),
+        )
 
     @property
     def path(self) -> Path:
@@ -235,7 +250,7 @@ class HybridFile(File):
             raise ContainerError(
                 container.path, "type", f"{tensor.name!r} is {tensor.dtype}{list(tensor.shape)}, expected one I64"
             )
-        raw = container.bytes_of(_entry(tensor, tensor.shape, -1))
+        raw = container.stored.read(tensor.offset, tensor.nbytes)
         return int.from_bytes(raw.tobytes(), "little", signed=tensor.dtype != "U8")
 
     def _packed(self, name: str, tensor: SourceTensor, container: Container) -> Tensor:
@@ -300,22 +315,28 @@ def _entry(tensor: SourceTensor, shape: Sequence[int], number: int) -> Entry:
     return Entry(tensor.name, tuple(shape), number, tensor.offset, tensor.nbytes, last=False, alignment=1)
 
 
-def _mapped(path: Path, tensors: Iterable[SourceTensor]) -> Container:
-    """Map a shard; offsets count from the file's start."""
-    with path.open("rb") as file:
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def _opened(path: Path, tensors: Iterable[SourceTensor]) -> Container:
+    """Open a shard; offsets count from the file's start."""
     entries = tuple(_entry(tensor, tensor.shape, -1) for tensor in tensors)
-    return Container(path, 0, 1, KeyValues({}), entries, 0, mapping)
+    return Container(StoredFile(path), 0, 1, KeyValues({}), entries, 0)
 
 
-def open(path: str | Path, *, dialect: str | None = None, splits: bool = True) -> File:
+def _reopened(path: Path, dialect: str | None, stored: tuple[StoredFile, ...]) -> HybridFile:
+    """Open the folder of a pickle; that its files are the same ones was seen when ``stored`` came out of it."""
+    file = HybridFile(path, dialect)
+    if [container.stored.state for container in file.containers] != [one.state for one in stored]:
+        raise ContainerError(path, "changed", "the folder is not what it was when it was first opened; open it again")
+    return file
+
+
+def open(path: str | Path, *, dialect: str | None = None, splits: bool = True, header_only: bool = False) -> File:
     """Open a GGUF file of any dialect, or a KTransformers hybrid, for reading.
 
     Parameters
     ----------
     path
         The file; any member opens a whole split file. A directory is a hybrid: its safetensors files.
-    dialect, splits
+    dialect, splits, header_only
         As in :func:`ggufx.file.open`; of a hybrid, whose numbers the experts' types are.
 
     Raises
@@ -329,4 +350,4 @@ def open(path: str | Path, *, dialect: str | None = None, splits: bool = True) -
     """
     if Path(path).is_dir():
         return HybridFile(Path(path), dialect)
-    return gguf_file.open(path, dialect=dialect, splits=splits)
+    return gguf_file.open(path, dialect=dialect, splits=splits, header_only=header_only)

@@ -10,9 +10,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from ggufx.container import Value, ValueType
 from ggufx.file import Tensor
 from ggufx.hybrid import HybridFile, open
+from ggufx.values import Value, ValueType, as_unicode
 
 __all__ = ["inspect", "role", "summarise"]
 
@@ -44,6 +44,7 @@ def inspect(
     pattern: str | None = None,
     limit: int | None = None,
     elements: int | None = None,
+    header_only: bool = False,
 ) -> dict[str, Any]:
     """Describe a GGUF, or a KTransformers hybrid.
 
@@ -57,13 +58,16 @@ def inspect(
         Shell pattern of the tensors to list; the totals count all.
     limit, elements
         At most so many tensors in the listing, and elements of a metadata array.
+    header_only
+        Do without tensor data, and without members of a split, that are not there.
 
     Returns
     -------
     dict
-        ``file``, ``metadata`` (arrays cut to ``elements``), ``tensors``, ``by_type``, ``by_role``: JSON data.
+        ``file`` (``complete`` is whether everything was there, ``notes`` says what was not and what is odd), ``metadata``
+        (arrays cut to ``elements``), ``tensors``, ``by_type``, ``by_role``: JSON data.
     """
-    with open(path, dialect=dialect) as file:
+    with open(path, dialect=dialect, header_only=header_only) as file:
         hybrid = isinstance(file, HybridFile)  # which has no header of its own
         chosen = [t for t in file.tensors if pattern is None or fnmatch.fnmatchcase(t.name, pattern)]
         n_weights = sum(t.size for t in file.tensors)
@@ -83,8 +87,10 @@ def inspect(
                 "data_nbytes": file.data_nbytes,
                 "bits_per_weight": file.data_nbytes * 8 / n_weights if n_weights else 0.0,
                 "file_type": file.file_type,
+                "complete": file.complete,
+                "notes": list(file.notes),
             },
-            "metadata": {key: _describe(file.metadata.value(key), elements) for key in file.metadata},
+            "metadata": {as_unicode(key): _describe(file.metadata.value(key), elements) for key in file.metadata},
             "n_matching": len(chosen),
             "tensors": [_line(t) for t in (chosen if limit is None else chosen[:limit])],
             "by_type": summarise(file.tensors, lambda t: t.type),
@@ -107,21 +113,17 @@ def summarise(tensors: Iterable[Any], label: Callable[[Any], str]) -> dict[str, 
 
 def _line(tensor: Tensor) -> dict[str, Any]:
     return {
-        "name": tensor.name,
+        "name": as_unicode(tensor.name),
         "shape": list(tensor.shape),
         "type": tensor.type,
         "type_id": tensor.type_id,
         "nbytes": tensor.nbytes,
         "bits_per_weight": tensor.bits_per_weight,
         "role": role(tensor.name),
-        "file_offset": tensor.file_offset,
+        "file_offset": tensor.position,
     }
 
 
 def _describe(value: Value, limit: int | None) -> dict[str, Any]:
-    if value.type is not ValueType.ARRAY:
-        return {"type": value.type.name, "value": value.data}
-    assert value.element is not None
-    shown = value.data if limit is None else value.data[:limit]
-    items = shown.tolist() if isinstance(shown, np.ndarray) else list(shown)
-    return {"type": f"ARRAY[{value.element.name}]", "length": len(value.data), "value": items}
+    length = {"length": len(value.data)} if value.type is ValueType.ARRAY else {}
+    return {"type": value.kind, **length, "value": value.to_json(limit)}

@@ -132,13 +132,9 @@ def _n_rows(tensor: Tensor, max_rows: int | None) -> int:
 
 def _rows(tensor: Tensor, max_rows: int | None) -> npt.NDArray[np.float32]:
     n_rows = tensor.size // tensor.shape[-1]
-    chosen: slice | npt.NDArray[np.int64] = slice(None)
-    if max_rows is not None and n_rows > max_rows:
-        chosen = np.linspace(0, n_rows - 1, max_rows).astype(np.int64)
-    if isinstance(tensor, ScaledTensor):
-        return tensor[chosen]
-    assert tensor.codec is not None
-    return tensor.codec.decode(tensor.packed.reshape(n_rows, -1)[chosen])
+    if max_rows is None or n_rows <= max_rows:
+        return tensor.numpy().reshape(n_rows, -1)
+    return tensor.rows_at(np.linspace(0, n_rows - 1, max_rows).astype(np.int64))
 
 
 def _measure(

@@ -19,6 +19,7 @@ from ggufx import container, types
 from ggufx.checkpoint import read_shard
 from ggufx.container import Value, ValueType, align_up, encode_header, read_container
 from ggufx.errors import PlanError
+from ggufx.values import as_unicode
 from ggufx.version import __version__
 
 __all__ = [
@@ -597,17 +598,17 @@ class Plan:
                 "data_offset": len(self.files[0].header),
                 "bits_per_weight": sum(t.nbytes for t in self.tensors) * 8 / n_weights if n_weights else 0.0,
             },
-            "metadata": {key: value.to_json() for key, value in self.metadata.items()},
+            "metadata": {as_unicode(key): value.to_json() for key, value in self.metadata.items()},
             "tensors": [
                 {
-                    "name": t.name,
+                    "name": as_unicode(t.name),
                     "shape": list(t.shape),
                     "type": t.type,
                     "type_id": t.type_id,
                     "offset": t.offset,
                     "nbytes": t.nbytes,
                     "lossless": t.lossless,
-                    "sources": t.sources,
+                    "sources": [as_unicode(name) for name in t.sources],
                     **({"file": number} if len(self.files) > 1 else {}),
                 }
                 for number, file in enumerate(self.files)
@@ -701,10 +702,11 @@ def build(
             keys["split.count"] = Value(ValueType.UINT16, len(shards))
             keys["split.tensors.count"] = Value(ValueType.INT32, len(names))
         files.append(PlannedFile(target, keys, tuple(shard.tensors), alignment))
+    refused = container.loader_notes(metadata, ((t.name, t.shape) for shard in shards for t in shard.tensors))
     # Absolute, so that a run goes on from another directory, too.
     paths = tuple(str(Path(source).resolve()) for source in source_files)
     states = tuple(_state(source) for source in paths) if source_states is None else tuple(source_states)
-    return Plan(tuple(files), paths, states, dialect, tuple(skipped), tuple(notes), file_type)
+    return Plan(tuple(files), paths, states, dialect, tuple(skipped), (*notes, *refused), file_type)
 
 
 def _state(path: str) -> tuple[int, int]:

@@ -576,7 +576,7 @@ def _gguf_sources(file: File, target: Dialect) -> tuple[list[Source], Quantizati
 
     found = Quantization(
         file.path, target, [], _foreign_names(file, target), "normal", "reference", False, "", paths, None, metadata,
-        lambda: file.metadata, alignment=file.alignment,
+        lambda: file.metadata, alignment=file.alignment, notes=lambda: file.notes,
     )  # fmt: skip
     return sources, found
 

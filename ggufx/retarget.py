@@ -172,7 +172,7 @@ def plan_retarget(
     # Of other models, only what the file has is kept right.
     wanted = model is not None or "general.file_type" in file.metadata
     file_type = _file_type(file, tensors, dialect) if wanted else None
-    notes = [*_renamed(moves), *_retyped(tensors)]
+    notes = [*file.notes, *_renamed(moves), *_retyped(tensors)]
     latent = foreign_latent({tensor.name: tensor.shape for tensor in file.tensors}, target)
     if latent:
         notes.append(f"{file.path}: {latent}")

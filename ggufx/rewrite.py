@@ -78,6 +78,7 @@ def plan_rewrite(
         split_max_nbytes=split_max_nbytes,
         split_max_tensors=split_max_tensors,
         tensor_first=tensor_first,
+        notes=file.notes,
         file_type=file.file_type or "",
     )
 

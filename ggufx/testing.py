@@ -36,10 +36,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import dialects, types
-from ggufx.container import DTYPES, Value, ValueType, align_up, encode_header
+from ggufx.container import align_up, encode_header
 from ggufx.errors import CodecError, GGUFError, UnsupportedType
 from ggufx.types import Codec
 from ggufx.types import codec as _codec_module
+from ggufx.values import DTYPES, Value, ValueType
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy

@@ -355,15 +355,18 @@ def test_only_what_is_asked_is_decoded(
     model: Path, monkeypatch: pytest.MonkeyPatch, name: str, index: object, fraction: float
 ) -> None:
     seen: list[int] = []
-    decode = Codec.decode
+    decode_rows_of = Codec._decode_rows_of
 
-    def spy(self: Codec, data: np.ndarray, *args: object, **kwargs: object) -> np.ndarray:
-        seen.append(np.asarray(data).nbytes)
-        return decode(self, data, *args, **kwargs)
+    def spy(self: Codec, rows_of: Callable[[int, int], np.ndarray], *args: object, **kwargs: object) -> None:
+        def counted(start: int, stop: int) -> np.ndarray:
+            seen.append(rows_of(start, stop).nbytes)
+            return rows_of(start, stop)
+
+        decode_rows_of(self, counted, *args, **kwargs)
 
     with ggufx.open(model) as f:
         nbytes = f[name].nbytes
-        monkeypatch.setattr(Codec, "decode", spy)
+        monkeypatch.setattr(Codec, "_decode_rows_of", spy)
         assert seen == []
         f[name][index]
         assert sum(seen) == round(nbytes * fraction)

@@ -26,6 +26,7 @@ import torch
 
 from ggufx import execute, file
 from ggufx.errors import GGUFError
+from ggufx.stored import descriptor_limit
 from ggufx.torch import uploading
 from ggufx.torch.tensor import GGUFTensor
 
@@ -273,7 +274,18 @@ def _fill_uploaded(
         for number, path, cut in sources
         for run in _runs(path, cut, limit, targets[number].data_ptr(), targets[number].device)
     ]
-    uploading.upload(driver, runs, threads, told)
+    # A process may have fewer descriptors than a model has files.
+    limit = descriptor_limit()
+    while runs:
+        paths: dict[str, None] = {}
+        count = 0
+        for run in runs:
+            if run.path not in paths and len(paths) == limit:
+                break
+            paths[run.path] = None
+            count += 1
+        uploading.upload(driver, runs[:count], threads, told)
+        runs = runs[count:]
 
 
 def _runs(path: str, cut: _Cut, limit: int, address: int, device: torch.device) -> Iterator[uploading.Run]:

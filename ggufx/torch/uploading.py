@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
@@ -196,9 +196,20 @@ def upload(driver: Driver, runs: Sequence[Run], threads: int, told: Callable[[in
     RuntimeError
         A call of the driver failed.
     """
+    files = {path: execute.descriptor(path) for path in dict.fromkeys(run.path for run in runs)}
+    try:
+        _upload(driver, runs, files, threads, told)
+    finally:
+        for descriptor in files.values():
+            execute.let_go(descriptor)
+
+
+def _upload(
+    driver: Driver, runs: Sequence[Run], files: Mapping[str, int], threads: int, told: Callable[[int], None]
+) -> None:
     module = _module()
     devices = list(dict.fromkeys(run.device for run in runs))
-    table, pieces, total = _table(runs, devices)
+    table, pieces, total = _table(runs, devices, files)
     if not pieces:
         return
     slot_nbytes = -(-max(run.slot_nbytes for run in runs) // _PAGE) * _PAGE
@@ -266,10 +277,9 @@ def _wait(working: Sequence[Future[None]]) -> None:
         raise interrupt
 
 
-def _table(runs: Sequence[Run], devices: Sequence[torch.device]) -> tuple[I64, int, int]:
+def _table(runs: Sequence[Run], devices: Sequence[torch.device], files: Mapping[str, int]) -> tuple[I64, int, int]:
     """Return the kernel's table of runs, how many pieces they are and how many bytes."""
     numbers = {device: number for number, device in enumerate(devices)}
-    files = {path: execute.descriptor(path) for path in dict.fromkeys(run.path for run in runs)}
     rows: list[tuple[int, ...]] = []
     pieces = total = 0
     for run in runs:

@@ -328,6 +328,50 @@ class Codec(ABC):
             The type is known by its layout only.
         """
         rows, shape = self._packed_rows(data, shape)
+        target = self._decode_target(shape, dtype, out)
+        if rows.size:
+            self._decode_rows_of(lambda start, stop: rows[start:stop], shape, target, threads, use_kernel=use_kernel)
+        return target
+
+    def decode_from(
+        self,
+        rows_of: Callable[[int, int], U8],
+        shape: tuple[int, ...],
+        *,
+        dtype: npt.DTypeLike | None = None,
+        out: npt.NDArray[Any] | None = None,
+        threads: int | None = None,
+    ) -> npt.NDArray[Any]:
+        """Decode rows that are fetched piece by piece, so that the packed tensor need not be in memory as a whole.
+
+        Parameters
+        ----------
+        rows_of
+            ``rows_of(start, stop)`` returns the packed rows ``start`` to ``stop``, uint8 [stop - start, row_nbytes],
+            contiguous; called from several threads at a time, each of which is done with the rows at its next call.
+        shape
+            Logical shape, numpy order.
+        dtype, out, threads
+            As in :meth:`decode`.
+
+        Returns
+        -------
+        ndarray of ``shape``: ``out`` when given.
+
+        Raises
+        ------
+        CodecError, UnsupportedType
+            As :meth:`decode`.
+        """
+        target = self._decode_target(shape, dtype, out)
+        if self.layout.nbytes(shape):
+            self._decode_rows_of(lambda start, stop: _readonly(rows_of(start, stop)), shape, target, threads)
+        return target
+
+    def _decode_target(
+        self, shape: tuple[int, ...], dtype: npt.DTypeLike | None, out: npt.NDArray[Any] | None
+    ) -> npt.NDArray[Any]:
+        """Return what to decode into, checked."""
         wanted = self.value_dtype if dtype is None else np.dtype(dtype)
         if out is None:
             out = np.empty(shape, wanted)
@@ -346,10 +390,20 @@ class Codec(ABC):
                 f"to {out.dtype}"
             )
         if not self.can_decode:
-            self.decode_rows(rows, out)  # raises the type's own reason
-        if rows.size == 0:
-            return out
-        target = out.reshape(rows.shape[0], -1)
+            self.decode_rows(np.empty((0, 0), np.uint8), out)  # raises the type's own reason
+        return out
+
+    def _decode_rows_of(
+        self,
+        rows_of: Callable[[int, int], U8],
+        shape: tuple[int, ...],
+        out: npt.NDArray[Any],
+        threads: int | None,
+        *,
+        use_kernel: bool = True,
+    ) -> None:
+        """Fill ``out`` from ``rows_of(start, stop)``: contiguous read-only rows, uint8 [stop - start, row_nbytes]."""
+        target = out.reshape(prod(shape[:-1]), -1)
         # Plain numbers that stay or grow are copied: no kernel is faster, and a compiler is slow to load.
         is_plain = self.layout.block == np.dtype([("value", self.value_dtype)])
         copies = is_plain and target.dtype.itemsize >= self.value_dtype.itemsize
@@ -361,16 +415,15 @@ class Codec(ABC):
             part = target[start:stop]
             buffer = part if direct else np.empty(part.shape, self.value_dtype)
             if function is not None:
-                function(rows[start:stop], buffer.view(kernels.OUTPUTS[buffer.dtype.name]), self.layout.block_len)
+                function(rows_of(start, stop), buffer.view(kernels.OUTPUTS[buffer.dtype.name]), self.layout.block_len)
             else:
-                self.decode_rows(rows[start:stop], buffer)
+                self.decode_rows(rows_of(start, stop), buffer)
             if not direct:
                 # Overflow on the way to a narrower float is the caller's wish, as with astype.
                 with np.errstate(over="ignore", invalid="ignore"):
                     part[...] = buffer
 
-        self._in_chunks(decode_chunk, rows.shape[0], target.shape[1] * 4, threads)
-        return out
+        self._in_chunks(decode_chunk, target.shape[0], target.shape[1] * 4, threads)
 
     def encode(
         self,

@@ -89,7 +89,7 @@ def test_without_arguments_there_is_help(cli: Cli) -> None:
 
 @pytest.mark.parametrize("command", ["inspect", "diff"])
 @pytest.mark.parametrize(
-    "content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 16, b"GGUF\0\0\0\x03" + bytes(40), b"text"]
+    "content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 16, b"GGUF\0\0\0\x04" + bytes(40), b"text"]
 )
 def test_files_that_are_no_gguf(command: str, content: bytes, cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "bad.gguf"
