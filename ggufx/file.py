@@ -23,6 +23,7 @@ import numpy.typing as npt
 from ggufx import dialects
 from ggufx.container import Container, Entry, KeyValues, read_container, read_splits
 from ggufx.errors import ContainerError, UnknownType
+from ggufx.named_types import NamedType
 from ggufx.types import Codec
 
 __all__ = ["File", "Tensor", "open"]
@@ -44,19 +45,28 @@ class Tensor:
         Type name, or ``"id 999"`` when no dialect knows the id.
     type_id : int
     codec : Codec or None
+    named : NamedType or None
+        What is known of a type without a codec.
     nbytes : int
         Packed bytes (for an unknown type: its span, which may end in padding).
     """
 
-    def __init__(self, container: Container, entry: Entry, codec: Codec | None) -> None:
+    def __init__(self, container: Container, entry: Entry, codec: Codec | None, named: NamedType | None = None) -> None:
         self._container = container
         self._entry = entry
         self.name = entry.name
         self.shape = entry.shape
         self.type_id = entry.type_id
         self.codec = codec
-        self.type = f"id {entry.type_id}" if codec is None else codec.name
-        self.nbytes = entry.span if codec is None else codec.layout.nbytes(entry.shape)
+        self.named = named
+        kind = codec or named
+        self.type = f"id {entry.type_id}" if kind is None else kind.name
+        self.nbytes = entry.span if kind is None else kind.layout.nbytes(entry.shape)
+
+    @property
+    def type_label(self) -> str:
+        """The type as listings have it: a type without a codec with its id."""
+        return self.type if self.named is None else self.named.label
 
     @property
     def size(self) -> int:
@@ -188,12 +198,21 @@ class Tensor:
     def __repr__(self) -> str:
         return f"<Tensor {self.name} {self.type}{list(self.shape)} {self.nbytes} bytes>"
 
+    def why_unknown(self) -> str:
+        """Return, as the end of a sentence, what keeps a tensor without a codec from being decoded."""
+        if self.named is not None:
+            return (
+                f"is of type {self.named.label} of {self.named.program} ({self.named.what}), which ggufx has no decoder for; "
+                "it can be listed and copied, not decoded"
+            )
+        return (
+            f"has type id {self.type_id}, which no known dialect defines; it can be listed and copied, not decoded. "
+            "Register a codec for it (see ggufx.types) or name the dialect"
+        )
+
     def _known(self) -> Codec:
         if self.codec is None:
-            raise UnknownType(
-                f"{self.path}: tensor {self.name!r} has type id {self.type_id}, which no known dialect defines; it can be "
-                "listed and copied, not decoded. Register a codec for it (see ggufx.types) or name the dialect"
-            )
+            raise UnknownType(f"{self.path}: tensor {self.name!r} {self.why_unknown()}")
         return self.codec
 
 
@@ -208,6 +227,8 @@ class File(Mapping[str, Tensor]):
         Name of the dialect that explains every id (the first of :attr:`equivalent`), ``None`` for a mix.
     equivalent : tuple of str
         Every dialect that explains the file equally well.
+    notes : tuple of str
+        What there is to know before the tensors are used: ids that no dialect's layout fits.
     """
 
     def __init__(self, containers: list[Container], dialect: str | None = None) -> None:
@@ -221,6 +242,7 @@ class File(Mapping[str, Tensor]):
         )
         self.dialect = None if resolution.dialect is None else resolution.dialect.name
         self.equivalent = resolution.equivalent
+        self.notes = resolution.notes
         self._tensors: dict[str, Tensor] = {}
         for container in containers:
             for entry in container.entries:
@@ -228,7 +250,8 @@ class File(Mapping[str, Tensor]):
                     raise ContainerError(
                         container.path, "duplicate-tensor", f"tensor {entry.name!r} is in another split, too"
                     )
-                self._tensors[entry.name] = Tensor(container, entry, resolution.codecs.get(entry.type_id))
+                codec, named = resolution.codecs.get(entry.type_id), resolution.named.get(entry.type_id)
+                self._tensors[entry.name] = Tensor(container, entry, codec, named)
 
     @property
     def path(self) -> Path:

@@ -165,6 +165,7 @@ class HybridFile(File):
             )
         self._sources = sources
         self.config = _config(path)
+        self.notes = ()
         self._tensors = {}
         codecs: set[tuple[int, Codec]] = set()
         for name, (tensor, container) in sources.items():

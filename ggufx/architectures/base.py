@@ -185,6 +185,10 @@ class Architecture(ABC):
     def keys(self, target: str, *, mtp: bool, file_type: int, chat_template: str | None) -> dict[str, Value]:
         """Return the architecture's metadata in the target's order, ``general.file_type`` among it."""
 
+    def notes(self, target: str) -> list[str]:
+        """Return what a target's programs make of the model that users would not expect."""
+        return []
+
     @abstractmethod
     def scale_name(self, name: str) -> str:
         """Return the name of a weight's scales; empty for a name that can have none."""

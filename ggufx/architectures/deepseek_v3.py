@@ -348,6 +348,16 @@ class DeepSeekV3(Architecture):
                 del keys[name]
         return {name.format(arch=self.name): value for name, value in keys.items() if value is not None}
 
+    def notes(self, target: str) -> list[str]:
+        """Return what a target's programs make of the model that users would not expect."""
+        groups = self.integer("n_group") if self.config.get("n_group") is not None else 1
+        if target != "ik_llama.cpp" or groups == 1:
+            return []
+        return [
+            f"ik_llama.cpp does not route by groups of experts (n_group is {groups}): it chooses among all of them, so its "
+            "results differ from llama.cpp's, whatever the file"
+        ]
+
     def _optional(self, key: str) -> Value | None:
         return None if self.config.get(key) is None else Value.u32(self.integer(key))
 

@@ -78,7 +78,7 @@ def _whole(tensor: file.Tensor) -> _Cut:
 def _cut(tensor: file.Tensor, rank: int, world: int, dim: int) -> _Cut:
     """Return shard ``rank`` of ``world`` equal parts along axis ``dim``; raises ShardError when there are none."""
     if tensor.codec is None:
-        raise ShardError(f"tensor {tensor.name!r} is of type {tensor.type}, which no dialect knows: it cannot be cut")
+        raise ShardError(f"tensor {tensor.name!r} {tensor.why_unknown()}: it cannot be cut")
     if not -tensor.ndim <= dim < tensor.ndim:
         raise ShardError(
             f"tensor {tensor.name!r} {list(tensor.shape)} has no axis {dim} to cut; let dim give None for it to keep it whole"
