@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from math import prod
@@ -30,6 +31,13 @@ __all__ = ["File", "Tensor", "open"]
 
 DIALECT_KEY = "ggufx.dialect"
 
+# Weights whose products upstream's loader multiplies by a factor of their own, a tensor NAME.scale beside NAME.weight
+# (llama-model.cpp), whatever the type and the architecture; the head's only where it is NVFP4.
+_HAS_FACTOR = re.compile(
+    r"blk\.\d+\.(attn_(q|k|v|output|qkv|gate)|ffn_(gate|down|up)(_shexp|_exps)?|ssm_(in|out|alpha|beta)"
+    r"|nextn\.(eh_proj|shared_head_head))\.weight"
+)
+
 Index = int | slice | EllipsisType | npt.NDArray[np.integer[Any]] | list[int]
 
 
@@ -47,6 +55,8 @@ class Tensor:
     codec : Codec or None
     named : NamedType or None
         What is known of a type without a codec.
+    factor : Tensor or None
+        F32 tensor whose values :meth:`numpy` and slices multiply the decoded ones by: [1], or one for each expert.
     nbytes : int
         Packed bytes (for an unknown type: its span, which may end in padding).
     """
@@ -102,7 +112,7 @@ class Tensor:
     def packed(self) -> npt.NDArray[np.uint8]:
         """The bytes as they lie in the file, a read-only view: uint8 ``shape[:-1] + (row_nbytes,)``.
 
-        One axis of ``nbytes`` for a type that no dialect knows. Valid as long as it is referenced, even after the file
+        One axis of ``nbytes`` for a type that no dialect knows. They decode to values without :attr:`scale`. Valid as long as it is referenced, even after the file
         is closed.
         """
         data = self._container.bytes_of(self._entry, self.nbytes)
@@ -117,7 +127,7 @@ class Tensor:
         out: npt.NDArray[Any] | None = None,
         threads: int | None = None,
     ) -> npt.NDArray[Any]:
-        """Decode the whole tensor.
+        """Decode the whole tensor; its values have the factor of :attr:`scale`, if it has one.
 
         Parameters
         ----------
@@ -134,18 +144,46 @@ class Tensor:
         UnknownType, UnsupportedType
             No dialect knows the id, or the type has no decoder.
         """
-        return self._known().decode(self.packed, self.shape, dtype=dtype, out=out, threads=threads)
+        codec = self._known()
+        decoded = codec.decode(self.packed, self.shape, dtype=dtype, out=out, threads=threads)
+        if self.factor is None:
+            return decoded
+        if decoded.dtype not in (np.float32, np.float64):
+            # Rounded once, and after the product: a half float may not hold what stands before it.
+            decoded[...] = codec.decode(self.packed, self.shape, threads=threads) * self._factors()
+            return decoded
+        decoded *= self._factors()
+        return decoded
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         if copy is False:
             raise ValueError(f"{self.name!r} of type {self.type} cannot become an array without decoding a copy")
         return self.numpy(dtype)
 
+    @property
+    def scale(self) -> npt.NDArray[np.float32] | None:
+        """Factor that the loader applies beside the type's own scales: float32 [1], or [experts]; ``None`` without one.
+
+        NVFP4 models have one, the second level of its scales; :meth:`numpy` and slices apply it, :attr:`packed` has it not.
+        """
+        return None if self.factor is None else self.factor.numpy(np.float32).reshape(-1)
+
+    def _factors(self) -> npt.NDArray[np.float32]:
+        """Return :attr:`scale` as an array of the tensor's shape that takes no memory."""
+        scale = self.scale
+        assert scale is not None
+        return np.broadcast_to(scale.reshape(-1, *[1] * (self.ndim - 1)), self.shape)
+
     def __getitem__(self, index: Index | tuple[Index, ...]) -> npt.NDArray[Any]:
-        """Decode a slice: of the outer axes only what is asked is decoded, the last axis is cut afterwards.
+        """Decode a slice, as :meth:`numpy` does: of the outer axes only what is asked is decoded, the last is cut afterwards.
 
         Integers, slices, ``...`` and 1-D integer arrays, as in numpy.
         """
+        decoded = self._sliced(index)
+        return decoded if self.factor is None else decoded * self._factors()[index]
+
+    def _sliced(self, index: Index | tuple[Index, ...]) -> npt.NDArray[Any]:
+        """Return the decoded values of a slice, without :attr:`scale`."""
         codec = self._known()
         parts = index if isinstance(index, tuple) else (index,)
         if any(part is None or isinstance(part, bool | np.bool_) for part in parts):
@@ -252,6 +290,26 @@ class File(Mapping[str, Tensor]):
                     )
                 codec, named = resolution.codecs.get(entry.type_id), resolution.named.get(entry.type_id)
                 self._tensors[entry.name] = Tensor(container, entry, codec, named)
+
+        factors = [self._pair(tensor) for tensor in self._tensors.values() if tensor.name.endswith(".weight")]
+        scaled = [name for name in factors if name]
+        if scaled:
+            self.notes += (
+                f"{scaled[0]} and {len(scaled) - 1} more have a factor of their own in a tensor called .scale: values read by "
+                "numpy() and by ggufx.torch have it, packed bytes do not",
+            )
+
+    def _pair(self, tensor: Tensor) -> str:
+        """Give a weight its factor, where it has one and upstream's loader applies it; returns its name then."""
+        factor = self._tensors.get(tensor.name.removesuffix("weight") + "scale")
+        head = tensor.name == "output.weight" and tensor.type == "NVFP4"
+        if factor is None or tensor.codec is None or not (head or _HAS_FACTOR.fullmatch(tensor.name)):
+            return ""
+        wanted = tensor.shape[:1] if tensor.ndim == 3 else (1,)
+        if factor.type != "F32" or factor.shape != wanted or tensor.dtype.kind != "f":
+            return ""  # no loader takes it
+        tensor.factor = factor
+        return tensor.name
 
     @property
     def path(self) -> Path:

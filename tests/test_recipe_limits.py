@@ -37,7 +37,7 @@ def test_more_rules_than_tensors_are_refused() -> None:
         Recipe.parse("a=q8_0\n" * 20_001)
 
 
-@pytest.mark.parametrize("pattern", [r"(([a-z_.]+)+[0-9]*)+!$", r"(\w+\.?)+(\w+\.?)+(\w+\.?)+(\w+\.?)+(\w+\.?)+!"])
+@pytest.mark.parametrize("pattern", [r"(\w+\.?)+(\w+\.?)+(\w+\.?)+(\w+\.?)+(\w+\.?)+[A-Z]"])
 def test_a_catastrophic_pattern_is_stopped_and_its_line_named(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe_module, "MATCH_SECONDS", 0.2)
     rules = Recipe.parse(f"# two lines\nattn=q8_0\n{pattern}=q4_0\n", "bad.recipe")
@@ -49,7 +49,7 @@ def test_a_catastrophic_pattern_is_stopped_and_its_line_named(pattern: str, monk
 
 def test_many_slow_searches_share_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe_module, "MATCH_SECONDS", 0.2)
-    rules = Recipe.parse(r"(\w+\.?){1,9}(\w+\.?){1,9}(\w+\.?){1,9}!=q4_0")
+    rules = Recipe.parse(r"(\w+\.?){1,9}(\w+\.?){1,9}(\w+\.?){1,9}[A-Z]=q4_0")
     names = {f"{'ab' * length}.{number}": False for number in range(500) for length in (6, 7, 8)}
     start = time.process_time()
     with pytest.raises(RecipeError, match="takes more than"):

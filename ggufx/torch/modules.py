@@ -35,6 +35,11 @@ class _Packed(nn.Module):
             raise CodecError(
                 f"{type(self).__name__} takes a weight of {self.ndim} axes and a known type, got {weight!r}"
             )
+        if weight.scale is not None:
+            raise CodecError(
+                f"{weight!r} has a factor of its own (scale), which {type(self).__name__} does not keep; use "
+                "ggufx.torch.linear, or dequantize() it"
+            )
         self.type_name = weight.codec.name
         self.shape = weight.shape
         self.dtype = weight.dtype
