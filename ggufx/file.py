@@ -61,6 +61,8 @@ class Tensor:
         Packed bytes (for an unknown type: its span, which may end in padding).
     """
 
+    factor: Tensor | None = None
+
     def __init__(self, container: Container, entry: Entry, codec: Codec | None, named: NamedType | None = None) -> None:
         self._container = container
         self._entry = entry
@@ -112,8 +114,8 @@ class Tensor:
     def packed(self) -> npt.NDArray[np.uint8]:
         """The bytes as they lie in the file, a read-only view: uint8 ``shape[:-1] + (row_nbytes,)``.
 
-        One axis of ``nbytes`` for a type that no dialect knows. They decode to values without :attr:`scale`. Valid as long as it is referenced, even after the file
-        is closed.
+        One axis of ``nbytes`` for a type that no dialect knows. They decode to values without :attr:`scale`. Valid as long
+        as it is referenced, even after the file is closed.
         """
         data = self._container.bytes_of(self._entry, self.nbytes)
         if self.codec is None or not self.shape:

@@ -42,6 +42,7 @@ __all__ = [
     "Tally",
     "codec_name",
     "common_file_type",
+    "factor_lost",
     "mix_recipe",
     "plan_quantize",
     "prepare",
@@ -108,6 +109,8 @@ class Source:
         Plans it as it is, or raises PlanError when the target cannot hold it.
     member
         Number of the split file it is in.
+    scaled
+        Its products are multiplied by a tensor of the file called ``.scale``, which stays beside it.
     unknown
         Of a type without a codec: why nothing can be made of it, as the end of a sentence.
     packs
@@ -123,6 +126,7 @@ class Source:
     keep: Callable[[], PlannedTensor]
     member: int = 0
     unknown: str = ""
+    scaled: bool = False
     packs: Callable[[], bool] = bool
 
 
@@ -391,6 +395,39 @@ def prepare(
     return quantization
 
 
+def _factors(choices: Sequence[Choice], target: Dialect, facts: Mapping[str, Any]) -> list[Finding]:
+    """Say what becomes of factors beside weights: a tensor's own scale stays what it was, so its values are quantized without."""
+    findings = []
+    architecture = facts.get("general.architecture")
+    for choice in choices:
+        lost = choice.source.scaled and factor_lost(choice.source.name, choice.type, target, architecture)
+        if lost:
+            findings.append(Finding("error", "factor", lost, (choice.source.name,)))
+    bare = [c.source.name for c in choices if not c.kept and c.type == "NVFP4" and not c.source.scaled]
+    if bare:
+        findings.append(
+            Finding(
+                "warning", "factor",
+                f"{bare[0]} and {len(bare) - 1} more become NVFP4 without a factor in a tensor called .scale, which ggufx does not "
+                "write: NVFP4's own scales go from 2^-9 to 448, so weights of less than about 0.005 lose precision and of less "
+                "than 0.0005 become zeros", tuple(bare),
+            )
+        )  # fmt: skip
+    return findings
+
+
+def factor_lost(name: str, kind: str, target: Dialect, architecture: object) -> str:
+    """Return why the target's programs would not apply the factor beside a weight of type ``kind``; empty where they do."""
+    # As in llama-load-tensors.cpp there, which reads .scale for BitNet's architectures.
+    if target.name == "ik_llama.cpp" and not str(architecture).startswith("bitnet"):
+        what = "ik_llama.cpp reads such factors for BitNet only"
+    elif name == "output.weight" and kind != "NVFP4":
+        what = f"llama.cpp reads the head's only where the head is NVFP4, here it would be {kind}"
+    else:
+        return ""
+    return f"tensor {name!r} has a factor in {name.removesuffix('weight')}scale, and {what}: its values would be wrong there"
+
+
 def mix_recipe(
     source: str | Path | Checkpoint | File,
     name: str,
@@ -579,7 +616,18 @@ def _gguf_sources(file: File, target: Dialect, *, asked: bool) -> tuple[list[Sou
         stays = recipe_module.stays(tensor.name, tensor.shape)
         unknown = tensor.why_unknown() if tensor.codec is None else ""
         sources.append(
-            Source(tensor.name, tensor.shape, tensor.type, tensor.nbytes, stays, stack, keep, member, unknown)
+            Source(
+                tensor.name,
+                tensor.shape,
+                tensor.type,
+                tensor.nbytes,
+                stays,
+                stack,
+                keep,
+                member,
+                unknown,
+                tensor.factor is not None,
+            )
         )
 
     def metadata(tensors: Sequence[PlannedTensor], file_type: int | None) -> dict[str, Value]:

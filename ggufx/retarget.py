@@ -27,7 +27,7 @@ from ggufx.errors import CodecError, PlanError
 from ggufx.execute import Progress
 from ggufx.file import File, Tensor, open
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
-from ggufx.quantize import common_file_type, unreadable
+from ggufx.quantize import common_file_type, factor_lost, unreadable
 from ggufx.version import __version__
 
 __all__ = [
@@ -233,6 +233,10 @@ def _tensor(
         return plan.copy_tensor(move.name, tensor.shape, tensor.type, tensor.type_id, span)
     kind = tensor.type
     wanted = _wanted(file, move, dialect, dense, plain)
+    if tensor.factor is not None:
+        lost = factor_lost(tensor.name, wanted, dialect, file.metadata.get("general.architecture"))
+        if lost:
+            raise PlanError(f"{file.path}: {lost}")
     codec = types.get(wanted)
     type_id = dialect.type_id(codec)
     if type_id is None:
