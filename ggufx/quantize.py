@@ -370,6 +370,7 @@ def prepare(
         n_source_files=len(quantization.source_files),
     )  # fmt: skip
     quantization.choices = [decide(item) for item in sources]
+    quantization.findings += _factors(quantization.choices, chosen, quantization.facts())
     if not sources:
         quantization.findings.append(
             Finding(
@@ -396,7 +397,10 @@ def prepare(
 
 
 def _factors(choices: Sequence[Choice], target: Dialect, facts: Mapping[str, Any]) -> list[Finding]:
-    """Say what becomes of factors beside weights: a tensor's own scale stays what it was, so its values are quantized without."""
+    """Say what becomes of factors beside weights.
+
+    They stay as they are, so the values are quantized without them.
+    """
     findings = []
     architecture = facts.get("general.architecture")
     for choice in choices:
@@ -408,8 +412,8 @@ def _factors(choices: Sequence[Choice], target: Dialect, facts: Mapping[str, Any
         findings.append(
             Finding(
                 "warning", "factor",
-                f"{bare[0]} and {len(bare) - 1} more become NVFP4 without a factor in a tensor called .scale, which ggufx does not "
-                "write: NVFP4's own scales go from 2^-9 to 448, so weights of less than about 0.005 lose precision and of less "
+                f"{bare[0]} and {len(bare) - 1} more become NVFP4 without a factor in a tensor called .scale, which ggufx does "
+                "not write: NVFP4's own scales go from 2^-9 to 448, so weights of less than about 0.005 lose precision and of less "
                 "than 0.0005 become zeros", tuple(bare),
             )
         )  # fmt: skip

@@ -115,7 +115,7 @@ def test_requantizing_neither_loses_the_factor_nor_applies_it_twice(path: Path, 
 
 
 def test_programs_that_do_not_apply_it_are_refused(path: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="ik_llama.cpp reads such factors for BitNet only"):
+    with pytest.raises(RecipeError, match=r"ik_llama\.cpp reads such factors for BitNet only"):
         quantize.plan_quantize(
             path, tmp_path / "o.gguf", default="q8_0", allow_requantize=True, target="ik_llama.cpp", pure=True
         )
