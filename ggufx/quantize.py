@@ -413,7 +413,7 @@ def _factors(choices: Sequence[Choice], target: Dialect, facts: Mapping[str, Any
             Finding(
                 "warning", "factor",
                 f"{bare[0]} and {len(bare) - 1} more become NVFP4 without a factor in a tensor called .scale, which ggufx does "
-                "not write: NVFP4's own scales go from 2^-9 to 448, so weights of less than about 0.005 lose precision and of less "
+                "not write: its own scales go from 2^-9 to 448, so weights of less than about 0.005 lose precision and of less "
                 "than 0.0005 become zeros", tuple(bare),
             )
         )  # fmt: skip

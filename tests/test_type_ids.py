@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import ggufx
-from ggufx import dialects, types
+from ggufx import dialects, quantize, types
+from ggufx.budget import Budget
 from ggufx.container import align_up, encode_header
 from ggufx.dialects import DIALECTS
-from ggufx.errors import UnknownDialect, UnknownType
+from ggufx.errors import RecipeError, UnknownDialect, UnknownType
 from ggufx.named_types import FOREIGN, NamedType
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -23,11 +25,11 @@ def table(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def gguf(path: Path, *tensors: tuple[int, tuple[int, ...], int]) -> Path:
-    """A file of ``(type id, shape, bytes)``, named t0, t1 ..., all bytes 1."""
+def gguf(path: Path, *tensors: tuple[int, tuple[int, ...], int], suffix: str = "") -> Path:
+    """A file of ``(type id, shape, bytes)``, named t0, t1 ... and the suffix, all bytes 1."""
     directory, data = [], b""
     for number, (type_id, shape, nbytes) in enumerate(tensors):
-        directory.append((f"t{number}", shape, type_id, len(data)))
+        directory.append((f"t{number}{suffix}", shape, type_id, len(data)))
         data += b"\1" * nbytes + bytes(align_up(nbytes, 32) - nbytes)
     path.write_bytes(encode_header({}, directory, 32) + data)
     return path
@@ -135,3 +137,27 @@ def test_no_name_without_a_codec_is_a_types(tmp_path: Path) -> None:
     named = [t for d in DIALECTS.values() for i in range(1024) if isinstance(t := d.meaning(i), NamedType)]
     assert not known & {t.name for t in [*named, *FOREIGN]}
     assert all(dialects.DS4.meaning(t.type_id) is None for t in named)
+
+
+def test_quantizing_writes_them_only_for_programs_that_read_them(tmp_path: Path) -> None:
+    values = np.ones((8, 256), np.float32)
+    repacked = tmp_path / "r4.gguf"
+    unknown = tmp_path / "u.gguf"
+    for path, type_id in ((repacked, 337), (unknown, 999)):
+        gguf(path, (0, (8, 256), values.nbytes), (type_id, (8, 256), 8 * 76), suffix=".weight")
+        with pytest.raises(RecipeError, match=r"tensor 't1\.weight' has type .*llama\.cpp would not load the file"):
+            quantize.plan_quantize(path, tmp_path / "o.gguf", default="q8_0", target="llama.cpp")
+        plan = quantize.plan_quantize(path, tmp_path / "o.gguf", default="q8_0")
+        assert plan.tensors[1].type_id == type_id
+        assert any(note.startswith("t1.weight ") and "it stays" in note for note in plan.notes)
+    plan = quantize.plan_quantize(repacked, tmp_path / "o.gguf", default="q8_0", target="ik_llama.cpp")
+    assert plan.tensors[1].type == "IQ2_K_R4"
+
+
+def test_fitting_a_budget_never_chooses_what_the_target_lacks(tmp_path: Path) -> None:
+    ternary = np.tile(np.array([-0.02, 0, 0.02, 0.02], np.float32), (64, 256))
+    path = gguf(tmp_path / "t.gguf", *[(0, ternary.shape, ternary.nbytes)] * 2, suffix=".weight")
+    for target, held in (("llama.cpp", True), ("ik_llama.cpp", False)):
+        candidates = Budget(path, target=target, imatrix="ones").candidates
+        assert ("TQ1_0" in candidates) is held
+        assert ("TQ2_0" in candidates) is held
