@@ -79,8 +79,8 @@ def _cut(tensor: file.Tensor, rank: int, world: int, dim: int) -> _Cut:
     """Return shard ``rank`` of ``world`` equal parts along axis ``dim``; raises ShardError when there are none."""
     if tensor.codec is None:
         raise ShardError(
-            f"tensor {tensor.name!r} {tensor.why_unknown()}: it cannot be cut; load the others with names="
-            "lambda name: ..., or let dim give None for it to keep it whole"
+            f"tensor {tensor.name!r} cannot be cut: it {tensor.why_unknown()}. Load the others by names=, or let dim give None "
+            "for it to keep it whole"
         )
     if not -tensor.ndim <= dim < tensor.ndim:
         raise ShardError(

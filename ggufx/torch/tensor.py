@@ -251,7 +251,7 @@ class GGUFTensor:
     def _known(self) -> Codec:
         if self.codec is None:
             raise UnknownType(
-                f"tensor {self.name!r} is of type {self.type}, which no known dialect defines; it cannot be decoded"
+                f"tensor {self.name!r} is of type {self.type}, which ggufx has no decoder for; it can be moved, not decoded"
             )
         return self.codec
 
