@@ -96,8 +96,9 @@ def test_torch_values_and_products_have_it(path: Path) -> None:
     plain = held["blk.0.attn_q.weight"]
     ys = ggufx.torch.linears(x.float(), [w, plain, experts[0]])
     assert [y[0, 0].item() for y in ys] == [48, 64 * 6 * 512, 64 * 3 * 512]
-    with pytest.raises(CodecError, match="has a factor of its own"):
-        ggufx.torch.GGUFLinear(w)
+    for module in (ggufx.torch.GGUFLinear, ggufx.torch.GGUFEmbedding):
+        with pytest.raises(CodecError, match="has a factor of its own"):
+            module(w)
 
 
 def test_a_shard_has_its_experts_factors(path: Path) -> None:

@@ -170,7 +170,14 @@ class GGUFEmbedding(_Packed):
 
     def __init__(self, weight: GGUFTensor, *, dtype: torch.dtype | None = None) -> None:
         if isinstance(weight, GGUFTensor):
-            weight = GGUFTensor(weight.packed, weight.codec, weight.shape, dtype=dtype or weight.dtype)
+            weight = GGUFTensor(
+                weight.packed,
+                weight.codec,
+                weight.shape,
+                dtype=dtype or weight.dtype,
+                name=weight.name,
+                scale=weight.scale,
+            )
         super().__init__(weight)
         self.num_embeddings, self.embedding_dim = self.shape
 
