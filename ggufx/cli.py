@@ -84,7 +84,6 @@ _FAMILY = Per("family")
 _NORMAL = EffortChoice("normal")
 _REFERENCE = ObjectiveChoice("reference")
 _NISPARKS = Target("nisparks")
-_PLAIN = Plain("f32")
 _FOLDER = MergeForm("safetensors")
 
 _out = Lines()
@@ -450,6 +449,8 @@ def _print_inspected(found: dict[str, Any]) -> None:
             _out.print(f"{key}: {about[key]}", markup=False)
     if len(about["equivalent_dialects"]) > 1:
         _out.print(f"(its ids mean the same in {', '.join(about['equivalent_dialects'])})", markup=False)
+    for note in about["notes"]:
+        _out.print(f"note: {note}", markup=False)
     table = make_table("key", "type", "value")
     for key, value in found["metadata"].items():
         text = json.dumps(value["value"], ensure_ascii=False)
@@ -460,7 +461,7 @@ def _print_inspected(found: dict[str, Any]) -> None:
     table = make_table("tensor", "shape", "type", "bytes", "bpw")
     for tensor in found["tensors"]:
         numbers = (str(tensor["nbytes"]), f"{tensor['bits_per_weight']:.4f}")
-        table.add_row(_text(tensor["name"]), _text(str(tensor["shape"])), tensor["type"], *numbers)
+        table.add_row(_text(tensor["name"]), _text(str(tensor["shape"])), _text(tensor["type_label"]), *numbers)
     _out.print(table)
     if len(found["tensors"]) < found["n_matching"]:
         _out.print(f"... {found['n_matching'] - len(found['tensors'])} more", markup=False)
@@ -589,8 +590,12 @@ def retarget(
         ),
     ] = None,
     plain: Annotated[
-        Plain, typer.Option(help="ds4: type of hyper-connections, compressors and routers; f16 for older readers.")
-    ] = _PLAIN,
+        Plain | None,
+        typer.Option(
+            help="ds4: type of hyper-connections, compressors and routers; f16 for older readers. Default: f16 and f32 stay, "
+            "others become f32."
+        ),
+    ] = None,
     split_max_size: SplitMaxSize = None,
     dialect: DialectOption = None,
     threads: Threads = None,
@@ -607,7 +612,7 @@ def retarget(
             outfile,
             target.value,
             dense=None if dense is None else dense.value,
-            plain=plain.value,
+            plain=None if plain is None else plain.value,
             split_max_nbytes=_parse_nbytes(split_max_size),
         )
         _show_or_execute(
@@ -1283,7 +1288,9 @@ def recipe_from_gguf(
 ) -> None:
     """Print the recipe of an existing file: rules that give each of its tensors the type it has."""
     with open_gguf(file, dialect=None if dialect is None else dialect.value) as opened:
-        rules = recipe_module.from_tensors((t.name, t.shape, t.type) for t in opened.tensors)
+        rules = recipe_module.from_tensors(
+            (t.name, t.shape, t.type if t.codec else t.type_label) for t in opened.tensors
+        )
         bits = opened.data_nbytes * 8 / max(1, sum(t.size for t in opened.tensors))
         header = f"# {file.name}: {len(opened)} tensors, {opened.data_nbytes} bytes, {bits:.4f} bits per weight\n"
     sys.stdout.write(printable(header + rules.text()))

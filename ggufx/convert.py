@@ -111,7 +111,8 @@ class Conversion:
 
     def all_notes(self) -> list[str]:
         """Return the notes and what there is to say of the FP8 tensors planned so far, each once."""
-        return list(dict.fromkeys([*self.notes, *self.choice.notes()]))
+        told = self.architecture.target_notes(self.dialect.name)
+        return list(dict.fromkeys([*self.notes, *told, *self.choice.notes()]))
 
     def metadata(self, tensors: Sequence[PlannedTensor], file_type: int | None) -> dict[str, Value]:
         """Return the keys of a file of these tensors, without ``general.file_type`` if that is ``None``."""

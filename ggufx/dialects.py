@@ -2,6 +2,9 @@
 
 An id is not a type until its dialect is named: 42 is F8_E4M3_B128 in the nisparks fork, Q2_0 upstream, and other things
 elsewhere. Sizes tell them apart, because GGUF stores offsets: a tensor's span is its size rounded up to the alignment.
+
+Ids up to :data:`LAST_COMMON_ID` mean the same in every program; of a later one, another fork's meaning hides the tensors of
+that id, not the file.
 """
 
 from __future__ import annotations
@@ -14,9 +17,13 @@ from typing import Literal
 from ggufx import types
 from ggufx.container import Entry, align_up
 from ggufx.errors import AmbiguousDialect, CodecError, UnknownDialect, quoted
+from ggufx.named_types import FOREIGN, OWNED, NamedType
 from ggufx.types import Codec
 
 __all__ = ["DIALECTS", "DS4", "OPAQUE", "TARGETS", "Dialect", "Resolution", "fits", "get", "resolve"]
+
+LAST_COMMON_ID = 30
+"""BF16: the last id that no program has given another meaning (31 to 38 were given, taken back, and given anew)."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Dialect:
     lacks
         Inherited ids that this fork does not have.
     file_types
-        ``general.file_type`` numbers that differ from the parent's.
+        ``general.file_type`` numbers that differ from the parent's; ``None`` for those that it does not have.
     only
         Inherited ids that this program reads, where it is easier to say than :attr:`lacks`; ``None`` for all.
     """
@@ -40,17 +47,22 @@ class Dialect:
     name: str
     parent: str | None = None
     lacks: frozenset[int] = frozenset()
-    file_types: Mapping[int, str] = field(default_factory=dict)
+    file_types: Mapping[int, str | None] = field(default_factory=dict)
     only: frozenset[int] | None = None
 
-    def codec(self, type_id: int) -> Codec | None:
-        """Return the codec of ``type_id``, or ``None`` when this dialect does not know it."""
-        own = types.by_id(self.name, type_id)
+    def meaning(self, type_id: int) -> Codec | NamedType | None:
+        """Return the type of ``type_id``, with a codec or without, or ``None`` when this dialect does not have the id."""
+        own = types.by_id(self.name, type_id) or OWNED.get(self.name, {}).get(type_id)
         if own is not None or self.parent is None or type_id in self.lacks:
             return own
         if self.only is not None and type_id not in self.only:
             return None
-        return DIALECTS[self.parent].codec(type_id)
+        return DIALECTS[self.parent].meaning(type_id)
+
+    def codec(self, type_id: int) -> Codec | None:
+        """Return the codec of ``type_id``, or ``None`` when this dialect does not know it."""
+        meaning = self.meaning(type_id)
+        return meaning if isinstance(meaning, Codec) else None
 
     def type_id(self, codec: Codec) -> int | None:
         """Return the id of ``codec`` here, or ``None`` when this dialect cannot hold it."""
@@ -76,7 +88,8 @@ class Dialect:
             return number
         inherited = DIALECTS[self.parent].file_type_number(name)
         # A parent's number may mean something else here.
-        return inherited if inherited is not None and self.file_type_name(inherited) == name else None
+        held = None if inherited is None else self.file_type_name(inherited)
+        return inherited if held == name or (name, held) in _SAME_FILE_TYPE else None
 
 
 # llama.h's llama_ftype; the names are what file names carry.
@@ -88,18 +101,27 @@ _UPSTREAM_FILE_TYPES = {
     40: "Q1_0", 41: "Q2_0",
 }  # fmt: skip
 
-# ik_llama.cpp's llama.h; 36, 37, 39 and 40 mean nothing there.
+_SAME_FILE_TYPE = {("MXFP4_MOE", "MXFP4")}
+"""Upstream's and ik_llama.cpp's names of one number."""
+
+# ik_llama.cpp's llama.h.
 _IK_FILE_TYPES = {
-    41: "Q1_0_G128", 135: "Q6_0", 136: "IQ1_BN", 137: "IQ2_BN", 138: "IQ2_K", 139: "IQ3_K", 140: "IQ4_K", 141: "IQ5_K",
-    142: "IQ6_K", 145: "IQ4_KS", 146: "IQ3_KL", 147: "IQ2_KS", 148: "IQ4_KSS", 149: "Q8_KV", 150: "IQ5_KS", 151: "IQ2_KT",
-    152: "IQ3_KT", 153: "IQ4_KT", 154: "IQ3_KS", 155: "IQ2_KL", 156: "IQ1_KT",
+    33: "Q4_0_4_4", 34: "Q4_0_4_8", 35: "Q4_0_8_8", 36: None, 37: None, 38: "MXFP4", 39: None, 40: None, 41: "Q1_0_G128",
+    135: "Q6_0", 136: "IQ1_BN", 137: "IQ2_BN", 138: "IQ2_K", 139: "IQ3_K", 140: "IQ4_K", 141: "IQ5_K", 142: "IQ6_K",
+    145: "IQ4_KS", 146: "IQ3_KL", 147: "IQ2_KS", 148: "IQ4_KSS", 149: "Q8_KV", 150: "IQ5_KS", 151: "IQ2_KT", 152: "IQ3_KT",
+    153: "IQ4_KT", 154: "IQ3_KS", 155: "IQ2_KL", 156: "IQ1_KT",
+    202: "Q4_0_R8", 207: "Q8_0_R8", 208: "Q5_0_R4", 210: "Q2_K_R4", 211: "Q3_K_R4", 214: "Q4_K_R4", 216: "Q5_K_R4",
+    218: "Q6_K_R4", 219: "IQ2_XXS_R4", 220: "IQ2_XS_R4", 223: "IQ3_XXS_R4", 224: "IQ1_S_R4", 225: "IQ4_NL_R4",
+    226: "IQ3_S_R4", 229: "IQ2_M_R4", 230: "IQ4_XS_R8", 231: "IQ1_M_R4", 232: "BF16_R16", 335: "Q6_0_R4", 337: "IQ2_BN_R4",
+    338: "IQ2_K_R4", 339: "IQ3_K_R4", 340: "IQ4_K_R4", 341: "IQ5_K_R4", 345: "IQ4_KS_R4", 350: "IQ5_KS_R4",
+    351: "MXFP4_R8", 398: "Q8_KV_R8", 399: "Q8_K_R8",
 }  # fmt: skip
 
 DIALECTS: Mapping[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
         Dialect("llama.cpp", file_types=_UPSTREAM_FILE_TYPES),
-        Dialect("ik_llama.cpp", parent="llama.cpp", lacks=frozenset({40, 42}), file_types=_IK_FILE_TYPES),
+        Dialect("ik_llama.cpp", parent="llama.cpp", lacks=frozenset({34, 35, 40, 42}), file_types=_IK_FILE_TYPES),
         Dialect("nisparks", parent="llama.cpp", file_types={41: "F8_E4M3_MXFP4"}),
     )
 }
@@ -125,27 +147,28 @@ def get(name: str) -> Dialect:
     return DIALECTS[name]
 
 
+Kind = Codec | NamedType
 End = Literal["exact", "longer", "shorter"]
 """What the last tensor's span may be: the tensor's bytes and at most their padding; more, as other bytes may follow; less, as
 the file may be incomplete."""
 
 
-def _has_whole_rows(codec: Codec, entry: Entry) -> bool:
-    """Return whether the entry's rows are whole blocks of ``codec``."""
-    return (entry.shape[-1] if entry.shape else 1) % codec.layout.block_len == 0
+def _has_whole_rows(kind: Kind, entry: Entry) -> bool:
+    """Return whether the entry's rows are whole blocks of ``kind``."""
+    return (entry.shape[-1] if entry.shape else 1) % kind.layout.block_len == 0
 
 
-def fits(codec: Codec, entry: Entry, end: End = "exact") -> bool:
-    """Return whether a tensor of ``codec`` tiles the entry's span exactly, final padding aside.
+def fits(kind: Kind, entry: Entry, end: End = "exact") -> bool:
+    """Return whether a tensor of a type tiles the entry's span exactly, final padding aside.
 
     Parameters
     ----------
     end
         Of which kind the span of a file's last tensor may be; each kind includes those before it.
     """
-    if not _has_whole_rows(codec, entry):
+    if not _has_whole_rows(kind, entry):
         return False
-    nbytes = codec.layout.nbytes(entry.shape)
+    nbytes = kind.layout.nbytes(entry.shape)
     padded = align_up(nbytes, entry.alignment)
     if not entry.last:
         return entry.span == padded
@@ -165,11 +188,17 @@ class Resolution:
         Type id -> codec; ids that no dialect knows are absent.
     equivalent
         Names of all dialects that explain the file equally well.
+    named
+        Type id -> type without a codec.
+    notes
+        A sentence for every id whose tensors no dialect's layout fits.
     """
 
     dialect: Dialect | None
     codecs: Mapping[int, Codec]
     equivalent: tuple[str, ...]
+    named: Mapping[int, NamedType] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def resolve(
@@ -211,43 +240,68 @@ def resolve(
     chosen = dialect or (stamped if stamped in DIALECTS else None)
     candidates = [get(chosen)] if chosen else list(DIALECTS.values())
     meanings = {i: _meanings(candidates, i) for i in by_id}
-    valid: dict[int, dict[str, Codec]] = {}
-    for type_id, named in meanings.items():
-        valid[type_id] = _fitting(named, by_id[type_id], incomplete=incomplete)
-        if named and not valid[type_id]:
-            raise UnknownDialect(_misfit(path, type_id, named, by_id[type_id]))
-    known = [type_id for type_id, named in meanings.items() if named]
+    valid: dict[int, dict[str, Kind]] = {}
+    named: dict[int, NamedType] = {}
+    notes = []
+    for type_id, its in by_id.items():
+        held = meanings[type_id]
+        valid[type_id] = _fitting(held, its, incomplete=incomplete)
+        if valid[type_id]:
+            continue
+        foreign = next((t for t in FOREIGN if t.type_id == type_id and all(fits(t, e) for e in its)), None)
+        if held and (chosen or not (foreign or _may_differ(held, its))):
+            raise UnknownDialect(_misfit(path, type_id, held, its))
+        if foreign is not None:
+            named[type_id] = foreign
+        if held:
+            notes.append(_hidden(type_id, held, its, foreign))
+    known = [type_id for type_id in by_id if valid[type_id]]
     survivors = [d for d in candidates if all(d.name in valid[i] for i in known)]
-    if not survivors:
+    if survivors:
+        for type_id in known:
+            _agreed(path, type_id, {d.name: valid[type_id][d.name] for d in survivors}, by_id[type_id])
+        found = {i: valid[i][survivors[0].name] for i in known}
+    else:
         # A file that mixes forks' types: each id stands for itself where its meanings agree.
-        codecs = {i: _agreed(path, i, valid[i], by_id[i]) for i in known}
-        return Resolution(None, codecs, ())
-    for type_id in known:
-        _agreed(path, type_id, {d.name: valid[type_id][d.name] for d in survivors}, by_id[type_id])
-    codecs = {i: valid[i][survivors[0].name] for i in known}
-    return Resolution(survivors[0], codecs, tuple(d.name for d in survivors))
+        found = {i: _agreed(path, i, valid[i], by_id[i]) for i in known}
+    named |= {i: kind for i, kind in found.items() if isinstance(kind, NamedType)}
+    codecs = {i: kind for i, kind in found.items() if isinstance(kind, Codec)}
+    dialect_found = survivors[0] if survivors else None
+    return Resolution(dialect_found, codecs, tuple(d.name for d in survivors), named, tuple(notes))
 
 
-def _meanings(candidates: Iterable[Dialect], type_id: int) -> dict[str, Codec]:
-    found = {d.name: d.codec(type_id) for d in candidates}
-    return {name: codec for name, codec in found.items() if codec is not None}
+def _meanings(candidates: Iterable[Dialect], type_id: int) -> dict[str, Kind]:
+    found = {d.name: d.meaning(type_id) for d in candidates}
+    return {name: kind for name, kind in found.items() if kind is not None}
 
 
-def _fitting(named: Mapping[str, Codec], entries: Sequence[Entry], *, incomplete: bool) -> dict[str, Codec]:
+def _fitting(held: Mapping[str, Kind], entries: Sequence[Entry], *, incomplete: bool) -> dict[str, Kind]:
     """Return the meanings whose sizes are the entries' spans, of the last tensor as nearly as any meaning has it."""
     ends: tuple[End, ...] = ("exact", "longer", "shorter") if incomplete else ("exact", "longer")
+    type_id = entries[0].type_id
     for end in ends:
-        found = {name: codec for name, codec in named.items() if all(fits(codec, entry, end) for entry in entries)}
+        found = {name: kind for name, kind in held.items() if all(fits(kind, entry, end) for entry in entries)}
         if found:
             return found
         # Other bytes may follow the last tensor, but rather it is what a fork means whose sizes are the spans.
-        meanings = _meanings(DIALECTS.values(), entries[0].type_id)
-        if any(all(fits(codec, entry) for entry in entries) for codec in meanings.values()):
+        others = [*_meanings(DIALECTS.values(), type_id).values(), *(t for t in FOREIGN if t.type_id == type_id)]
+        if any(all(fits(kind, entry) for entry in entries) for kind in others):
             break
     return {}
 
 
-def _agreed(path: object, type_id: int, named: Mapping[str, Codec], entries: Sequence[Entry]) -> Codec:
+def _may_differ(held: Mapping[str, Kind], entries: Sequence[Entry]) -> bool:
+    """Return whether tensors that fit no meaning of their id may be a type of another fork, and not the end of a download."""
+    if all(isinstance(kind, NamedType) for kind in held.values()):
+        return True
+    if entries[0].type_id <= LAST_COMMON_ID:
+        return False
+    # A file that was cut off ends within a tensor.
+    misfits = [e for e in entries if not any(fits(kind, e) for kind in held.values())]
+    return not misfits or any(not entry.last for entry in misfits)
+
+
+def _agreed(path: object, type_id: int, named: Mapping[str, Kind], entries: Sequence[Entry]) -> Kind:
     distinct = dict.fromkeys(named.values())
     if len(distinct) == 1 or not any(prod(entry.shape) for entry in entries):
         return next(iter(distinct))  # tensors without elements are the same in every type
@@ -258,31 +312,47 @@ def _agreed(path: object, type_id: int, named: Mapping[str, Codec], entries: Seq
     )
 
 
-def _misfit(path: object, type_id: int, named: Mapping[str, Codec], entries: Sequence[Entry]) -> str:
-    codec_of = dict.fromkeys(named.values())
-    entry = entries[0]
-    if len(codec_of) == 1:
-        (codec,) = codec_of
-        odd = [e for e in entries if not fits(codec, e)]
-        entry = next((e for e in odd if not fits(codec, e, "longer")), odd[0])
-    sizes = []
-    for codec in codec_of:
-        try:
-            codec.layout.row_nbytes(entry.shape[-1] if entry.shape else 1)
-            sizes.append(f"{codec.layout.nbytes(entry.shape)} bytes as {codec.name}")
-        except CodecError as error:
-            sizes.append(f"impossible as {codec.name} ({error})")
-    shown = f"{path}: tensor {quoted(entry.name)} {list(entry.shape)} of type id {entry.type_id} has {entry.span} bytes"
-    takes = " or ".join(sizes)
+def _misfit(path: object, type_id: int, held: Mapping[str, Kind], entries: Sequence[Entry]) -> str:
+    entry, sizes = _sizes(held, entries)
+    shown = f"{path}: tensor {quoted(entry.name)} {list(entry.shape)} of type id {type_id} has {entry.span} bytes"
     listed = f"--dialect {OPAQUE} lists it all the same"
-    needs = [codec.layout.nbytes(entry.shape) for codec in codec_of if _has_whole_rows(codec, entry)]
+    needs = [kind.layout.nbytes(entry.shape) for kind in held.values() if _has_whole_rows(kind, entry)]
     if needs and not entry.last and entry.span > max(needs):
         return (
-            f"{shown} before the next tensor starts but takes {takes}: there is a gap between the tensors, which llama.cpp "
+            f"{shown} before the next tensor starts but takes {sizes}: there is a gap between the tensors, which llama.cpp "
             f"refuses, too; or a fork wrote the file that gives this id another meaning ({listed})"
         )
     where = "the file ends there" if entry.last else "the next tensor starts there"
     return (
-        f"{shown} ({where}) but takes {takes}: the model is corrupted or incomplete, or written by a fork that gives this id "
+        f"{shown} ({where}) but takes {sizes}: the model is corrupted or incomplete, or written by a fork that gives this id "
         f"another meaning ({listed})"
     )
+
+
+def _hidden(type_id: int, named: Mapping[str, Kind], entries: Sequence[Entry], foreign: NamedType | None) -> str:
+    entry, sizes = _sizes(named, entries)
+    more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
+    what = (
+        "another fork gives this id another meaning, or they are damaged"
+        if foreign is None
+        else f"they fit {foreign.name} of {foreign.program} ({foreign.layout.nbytes(entry.shape)} bytes; {foreign.what})"
+    )
+    return (
+        f"type id {type_id} of tensor {quoted(entry.name)} {list(entry.shape)}{more}: has {entry.span} bytes but takes "
+        f"{sizes}; {what}. These tensors are listed and copied, not decoded"
+    )
+
+
+def _sizes(held: Mapping[str, Kind], entries: Sequence[Entry]) -> tuple[Entry, str]:
+    """Return the entry that tells most, and the bytes that it takes as each of its id's types."""
+    kinds = dict.fromkeys(held.values())
+    odd = [e for e in entries if not any(fits(kind, e) for kind in kinds)] or list(entries)
+    entry = next((e for e in odd if not any(fits(kind, e, "longer") for kind in kinds)), odd[0])
+    sizes = []
+    for kind in kinds:
+        try:
+            kind.layout.row_nbytes(entry.shape[-1] if entry.shape else 1)
+            sizes.append(f"{kind.layout.nbytes(entry.shape)} bytes as {kind.name}")
+        except CodecError as error:
+            sizes.append(f"impossible as {kind.name} ({error})")
+    return entry, " or ".join(sizes)

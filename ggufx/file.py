@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from math import prod
@@ -24,6 +25,7 @@ import numpy.typing as npt
 from ggufx import dialects, types
 from ggufx.container import MAGIC, Container, Entry, KeyValues, align_up, read_container, read_splits
 from ggufx.errors import CodecError, ContainerError, GGUFError, UnknownType, UnsupportedType, quoted
+from ggufx.named_types import NamedType
 from ggufx.stored import StoredFile, scratch
 from ggufx.typed import Facts
 from ggufx.types import Codec
@@ -42,6 +44,13 @@ _PIECE_NBYTES: Final = 1 << 20
 _MAX_FILES: Final = 10_000
 """GGUFs that are counted behind the first one of a file."""
 
+# Weights whose products upstream's loader multiplies by a factor of their own, a tensor NAME.scale beside NAME.weight
+# (llama-model.cpp), whatever the type and the architecture; the head's only where it is NVFP4.
+_HAS_FACTOR = re.compile(
+    r"blk\.\d+\.(attn_(q|k|v|output|qkv|gate)|ffn_(gate|down|up)(_shexp|_exps)?|ssm_(in|out|alpha|beta)"
+    r"|nextn\.(eh_proj|shared_head_head))\.weight"
+)
+
 Index = int | slice | EllipsisType | npt.NDArray[np.integer[Any]] | list[int]
 
 
@@ -57,19 +66,32 @@ class Tensor:
         Type name, or ``"id 999"`` when no dialect knows the id.
     type_id : int
     codec : Codec or None
+    named : NamedType or None
+        What is known of a type without a codec.
+    factor : Tensor or None
+        F32 tensor whose values :meth:`numpy` and slices multiply the decoded ones by: [1], or one for each expert.
     nbytes : int
         Packed bytes (for an unknown type: its span, which may end in padding).
     """
 
-    def __init__(self, container: Container, entry: Entry, codec: Codec | None) -> None:
+    factor: Tensor | None = None
+
+    def __init__(self, container: Container, entry: Entry, codec: Codec | None, named: NamedType | None = None) -> None:
         self._container = container
         self._entry = entry
         self.name = entry.name
         self.shape = entry.shape
         self.type_id = entry.type_id
         self.codec = codec
-        self.type = f"id {entry.type_id}" if codec is None else codec.name
-        self.nbytes = entry.span if codec is None else codec.layout.nbytes(entry.shape)
+        self.named = named
+        kind = codec or named
+        self.type = f"id {entry.type_id}" if kind is None else kind.name
+        self.nbytes = entry.span if kind is None else kind.layout.nbytes(entry.shape)
+
+    @property
+    def type_label(self) -> str:
+        """The type as listings have it: a type without a codec with its id."""
+        return self.type if self.named is None else self.named.label
 
     @property
     def size(self) -> int:
@@ -117,9 +139,9 @@ class Tensor:
     def packed(self) -> npt.NDArray[np.uint8]:
         """The bytes as they lie in the file, a read-only view: uint8 ``shape[:-1] + (row_nbytes,)``.
 
-        One axis of ``nbytes`` for a type that no dialect knows. Valid as long as it is referenced, even after the file
-        is closed. The system reads what is looked at; if another process shortens the file meanwhile, looking at what is gone
-        ends the process (SIGBUS). :meth:`numpy` and indexing look for that and raise.
+        One axis of ``nbytes`` for a type that no dialect knows. They decode to values without :attr:`scale`. Valid as long
+        as it is referenced, even after the file is closed. The system reads what is looked at; if another process shortens the
+        file meanwhile, looking at what is gone ends the process (SIGBUS). :meth:`numpy` and indexing look for that and raise.
 
         Raises
         ------
@@ -138,7 +160,7 @@ class Tensor:
         out: npt.NDArray[Any] | None = None,
         threads: int | None = None,
     ) -> npt.NDArray[Any]:
-        """Decode the whole tensor.
+        """Decode the whole tensor; its values have the factor of :attr:`scale`, if it has one.
 
         Parameters
         ----------
@@ -159,23 +181,57 @@ class Tensor:
         ContainerError
             The file does not have the bytes: it is incomplete, or was shortened or replaced after it was opened.
         """
-        return self._decode(0, self.shape, dtype, out, threads)
+        decoded = self._decode(0, self.shape, dtype, out, threads)
+        if self.factor is None:
+            return decoded
+        if decoded.dtype not in (np.float32, np.float64):
+            # Rounded once, and after the product: a half float may not hold what stands before it.
+            decoded[...] = self._decode(0, self.shape, threads=threads) * self._factors()
+            return decoded
+        decoded *= self._factors()
+        return decoded
 
     def rows_at(self, numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]:
         """Decode rows by their numbers, outer axes flattened: ``value_dtype`` [n, row_len] for integers [n]."""
         codec = self._decodable()
-        return codec.decode(self._packed_rows(np.asarray(numbers, np.int64), codec.layout.row_nbytes(self.shape[-1])))
+        wanted = np.asarray(numbers, np.int64)
+        decoded = codec.decode(self._packed_rows(wanted, codec.layout.row_nbytes(self.shape[-1])))
+        if self.factor is None:
+            return decoded
+        scale = self.factor.numpy(np.float32).reshape(-1)
+        per_scale = prod(self.shape[:-1]) // scale.size
+        decoded *= scale[wanted // max(1, per_scale)][:, None]
+        return decoded
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         if copy is False:
             raise ValueError(f"{self.name!r} of type {self.type} cannot become an array without decoding a copy")
         return self.numpy(dtype)
 
+    @property
+    def scale(self) -> npt.NDArray[np.float32] | None:
+        """Factor that the loader applies beside the type's own scales: float32 [1], or [experts]; ``None`` without one.
+
+        NVFP4 models have one, the second level of its scales; :meth:`numpy` and slices apply it, :attr:`packed` has it not.
+        """
+        return None if self.factor is None else self.factor.numpy(np.float32).reshape(-1)
+
+    def _factors(self) -> npt.NDArray[np.float32]:
+        """Return :attr:`scale` as an array of the tensor's shape that takes no memory."""
+        scale = self.scale
+        assert scale is not None
+        return np.broadcast_to(scale.reshape(-1, *[1] * (self.ndim - 1)), self.shape)
+
     def __getitem__(self, index: Index | tuple[Index, ...]) -> npt.NDArray[Any]:
-        """Decode a slice: of the outer axes only what is asked is decoded, the last axis is cut afterwards.
+        """Decode a slice, as :meth:`numpy` does: of the outer axes only what is asked is decoded, the last is cut afterwards.
 
         Integers, slices, ``...`` and 1-D integer arrays, as in numpy.
         """
+        decoded = self._sliced(index)
+        return decoded if self.factor is None else decoded * self._factors()[index]
+
+    def _sliced(self, index: Index | tuple[Index, ...]) -> npt.NDArray[Any]:
+        """Return the decoded values of a slice, without :attr:`scale`."""
         codec = self._decodable()
         parts = index if isinstance(index, tuple) else (index,)
         if any(part is None or isinstance(part, bool | np.bool_) for part in parts):
@@ -322,12 +378,21 @@ class Tensor:
     def __repr__(self) -> str:
         return f"<Tensor {self.name} {self.type}{list(self.shape)} {self.nbytes} bytes>"
 
+    def why_unknown(self) -> str:
+        """Return, as the end of a sentence, what keeps a tensor without a codec from being decoded."""
+        if self.named is not None:
+            return (
+                f"is of type {self.named.label} of {self.named.program} ({self.named.what}), which ggufx has no decoder for; "
+                "it can be listed and copied, not decoded"
+            )
+        return (
+            f"has type id {self.type_id}, which no known dialect defines; it can be listed and copied, not decoded. "
+            "Register a codec for it (see ggufx.types) or name the dialect"
+        )
+
     def _known(self) -> Codec:
         if self.codec is None:
-            raise UnknownType(
-                f"{self.path}: tensor {quoted(self.name)} has type id {self.type_id}, which no known dialect defines; it can "
-                "be listed and copied, not decoded. Register a codec for it (see ggufx.types) or name the dialect"
-            )
+            raise UnknownType(f"{self.path}: tensor {quoted(self.name)} {self.why_unknown()}")
         return self.codec
 
     def _decodable(self) -> Codec:
@@ -360,8 +425,8 @@ class File(Mapping[str, Tensor]):
     equivalent : tuple of str
         Every dialect that explains the file equally well.
     notes : tuple of str
-        What is odd about the file and does not keep it from being read, a sentence each: bytes that belong to no tensor, and
-        with ``header_only`` what is missing.
+        What is odd about the file and does not keep it from being read, a sentence each: ids that no dialect's layout fits,
+        bytes that belong to no tensor, factors beside weights, and with ``header_only`` what is missing.
     complete : bool
         Whether all tensors' bytes and all members are there; only with ``header_only`` they may not be.
 
@@ -397,7 +462,8 @@ class File(Mapping[str, Tensor]):
                     raise ContainerError(
                         container.path, "duplicate-tensor", f"tensor {quoted(entry.name)} is in another split, too"
                     )
-                self._tensors[entry.name] = Tensor(container, entry, resolution.codecs.get(entry.type_id))
+                codec, named = resolution.codecs.get(entry.type_id), resolution.named.get(entry.type_id)
+                self._tensors[entry.name] = Tensor(container, entry, codec, named)
         self._reopen: tuple[Any, ...] = (
             first.path.absolute(),
             dialect,
@@ -405,7 +471,7 @@ class File(Mapping[str, Tensor]):
             header_only,
         )
         self.complete = not missing
-        self.notes: tuple[str, ...] = tuple(self._notes(missing, dialect))
+        self.notes: tuple[str, ...] = (*resolution.notes, *self._notes(missing, dialect), *self._pair_factors())
 
     def _notes(self, missing: Sequence[str], dialect: str | None) -> Iterator[str]:
         if missing:
@@ -429,6 +495,29 @@ class File(Mapping[str, Tensor]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopened, (*self._reopen, tuple(container.stored for container in self._containers))
+
+    def _pair_factors(self) -> Iterator[str]:
+        """Give weights their factors; yields a note where any has one."""
+        factors = [self._pair(tensor) for tensor in self._tensors.values() if tensor.name.endswith(".weight")]
+        scaled = [name for name in factors if name]
+        if scaled:
+            have = f"and {len(scaled) - 1} more have" if len(scaled) > 1 else "has"
+            yield (
+                f"{quoted(scaled[0])} {have} a factor beside the weight, in a tensor called .scale: values read by numpy() and "
+                "by ggufx.torch have it, packed bytes do not"
+            )
+
+    def _pair(self, tensor: Tensor) -> str:
+        """Give a weight its factor, where it has one and upstream's loader applies it; returns its name then."""
+        factor = self._tensors.get(tensor.name.removesuffix("weight") + "scale")
+        head = tensor.name == "output.weight" and tensor.type == "NVFP4"
+        if factor is None or tensor.codec is None or not (head or _HAS_FACTOR.fullmatch(tensor.name)):
+            return ""
+        wanted = tensor.shape[:1] if tensor.ndim == 3 else (1,)
+        if factor.type != "F32" or factor.shape != wanted or tensor.dtype.kind != "f":
+            return ""  # no loader takes it
+        tensor.factor = factor
+        return tensor.name
 
     @property
     def path(self) -> Path:

@@ -174,6 +174,7 @@ class HybridFile(File):
         self._sources = sources
         # KTransformers' own script writes none.
         self.config = Facts(path / "config.json", read_object(path / "config.json"))
+        self.notes = ()
         self._tensors = {}
         codecs: set[tuple[int, Codec]] = set()
         for name, (tensor, container) in sources.items():

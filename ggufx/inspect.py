@@ -93,7 +93,7 @@ def inspect(
             "metadata": {as_unicode(key): _describe(file.metadata.value(key), elements) for key in file.metadata},
             "n_matching": len(chosen),
             "tensors": [_line(t) for t in (chosen if limit is None else chosen[:limit])],
-            "by_type": summarise(file.tensors, lambda t: t.type),
+            "by_type": summarise(file.tensors, lambda t: t.type_label),
             "by_role": summarise(file.tensors, lambda t: role(t.name)),
         }
 
@@ -116,6 +116,7 @@ def _line(tensor: Tensor) -> dict[str, Any]:
         "name": as_unicode(tensor.name),
         "shape": list(tensor.shape),
         "type": tensor.type,
+        "type_label": tensor.type_label,
         "type_id": tensor.type_id,
         "nbytes": tensor.nbytes,
         "bits_per_weight": tensor.bits_per_weight,

@@ -186,7 +186,7 @@ def routed_experts(path: Path, files: Sequence[File], first: int = 0) -> dict[st
                 )
             if tensor.codec is None:
                 raise PlanError(
-                    f"{tensor.path}: tensor {tensor.name!r} has type id {tensor.type_id}, which no known dialect defines, so "
+                    f"{tensor.path}: tensor {tensor.name!r} has type {tensor.type_label}, which ggufx has no codec for, so "
                     "its length cannot be checked; register a codec for it, or quantize to another type (interleaved _R4 types "
                     "to the plain ones)"
                 )

@@ -42,11 +42,13 @@ __all__ = [
     "Tally",
     "codec_name",
     "common_file_type",
+    "factor_lost",
     "mix_recipe",
     "plan_quantize",
     "prepare",
     "quantize",
     "target_dialect",
+    "unreadable",
 ]
 
 ENERGY: Final = "energy"
@@ -94,7 +96,7 @@ class Source:
     name, shape
         As they will be in the output; numpy order.
     kind
-        A key of :data:`ggufx.plan.SOURCE_BITS` or a codec's name; ``id N`` for a type that no dialect knows.
+        A key of :data:`ggufx.plan.SOURCE_BITS` or a codec's name; the name, or ``id N``, of a type without a codec.
     nbytes
         Bytes of codes and scales.
     stays
@@ -105,6 +107,10 @@ class Source:
         Plans it as it is, or raises PlanError when the target cannot hold it.
     member
         Number of the split file it is in.
+    scaled
+        Its products are multiplied by a tensor of the file called ``.scale``, which stays beside it.
+    unknown
+        Of a type without a codec: why nothing can be made of it, as the end of a sentence.
     packs
         Whether F8_E4M3_B128 holds its own codes and scales; it may read the scales.
     """
@@ -117,6 +123,8 @@ class Source:
     stack: tuple[tuple[Matrix, ...], ...]
     keep: Callable[[], PlannedTensor]
     member: int = 0
+    unknown: str = ""
+    scaled: bool = False
     packs: Callable[[], bool] = bool
 
 
@@ -341,7 +349,7 @@ def prepare(
     opened = source if isinstance(source, File | Checkpoint) else _open(source, dialect)
     chosen = target_dialect(rules, wanted, opened, target)
     if isinstance(opened, File):
-        sources, quantization = _gguf_sources(opened, chosen)
+        sources, quantization = _gguf_sources(opened, chosen, asked=target is not None)
     else:
         sources, quantization = _checkpoint_sources(
             opened, chosen, mtp=mtp, model_name=model_name, template=chat_template, skip=skip, allow_nan=allow_nan
@@ -360,6 +368,13 @@ def prepare(
         n_source_files=len(quantization.source_files),
     )  # fmt: skip
     quantization.choices = [decide(item) for item in sources]
+    quantization.findings += _factors(quantization.choices, chosen, quantization.facts())
+    if not sources:
+        quantization.findings.append(
+            Finding(
+                "warning", "no-tensors", f"{quantization.path}: has no tensors to quantize, so neither has the output"
+            )
+        )
     quantization.findings += recipe_module.lint(rules, {s.name: s.stays for s in sources}) + decide.findings()
     if isinstance(matrix, ImportanceMatrix):
         _add_matrix(quantization, matrix, decide)
@@ -377,6 +392,42 @@ def prepare(
                 )
             )  # fmt: skip
     return quantization
+
+
+def _factors(choices: Sequence[Choice], target: Dialect, facts: Mapping[str, Any]) -> list[Finding]:
+    """Say what becomes of factors beside weights.
+
+    They stay as they are, so the values are quantized without them.
+    """
+    findings = []
+    architecture = facts.get("general.architecture")
+    for choice in choices:
+        lost = choice.source.scaled and factor_lost(choice.source.name, choice.type, target, architecture)
+        if lost:
+            findings.append(Finding("error", "factor", lost, (choice.source.name,)))
+    bare = [c.source.name for c in choices if not c.kept and c.type == "NVFP4" and not c.source.scaled]
+    if bare:
+        findings.append(
+            Finding(
+                "warning", "factor",
+                f"{bare[0]} and {len(bare) - 1} more become NVFP4 without a factor in a tensor called .scale, which ggufx does "
+                "not write: its own scales go from 2^-9 to 448, so weights of less than about 0.005 lose precision and of less "
+                "than 0.0005 become zeros", tuple(bare),
+            )
+        )  # fmt: skip
+    return findings
+
+
+def factor_lost(name: str, kind: str, target: Dialect, architecture: object) -> str:
+    """Return why the target's programs would not apply the factor beside a weight of type ``kind``; empty where they do."""
+    # As in llama-load-tensors.cpp there, which reads .scale for BitNet's architectures.
+    if target.name == "ik_llama.cpp" and not str(architecture).startswith("bitnet"):
+        what = "ik_llama.cpp reads such factors for BitNet only"
+    elif name == "output.weight" and kind != "NVFP4":
+        what = f"llama.cpp reads the head's only where the head is NVFP4, here it would be {kind}"
+    else:
+        return ""
+    return f"tensor {name!r} has a factor in {name.removesuffix('weight')}scale, and {what}: its values would be wrong there"
 
 
 def mix_recipe(
@@ -412,7 +463,7 @@ def mix_recipe(
     opened = source if isinstance(source, File | Checkpoint) else _open(source, dialect)
     chosen = target_dialect(Recipe(), [mixed.type], opened, target)
     if isinstance(opened, File):
-        sources, quantization = _gguf_sources(opened, chosen)
+        sources, quantization = _gguf_sources(opened, chosen, asked=target is not None)
     else:
         sources, quantization = _checkpoint_sources(
             opened, chosen, mtp=False, model_name=None, template=None, skip=(), allow_nan=True
@@ -548,7 +599,7 @@ def target_dialect(rules: Recipe, wanted: Sequence[str], source: File | Checkpoi
     return next((d for d in order if all(d.type_id(codec) is not None for codec in codecs)), order[0])
 
 
-def _gguf_sources(file: File, target: Dialect) -> tuple[list[Source], Quantization]:
+def _gguf_sources(file: File, target: Dialect, *, asked: bool) -> tuple[list[Source], Quantization]:
     paths = [str(path) for path in file.paths]
     members = {path: number for number, path in enumerate(paths)}
     sources = []
@@ -559,9 +610,27 @@ def _gguf_sources(file: File, target: Dialect) -> tuple[list[Source], Quantizati
         if tensor.codec is not None and tensor.size:
             count = tensor.shape[0] if tensor.ndim == 3 else _heads(file, tensor)
             stack = tuple((matrix,) for matrix in _matrices(tensor.name, tensor.shape, tensor.codec, span, count))
-        keep = _keeper(tensor.name, tensor.shape, tensor.type, tensor.type_id, tensor.codec, span, stack, target, file)
+        keep: Callable[[], PlannedTensor]
+        if tensor.codec is None:
+            keep = partial(_keep_unknown, file, tensor, span, target, asked=asked)
+        else:
+            keep = _keeper(tensor.name, tensor.shape, tensor.type, tensor.codec, span, stack, target, file)
         stays = recipe_module.stays(tensor.name, tensor.shape)
-        sources.append(Source(tensor.name, tensor.shape, tensor.type, tensor.nbytes, stays, stack, keep, member))
+        unknown = tensor.why_unknown() if tensor.codec is None else ""
+        sources.append(
+            Source(
+                tensor.name,
+                tensor.shape,
+                tensor.type,
+                tensor.nbytes,
+                stays,
+                stack,
+                keep,
+                member,
+                unknown,
+                tensor.factor is not None,
+            )
+        )
 
     def metadata(tensors: Sequence[PlannedTensor], file_type: int | None) -> dict[str, Value]:
         # A single file that kept its split keys would be refused by loaders as an invalid split.
@@ -619,25 +688,41 @@ def _matrices(name: str, shape: tuple[int, ...], codec: types.Codec, span: Span,
     ]
 
 
+def unreadable(tensor: Tensor, target: Dialect) -> str:
+    """Return what is wrong with a tensor without a codec in a file for ``target``."""
+    if tensor.named is None:
+        owner = "is of a type that no known dialect defines"
+    else:
+        owner = f"({tensor.named.what}) is a type of {tensor.named.program}"
+    return (
+        f"tensor {tensor.name!r} has type {tensor.type_label}, which {owner}: {target.name} would not load the file, and ggufx "
+        "cannot turn such a tensor into another type; start from the file that it was made of"
+    )
+
+
+def _keep_unknown(file: File, tensor: Tensor, span: Span, target: Dialect, *, asked: bool) -> PlannedTensor:
+    """Plan a tensor without a codec as it is; raises PlanError where the target does not have its type.
+
+    Without a ``--target`` the file stays what it was: whoever reads the source reads the output.
+    """
+    owned = tensor.named is not None and target.meaning(tensor.type_id) is tensor.named
+    moved = asked or (file.dialect is not None and file.dialect != target.name)
+    if not owned and moved:
+        raise PlanError(f"{file.path}: {unreadable(tensor, target)}")
+    return plan.copy_tensor(tensor.name, tensor.shape, tensor.type, tensor.type_id, span)
+
+
 def _keeper(
     name: str,
     shape: tuple[int, ...],
     kind: str,
-    type_id: int,
-    codec: types.Codec | None,
+    codec: types.Codec,
     span: Span,
     stack: Sequence[Sequence[Matrix]],
     target: Dialect,
     file: File,
 ) -> Callable[[], PlannedTensor]:
     def keep() -> PlannedTensor:
-        if codec is None:
-            if file.dialect is not None and file.dialect != target.name:
-                raise PlanError(
-                    f"{file.path}: tensor {name!r} has {kind}, which no known dialect defines: it cannot be moved to "
-                    f"{target.name}"
-                )
-            return plan.copy_tensor(name, shape, kind, type_id, span)
         number = target.type_id(codec)
         if number is not None:
             return plan.copy_tensor(name, shape, kind, number, span)
@@ -757,10 +842,8 @@ class _Decider:
             if rule is not None or wanted in _INTEGERS:
                 by = f" ({rule.label})" if rule is not None else ""
                 self.say("error", "not-numbers", f"{{}} is {source.kind} and cannot become {wanted}{by}", source.name)
-            elif not source.stack:
-                self.say(
-                    "note", "unknown", f"{{}} is {source.kind}, which no known dialect defines: it stays", source.name
-                )
+            elif source.unknown:
+                self.say("warning", "unknown", f"{{}} {source.unknown}: it stays", source.name)
             return self._kept(source, rule)
         if self.target.type_id(types.get(wanted)) is None:
             others = " or ".join(d.name for d in dialects.DIALECTS.values() if d.type_id(types.get(wanted)) is not None)

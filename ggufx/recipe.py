@@ -12,11 +12,13 @@ of ``--tensor-type`` (the last one wins) are read, too. Three things are our own
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
+from math import prod
 from pathlib import Path
 from typing import Final, Literal
 
@@ -42,9 +44,19 @@ NATIVE: Final = "native"
 
 _SUFFIX: Final = ".recipe"
 _INTERLEAVED = re.compile(r"_R(4|8|16)$")
-_ASSIGNMENT = re.compile(r"""^\s*(?:export\s+)?(\w+)=(["'])""", re.MULTILINE)
-_ENDS_RULE = re.compile(r"=\s*\w+(\s*\|\s*\w+)*\s*$")
+# Blanks of one line only: over line ends, a search for the start of a line is quadratic in the number of empty lines.
+_ASSIGNMENT = re.compile(r"""^[ \t]*(?:export[ \t]+)?(\w+)=(["'])""", re.MULTILINE)
+_NAMES = re.compile(r"\s*\w+\s*")
 _COMMENT = re.compile(r"(^|\s)#.*$")
+_ESCAPED_OR_UPPER = re.compile(r"\\.|[A-Z]")
+
+MATCH_SECONDS: Final = 2.0
+"""How long the pattern of one rule may take for all names together."""
+_LONGEST_PATTERN: Final = 20_000
+_MOST_RULES: Final = 20_000
+# The regex package writes a counted repeat out, one within another as often as their product says.
+_MOST_REPEATS: Final = 2_000
+_COUNTED = re.compile(r"\{(\d*),?(\d*)\}")
 
 # What no loader wants quantized, whatever its shape: names of upstream and of the forks.
 _STAYS = re.compile(
@@ -64,6 +76,68 @@ def stays(name: str, shape: Sequence[int]) -> bool:
     return len(shape) < 2 or not name.endswith(".weight") or _STAYS.search(name) is not None
 
 
+class Pattern:
+    """A regular expression that is searched in names, for :data:`MATCH_SECONDS` in all.
+
+    The expressions are those of the regex package: Python's own and POSIX classes such as ``[[:digit:]]``. It can be told to
+    stop, which Python's cannot: a pattern such as ``(a+)+$`` takes time that doubles with every letter.
+
+    Raises
+    ------
+    RecipeError
+        The text is no regular expression, or too large to be one for names of tensors.
+    """
+
+    def __init__(self, text: str, origin: str = "") -> None:
+        import regex  # 30 ms that `import ggufx` need not pay
+
+        self.text, self.origin = text, origin
+        self._left = MATCH_SECONDS
+        where = f"{origin}: " if origin else ""
+        if len(text) > _LONGEST_PATTERN:
+            raise RecipeError(f"{where}the pattern has {len(text)} characters; at most {_LONGEST_PATTERN} are read")
+        repeats = prod(max(1, *map(_count, match.groups())) for match in _COUNTED.finditer(text))
+        if repeats > _MOST_REPEATS:
+            raise RecipeError(
+                f"{where}{_cut(text)!r} repeats something {repeats} times; names of tensors need no more than {_MOST_REPEATS} "
+                "over all counts {n} of a pattern"
+            )
+        try:
+            self._compiled = regex.compile(text)
+        except (regex.error, OverflowError, RecursionError, ValueError) as error:
+            raise RecipeError(f"{where}{_cut(text)!r} is not a regular expression: {error}") from None
+
+    def search(self, name: str) -> bool:
+        """Return whether the pattern is found in a name; raises RecipeError when all names together take too long."""
+        start = time.thread_time()
+        try:
+            found = self._compiled.search(name, timeout=self._left) is not None
+        except TimeoutError:
+            where = f"{self.origin}: " if self.origin else ""
+            raise RecipeError(
+                f"{where}the pattern {_cut(self.text)!r} takes more than {MATCH_SECONDS:g} s to be matched against the "
+                f"tensors' names ({name!r} was the last): repeats within repeats, such as (a+)+, try every way to share the "
+                "letters; write a simpler one"
+            ) from None
+        spent = time.thread_time() - start
+        # What takes microseconds may be asked for as often as one likes.
+        if spent > 1e-3:
+            self._left = max(1e-3, self._left - spent)
+        return found
+
+
+def _lower(match: re.Match[str]) -> str:
+    return match[0] if match[0].startswith("\\") else match[0].lower()
+
+
+def _count(digits: str) -> int:
+    return int(digits[:9] or 0)  # longer ones are too large whatever follows
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 @dataclass(frozen=True)
 class Rule:
     """One rule.
@@ -71,7 +145,7 @@ class Rule:
     Attributes
     ----------
     pattern
-        Regular expression, searched anywhere in the name.
+        Regular expression of the regex package, searched anywhere in the name.
     types
         Upper-case type names, or :data:`NATIVE`; the first that the target holds is taken.
     force
@@ -86,13 +160,13 @@ class Rule:
     origin: str = ""
 
     @cached_property
-    def expression(self) -> re.Pattern[str]:
+    def expression(self) -> Pattern:
         """The compiled pattern."""
-        return re.compile(self.pattern)
+        return Pattern(self.pattern, self.origin)
 
     def matches(self, name: str, *, stays: bool = False) -> bool:
-        """Return whether the rule decides the tensor ``name``."""
-        return (self.force or not stays) and self.expression.search(name) is not None
+        """Return whether the rule decides the tensor ``name``; raises RecipeError for a pattern that takes too long."""
+        return (self.force or not stays) and self.expression.search(name)
 
     def __str__(self) -> str:
         return f"{'!' if self.force else ''}{self.pattern}={'|'.join(name.lower() for name in self.types)}"
@@ -105,10 +179,20 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Rules in order: the first that matches a tensor decides its type."""
+    """Rules in order: the first that matches a tensor decides its type.
+
+    Attributes
+    ----------
+    rules
+    name
+        What files made by it are called after.
+    remarks
+        What :meth:`text` says of the tensors that no rule is about, one comment a line.
+    """
 
     rules: tuple[Rule, ...] = ()
     name: str = ""
+    remarks: tuple[str, ...] = ()
 
     def find(self, name: str, *, stays: bool = False) -> Rule | None:
         """Return the rule that decides tensor ``name``, or ``None``."""
@@ -132,6 +216,10 @@ class Recipe:
             bare = _COMMENT.sub("", line).strip()
             if bare:
                 rules += _rules(bare, f"{origin} line {number}" if origin else f"line {number}")
+                if len(rules) > _MOST_RULES:
+                    raise RecipeError(
+                        f"{rules[-1].origin}: more than {_MOST_RULES} rules; a model has far fewer tensors"
+                    )
         return cls(tuple(rules))
 
     @classmethod
@@ -141,13 +229,18 @@ class Recipe:
 
     @classmethod
     def from_tensor_types(cls, texts: Iterable[str], origin: str = "--tensor-type") -> Recipe:
-        """Read arguments of ``--tensor-type``, or words of a ``--tensor-type-file``: the last one wins, as upstream has it."""
+        """Read arguments of ``--tensor-type``, or words of a ``--tensor-type-file``.
+
+        As upstream has it, the last one wins, and patterns are made lower case.
+        """
         rules = [rule for text in texts for rule in _rules(text.strip(), origin)]
-        return cls(tuple(reversed(rules)))
+        # But for what is escaped: \D means another thing than \d.
+        lowered = [replace(rule, pattern=_ESCAPED_OR_UPPER.sub(_lower, rule.pattern)) for rule in rules]
+        return cls(tuple(reversed(lowered)))
 
     def text(self) -> str:
         """Return the recipe as lines, as :meth:`parse` reads them."""
-        return "".join(f"{rule}\n" for rule in self.rules)
+        return "".join([*(f"# {remark}\n" for remark in self.remarks), *(f"{rule}\n" for rule in self.rules)])
 
     def custom_q(self) -> str:
         """Return the argument of ik_llama.cpp's ``--custom-q``; raises RecipeError where it has no form for a rule."""
@@ -203,12 +296,18 @@ def _rules(text: str, origin: str) -> list[Rule]:
     held = ""
     for piece in text.split(","):
         held = f"{held},{piece}" if held else piece
-        if _ENDS_RULE.search(piece):
+        if _ends_rule(piece):
             found.append(_rule(held.strip(), origin))
             held = ""
     if held.strip():
         raise RecipeError(f"{origin}: {held.strip()!r} is no rule; expected regex=type, such as ffn_down=iq4_ks")
     return found
+
+
+def _ends_rule(text: str) -> bool:
+    """Return whether what stands behind the last ``=`` are names of types."""
+    _, equals, names = text.rpartition("=")
+    return bool(equals) and all(_NAMES.fullmatch(name) for name in names.split("|"))
 
 
 def _rule(text: str, origin: str) -> Rule:
@@ -218,11 +317,11 @@ def _rule(text: str, origin: str) -> Rule:
     pattern = pattern.removeprefix("!").strip()
     if not pattern:
         raise RecipeError(f"{origin}: {text!r} has no pattern before the '='")
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise RecipeError(f"{origin}: {pattern!r} is not a regular expression: {error}") from None
-    return Rule(pattern, tuple(type_named(name, origin, text) for name in names.split("|")), force, origin)
+    # An alternative named twice is the same one.
+    kinds = dict.fromkeys(type_named(name, origin, text) for name in dict.fromkeys(names.split("|")))
+    rule = Rule(pattern, tuple(kinds), force, origin)
+    _ = rule.expression  # read now, so that the error names the line
+    return rule
 
 
 def type_named(text: str, origin: str, rule: str = "") -> str:
@@ -315,17 +414,21 @@ def from_tensors(tensors: Iterable[tuple[str, Sequence[int], str]]) -> Recipe:
     Parameters
     ----------
     tensors
-        (name, shape, type name). Tensors that stay as they are get a rule only where their type is a quantized one; tensors
-        of unknown types get none.
+        (name, shape, type name). Tensors that stay as they are get a rule only where their type is a quantized one. A type
+        without a codec has no rule, and no other rule matches its tensors: the recipe's remarks name them.
     """
     families: dict[str, dict[int | None, str]] = {}
+    without: dict[str, list[str]] = {}
+    open_families: set[str] = set()
     forced: set[str] = set()
     default: dict[str, bool] = {}
     for name, shape, kind in tensors:
-        if kind.startswith("id "):
-            continue
         match = _BLOCK.match(name)
         rest, layer = (match[2], int(match[1])) if match else (name, None)
+        if not _has_codec(kind):
+            without.setdefault(kind, []).append(name)
+            open_families.add(rest)
+            continue
         families.setdefault(rest, {})[layer] = kind
         stay = stays(name, shape)
         if stay:
@@ -338,14 +441,25 @@ def from_tensors(tensors: Iterable[tuple[str, Sequence[int], str]]) -> Recipe:
         counts = Counter(layers.values()).most_common()
         for kind, _ in reversed(counts):
             numbers = sorted(layer for layer, held in layers.items() if held == kind and layer is not None)
-            if not numbers:
-                prefix = "^"
-            elif kind == counts[0][0]:
-                prefix = r"^blk\.\d+\."
-            else:
-                prefix = rf"^blk\.({'|'.join(map(str, numbers))})\."
-            rules.append(Rule(f"{prefix}{re.escape(rest)}$", (kind,), rest in forced))
-    return Recipe(tuple(rules))
+            prefixes = ["^"] if layers.get(None) == kind else []
+            if numbers and kind == counts[0][0] and rest not in open_families:
+                prefixes.append(r"^blk\.\d+\.")
+            elif numbers:
+                prefixes.append(rf"^blk\.({'|'.join(map(str, numbers))})\.")
+            rules += [Rule(f"{prefix}{re.escape(rest)}$", (kind,), rest in forced) for prefix in prefixes]
+    remarks = tuple(
+        f"no rule for {_some(names, 4)}: ggufx cannot make {kind}, and no rule below matches them"
+        for kind, names in without.items()
+    )
+    return Recipe(tuple(rules), remarks=remarks)
+
+
+def _has_codec(kind: str) -> bool:
+    try:
+        types.get(kind)
+    except UnknownType:
+        return False
+    return True
 
 
 # The linter -----------------------------------------------------------------------------------------------------
@@ -414,8 +528,8 @@ def lint(recipe: Recipe, names: Mapping[str, bool]) -> list[Finding]:
                     f"({'; '.join(takers)})", tuple(decided),
                 )
             )  # fmt: skip
-        strict = re.compile(_dots_escaped(rule.pattern))
-        loose = [name for name in won if strict.search(name) is None]
+        strict = Pattern(_dots_escaped(rule.pattern), rule.origin)
+        loose = [name for name in won if not strict.search(name)]
         if loose:
             found.append(
                 Finding(

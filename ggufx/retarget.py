@@ -21,13 +21,13 @@ from ggufx import chat_templates, dialects, execute, plan, types
 from ggufx.architectures.deepseek_v3 import foreign_latent
 from ggufx.architectures.deepseek_v4_file import DeepSeekV4File
 from ggufx.container import DEFAULT_ALIGNMENT, Value, ValueType
-from ggufx.convert import NISPARKS_GENERAL
+from ggufx.convert import NISPARKS_GENERAL, fill_file_type
 from ggufx.dialects import Dialect
 from ggufx.errors import CodecError, PlanError
 from ggufx.execute import Progress
 from ggufx.file import File, Tensor, open
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
-from ggufx.quantize import common_file_type
+from ggufx.quantize import common_file_type, factor_lost, unreadable
 from ggufx.version import __version__
 
 __all__ = [
@@ -47,7 +47,7 @@ TARGETS: Final = tuple(dialects.TARGETS)
 DENSE_TYPES: Final = ("bf16", "q8_0", "f32")
 """What tensors become that the target cannot hold; bf16 and f32 are exact for FP8."""
 PLAIN_TYPES: Final = ("f32", "f16")
-"""What ds4's hyper-connections, compressors and routers become where they are neither."""
+"""What ds4's hyper-connections, compressors and routers become. Its newest readers take both, older ones F16 only."""
 
 _GENERAL_OWN: Final = ("general.architecture", "general.file_type", "general.quantization_version")
 
@@ -126,7 +126,7 @@ def plan_retarget(
     target: str,
     *,
     dense: str | None = None,
-    plain: str = "f32",
+    plain: str | None = None,
     split_max_nbytes: int | None = None,
 ) -> Plan:
     """Plan the move of an open GGUF to another dialect.
@@ -156,16 +156,15 @@ def plan_retarget(
     if target not in dialects.TARGETS:
         raise PlanError(f"--target {target}: no such target; known: {', '.join(TARGETS)}")
     dialect = dialects.TARGETS[target]
-    if (dense or DENSE_TYPES[0]) not in DENSE_TYPES or plain not in PLAIN_TYPES:
+    if (dense or DENSE_TYPES[0]) not in DENSE_TYPES or (plain or PLAIN_TYPES[0]) not in PLAIN_TYPES:
         raise PlanError(
             f"--dense {dense}, --plain {plain}: supported are {', '.join(DENSE_TYPES)}, and {', '.join(PLAIN_TYPES)}"
         )
     if target == dialects.DS4.name and dense not in (None, "q8_0"):
         raise PlanError(f"--dense {dense}: ds4 loads neither BF16 nor F32 projections; q8_0 is what it takes")
-    path = Path(outfile)
+    if plain is not None and target != dialects.DS4.name:
+        raise PlanError(f"--plain {plain}: is a choice that ds4's readers need; leave it out for --target {target}")
     paths = [str(p) for p in file.paths]
-    if path.exists() and any(path.samefile(p) for p in paths):
-        raise PlanError(f"{path}: is the source itself; choose another --outfile")
     moves, skipped, model = moves_for(file, target)
     with execute.open_files():
         tensors = [_tensor(file, move, dialect, dense, plain, paths) for move in moves]
@@ -177,6 +176,10 @@ def plan_retarget(
     if latent:
         notes.append(f"{file.path}: {latent}")
     metadata = keys_for(file, model, target, file_type, notes)
+    label = ("" if file_type is None else dialect.file_type_name(file_type)) or ""
+    path = Path(fill_file_type(str(outfile), label or "mixed"))
+    if path.exists() and any(path.samefile(p) for p in paths):
+        raise PlanError(f"{path}: is the source itself; choose another --outfile")
     return plan.build(
         path,
         metadata,
@@ -187,7 +190,7 @@ def plan_retarget(
         split_max_nbytes=split_max_nbytes,
         skipped=skipped,
         notes=notes,
-        file_type=("" if file_type is None else dialect.file_type_name(file_type)) or "",
+        file_type=label,
     )
 
 
@@ -220,21 +223,20 @@ def retarget(
 
 
 def _tensor(
-    file: File, move: Move, dialect: Dialect, dense: str | None, plain: str, paths: Sequence[str]
+    file: File, move: Move, dialect: Dialect, dense: str | None, plain: str | None, paths: Sequence[str]
 ) -> PlannedTensor:
     tensor = move.tensor
     span = Span(paths.index(str(tensor.path)), tensor.file_offset, tensor.nbytes)
     if tensor.codec is None:
-        # An id that nobody knows travels as it is, unless the target would take it for something else.
-        meaning = dialect.codec(tensor.type_id)
-        if meaning is not None:
-            raise PlanError(
-                f"{file.path}: tensor {tensor.name!r} has type id {tensor.type_id}, which is {meaning.name} in {dialect.name} "
-                "but nothing known in this file; say whose ids the file has with --dialect"
-            )
+        if tensor.named is None or dialect.meaning(tensor.type_id) is not tensor.named:
+            raise PlanError(f"{file.path}: {unreadable(tensor, dialect)}")
         return plan.copy_tensor(move.name, tensor.shape, tensor.type, tensor.type_id, span)
     kind = tensor.type
     wanted = _wanted(file, move, dialect, dense, plain)
+    if tensor.factor is not None:
+        lost = factor_lost(tensor.name, wanted, dialect, file.metadata.get("general.architecture"))
+        if lost:
+            raise PlanError(f"{file.path}: {lost}")
     codec = types.get(wanted)
     type_id = dialect.type_id(codec)
     if type_id is None:
@@ -261,7 +263,7 @@ def _tensor(
         raise PlanError(f"{file.path}: tensor {tensor.name!r} {list(tensor.shape)} as {wanted}: {error}") from None
 
 
-def _wanted(file: File, move: Move, dialect: Dialect, dense: str | None, plain: str) -> str:
+def _wanted(file: File, move: Move, dialect: Dialect, dense: str | None, plain: str | None) -> str:
     """Return the type of a tensor in the output."""
     tensor = move.tensor
     kind = tensor.type
@@ -285,11 +287,13 @@ def _wanted(file: File, move: Move, dialect: Dialect, dense: str | None, plain: 
     return dense.upper()
 
 
-def _ds4_type(file: File, move: Move, dense: str | None, plain: str) -> str:
+def _ds4_type(file: File, move: Move, dense: str | None, plain: str | None) -> str:
     kind = move.tensor.type
     accepted = next(accepted for pattern, accepted in _DS4_FORMS if pattern.search(move.source))
     if accepted == ("plain",):
-        return kind if kind in ("F16", "F32") else plain.upper()
+        return kind if plain is None and kind in ("F16", "F32") else (plain or PLAIN_TYPES[0]).upper()
+    if plain == "f16" and accepted[0] == "F16":
+        return "F16"  # the readers that want half floats there take nothing else
     if kind in accepted:
         return kind
     if kind not in ("F8_E4M3_B128", "BF16", "F16", "F32") and dense is None:

@@ -71,18 +71,21 @@ class _Recent:
         """Take the files over into a forked process: no other thread of the parent's reads here."""
         files = self.files
         self.reset()
-        for number, reference in files.items():
-            file = reference()
-            if file is not None:
+        for number in list(files):
+            held = files.get(number)
+            file = None if held is None else held()
+            if held is not None and file is not None:
                 file._users = 0
-                self.files[number] = reference
+                self.files[number] = held
 
     def make_room(self, room: int) -> None:
         """Close idle descriptors until at most ``room`` are held; the caller holds the lock."""
-        for number, reference in list(self.files.items()):
+        # Of the numbers alone: making pairs may start the garbage collector, which ends files and so changes the dict.
+        for number in list(self.files):
             if len(self.files) <= room:
                 return
-            file = reference()
+            reference = self.files.get(number)
+            file = None if reference is None else reference()
             if file is None:
                 self.files.pop(number, None)
             elif not file._users:

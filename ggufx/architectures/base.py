@@ -189,6 +189,10 @@ class Architecture(ABC):
         """Return the chat template that is written where the checkpoint has none, and a sentence about it for a note."""
         return None, "none is written"
 
+    def target_notes(self, target: str) -> list[str]:
+        """Return what a target's programs make of the model that users would not expect."""
+        return []
+
     @abstractmethod
     def scale_name(self, name: str) -> str:
         """Return the name of a weight's scales; empty for a name that can have none."""

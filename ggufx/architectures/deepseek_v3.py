@@ -356,6 +356,16 @@ class DeepSeekV3(Architecture):
         number = self.facts.integer(key, least=1) if grouped else self.facts.integer(key, None, least=1)
         return None if number is None else Value.u32(number)
 
+    def target_notes(self, target: str) -> list[str]:
+        """Return what a target's programs make of the model that users would not expect."""
+        groups = self.facts.integer("n_group", 1, least=1)
+        if target != "ik_llama.cpp" or groups == 1:
+            return []
+        return [
+            f"ik_llama.cpp does not route by groups of experts (n_group is {groups}): it chooses among all of them, so its "
+            "results differ from llama.cpp's, whatever the file"
+        ]
+
     def _gating(self) -> int:
         import gguf
 

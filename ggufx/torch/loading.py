@@ -79,7 +79,10 @@ def _whole(tensor: file.Tensor) -> _Cut:
 def _cut(tensor: file.Tensor, rank: int, world: int, dim: int) -> _Cut:
     """Return shard ``rank`` of ``world`` equal parts along axis ``dim``; raises ShardError when there are none."""
     if tensor.codec is None:
-        raise ShardError(f"tensor {tensor.name!r} is of type {tensor.type}, which no dialect knows: it cannot be cut")
+        raise ShardError(
+            f"tensor {tensor.name!r} cannot be cut: it {tensor.why_unknown()}. Load the others by names=, or let dim give None "
+            "for it to keep it whole"
+        )
     if not -tensor.ndim <= dim < tensor.ndim:
         raise ShardError(
             f"tensor {tensor.name!r} {list(tensor.shape)} has no axis {dim} to cut; let dim give None for it to keep it whole"
@@ -436,6 +439,17 @@ class TorchFile(Mapping[str, GGUFTensor]):
             return _whole(tensor)
         return _cut(tensor, *self._shard, dim)
 
+    def _scale(self, tensor: file.Tensor, device: torch.device) -> torch.Tensor | None:
+        """Return the factor of a tensor, or of its shard, in a shape that broadcasts to the tensor's."""
+        factor = tensor.scale
+        if factor is None:
+            return None
+        dim = None if self._shard is None else _of(self._dim, tensor.name, "axes")
+        if self._shard is not None and dim is not None and dim % tensor.ndim == 0 and factor.size > 1:
+            rank, world = self._shard
+            factor = factor.reshape(world, -1)[rank]
+        return torch.tensor(factor, device=device).view(-1, *[1] * (tensor.ndim - 1))
+
     def _read(
         self, cuts: Mapping[str, _Cut], devices: Mapping[str, torch.device], progress: Progress | None
     ) -> dict[str, GGUFTensor]:
@@ -481,7 +495,10 @@ class TorchFile(Mapping[str, GGUFTensor]):
             packed, targets[number] = targets[number], torch.empty(0)
             tensor = self.file[name]
             shape = cuts[name].shape
-            loaded = GGUFTensor(packed, tensor.codec, shape, dtype=self._dtype, name=name, type=tensor.type)
+            scale = self._scale(tensor, packed.device)
+            loaded = GGUFTensor(
+                packed, tensor.codec, shape, dtype=self._dtype, name=name, type=tensor.type, scale=scale
+            )
             fresh[name] = loaded.with_planes() if _of(self._planes, name, "planes") else loaded
             del packed, loaded
         return fresh

@@ -35,6 +35,11 @@ class _Packed(nn.Module):
             raise CodecError(
                 f"{type(self).__name__} takes a weight of {self.ndim} axes and a known type, got {weight!r}"
             )
+        if weight.scale is not None:
+            raise CodecError(
+                f"{weight!r} has a factor of its own (scale), which {type(self).__name__} does not keep; use "
+                "ggufx.torch.linear, or dequantize() it"
+            )
         self.type_name = weight.codec.name
         self.shape = weight.shape
         self.dtype = weight.dtype
@@ -165,7 +170,14 @@ class GGUFEmbedding(_Packed):
 
     def __init__(self, weight: GGUFTensor, *, dtype: torch.dtype | None = None) -> None:
         if isinstance(weight, GGUFTensor):
-            weight = GGUFTensor(weight.packed, weight.codec, weight.shape, dtype=dtype or weight.dtype)
+            weight = GGUFTensor(
+                weight.packed,
+                weight.codec,
+                weight.shape,
+                dtype=dtype or weight.dtype,
+                name=weight.name,
+                scale=weight.scale,
+            )
         super().__init__(weight)
         self.num_embeddings, self.embedding_dim = self.shape
 

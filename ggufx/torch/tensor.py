@@ -30,7 +30,7 @@ class GGUFTensor:
     packed
         uint8 [..., row_nbytes]; flat uint8 [nbytes] of a tensor without axes or of a type that no dialect knows.
     codec
-        The type; ``None`` for one that no dialect knows: such a tensor moves, but does not decode.
+        The type, or its name; ``None`` for one that no dialect knows: such a tensor moves, but does not decode.
     shape
         Logical shape, the last axis is the row; by default what ``packed`` holds.
     dtype
@@ -39,6 +39,9 @@ class GGUFTensor:
         For messages; the type's name by default the codec's.
     planes
         Codes and scales in tensors of their own, instead of ``packed`` (see :meth:`with_planes`).
+    scale
+        float32 that broadcasts to ``shape`` with a last axis of 1: the factor of :attr:`ggufx.file.Tensor.scale`, which
+        decoded values and products have and the bytes have not.
 
     Raises
     ------
@@ -51,14 +54,17 @@ class GGUFTensor:
     def __init__(
         self,
         packed: Tensor | None,
-        codec: Codec | None,
+        codec: Codec | str | None,
         shape: Sequence[int] | None = None,
         *,
         dtype: torch.dtype | None = None,
         name: str = "",
         type: str | None = None,
         planes: Sequence[Tensor] | None = None,
+        scale: Tensor | None = None,
     ) -> None:
+        if isinstance(codec, str):
+            codec = types.get(codec)
         if (packed is None) == (planes is None):
             raise CodecError("a tensor is either packed or in planes")
         if shape is None:
@@ -71,6 +77,7 @@ class GGUFTensor:
         self.type = type or ("unknown" if codec is None else codec.name)
         self.shape = tuple(shape)
         self.planes = None if planes is None else tuple(planes)
+        self.scale = scale
         self._dtype = dtype
         if packed is not None:
             nbytes = packed.numel() if codec is None else codec.layout.nbytes(self.shape)
@@ -137,7 +144,11 @@ class GGUFTensor:
         _check_dtype(dtype)
         dtype = self.dtype if dtype is None else dtype
         packed = self.packed if self.shape else self.packed.view(1, -1)
-        return ops.dequantize(packed, codec.name, dtype).view(self.shape)
+        if self.scale is None:
+            return ops.dequantize(packed, codec.name, dtype).view(self.shape)
+        # A half float may not hold what stands before the product.
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return (ops.dequantize(packed, codec.name, wide).view(self.shape) * self.scale).to(dtype)
 
     def with_planes(self) -> GGUFTensor:
         """Return the tensor with codes and scales in memory of their own; itself, if its type has no such form.
@@ -147,7 +158,7 @@ class GGUFTensor:
         if self.codec is None or self._packed is None or self.ndim != 2:
             return self
         planes = ops.split_planes(self.codec.name, self._packed)
-        return self if planes is None else self._like(None, self.shape, planes)
+        return self if planes is None else self._like(None, self.shape, planes, scale=self.scale)
 
     def to(
         self,
@@ -163,12 +174,13 @@ class GGUFTensor:
         if target == self.device and dtype in (None, self._dtype):
             return self
         parts = [part.to(target, non_blocking=non_blocking) for part in self._parts[:2]]
+        scale = None if self.scale is None else self.scale.to(target, non_blocking=non_blocking)
         if self.planes is None:
-            return self._like(parts[0], self.shape, None, dtype or self._dtype)
+            return self._like(parts[0], self.shape, None, dtype or self._dtype, scale)
         if target != self.device:
             name = self._known().name
-            return self._like(None, self.shape, ops.split_planes(name, ops.join_planes(name, parts)), dtype)
-        return self._like(None, self.shape, self.planes, dtype)
+            return self._like(None, self.shape, ops.split_planes(name, ops.join_planes(name, parts)), dtype, scale)
+        return self._like(None, self.shape, self.planes, dtype, scale)
 
     def __getitem__(self, index: Index | tuple[Index, ...]) -> GGUFTensor:
         """Return a slice along all axes but the last one, still packed: a view where torch gives one.
@@ -188,7 +200,8 @@ class GGUFTensor:
             raise IndexError("only integers, slices, ..., lists and integer tensors index a packed tensor")
         self._known()
         packed = self.packed[parts]
-        return self._like(packed, (*packed.shape[:-1], *self.shape[-1:]))
+        scale = None if self.scale is None else self.scale.expand(*self.shape[:-1], 1)[parts]
+        return self._like(packed, (*packed.shape[:-1], *self.shape[-1:]), scale=scale)
 
     def __len__(self) -> int:
         if not self.shape:
@@ -246,15 +259,23 @@ class GGUFTensor:
         shape: Sequence[int],
         planes: Sequence[Tensor] | None = None,
         dtype: torch.dtype | None = None,
+        scale: Tensor | None = None,
     ) -> GGUFTensor:
         return GGUFTensor(
-            packed, self.codec, shape, dtype=dtype or self._dtype, name=self.name, type=self.type, planes=planes
+            packed,
+            self.codec,
+            shape,
+            dtype=dtype or self._dtype,
+            name=self.name,
+            type=self.type,
+            planes=planes,
+            scale=scale,
         )
 
     def _known(self) -> Codec:
         if self.codec is None:
             raise UnknownType(
-                f"tensor {self.name!r} is of type {self.type}, which no known dialect defines; it cannot be decoded"
+                f"tensor {self.name!r} is of type {self.type}, which ggufx has no decoder for; it can be moved, not decoded"
             )
         return self.codec
 
@@ -299,7 +320,22 @@ def linear(x: Tensor, w: GGUFTensor, bias: Tensor | None = None) -> Tensor:
         A weight is not a GGUFTensor, or a bias is one.
     """
     codec = _matrix(w, "linear takes a matrix")
+    if w.scale is not None:
+        return _scaled(x, w, bias)
     return linear_of(x, w.planes, None if w.planes is not None else w.packed, codec.name, w.shape[0], bias)
+
+
+def _scaled(x: Tensor, w: GGUFTensor, bias: Tensor | None) -> Tensor:
+    """Multiply by a matrix with a factor, which comes after the product and before the bias."""
+    assert w.scale is not None
+    x = autocast(x)
+    added = checked_bias(bias, w.shape[0], x.dtype)
+    # What stands before the factor is beyond a half float where weights are small.
+    wide = x.float() if x.dtype == torch.float16 else x
+    packed = None if w.planes is not None else w.packed
+    y = linear_of(wide, w.planes, packed, w._known().name, w.shape[0], None)
+    scaled = (y * w.scale.expand(w.shape[0], 1).reshape(-1)).to(x.dtype)
+    return scaled if added is None else scaled + added
 
 
 def _matrix(w: GGUFTensor, what: str) -> Codec:
@@ -345,6 +381,8 @@ def linears(x: Tensor, weights: Sequence[GGUFTensor], biases: Sequence[Tensor | 
         raise CodecError(f"{len(weights)} matrices have {len(biases)} biases: one for each, or None")
     if not weights:
         return []
+    if any(w.scale is not None for w in weights):
+        return [linear(x, w, b) for w, b in zip(weights, biases or [None] * len(weights), strict=True)]
     x = autocast(x)
     added = [
         checked_bias(b, w.shape[0], x.dtype) for w, b in zip(weights, biases or [None] * len(weights), strict=True)

@@ -543,6 +543,14 @@ def test_importance_by_head_of_a_file_without_their_number(
     assert not (tmp_path / "o.gguf").exists()
 
 
+def test_routing_by_groups_that_a_program_has_not_is_told(path_of: Callable[[str], Path], tmp_path: Path) -> None:
+    groups = json.loads((path_of("float") / "config.json").read_text())["n_group"]
+    assert groups > 1
+    for target, told in (("llama.cpp", False), ("ik_llama.cpp", True)):
+        notes = plan_convert(path_of("float"), tmp_path / "o.gguf", target=target).notes
+        assert any(f"does not route by groups of experts (n_group is {groups})" in note for note in notes) is told
+
+
 def test_ik_llama_cpps_form_is_no_others(path_of: Callable[[str], Path], cli: Cli, tmp_path: Path) -> None:
     """Moving or quantizing a GGUF does not turn one form of latent attention into the other: it says so."""
     files = {t: convert(path_of("float"), tmp_path / f"{t}.gguf", target=t)[0] for t in ("llama.cpp", "ik_llama.cpp")}

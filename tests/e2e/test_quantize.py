@@ -387,7 +387,7 @@ def test_tensors_that_are_no_matrices_of_numbers(tmp_path: Path, cli: Cli) -> No
     run = cli("quantize", path, "--custom-q", "unknown=q8_0", "--dry-run")
     assert (run.code, "blk.0.unknown.weight is id 9999 and cannot become Q8_0" in run.err) == (1, True)
     run = cli("quantize", path, "q8_0", "--dry-run")
-    assert (run.code, "note: blk.0.unknown.weight is id 9999, which no known dialect defines" in run.out) == (0, True)
+    assert (run.code, "warning: blk.0.unknown.weight has type id 9999, which no known dialect" in run.out) == (0, True)
     for wrong in (["i8"], ["--custom-q", "attn_q=i8"]):
         run = cli("quantize", path, *wrong, "--dry-run")
         assert (run.code, "blk.0.attn_q.weight is F32 and cannot become I8" in run.err) == (1, True)

@@ -222,10 +222,22 @@ def test_ds4_types_names_and_keys(start: str, source: Get, converted: Converted,
 
 
 def test_ds4_in_half_floats_as_the_published_files(converted: Converted, tmp_path: Path) -> None:
-    retarget(converted("flash", "llama.cpp", "bf16").path, tmp_path / "o.gguf", "ds4", plain="f16")
-    kinds = {t.name: t.type for t in Gguf(tmp_path / "o.gguf").tensors.values()}
-    assert kinds["blk.2.attn_compressor_kv.weight"] == kinds["blk.0.ffn_gate_inp.weight"] == "F16"
-    assert kinds["blk.0.hc_attn_fn.weight"] == "F32"  # held as it is
+    start = converted("flash", "llama.cpp", "bf16")
+    paths = retarget(start.path, tmp_path / "o.gguf", "ds4", plain="f16")
+    moved = Gguf(paths[0])
+    with (FIXTURES / "map.tsv").open(encoding="utf-8") as file:
+        column = {row["antirez_ds4_name"]: row["antirez_mxfp4_type"] for row in csv.DictReader(file, delimiter="\t")}
+    for tensor in moved.tensors.values():
+        wanted = column[re.sub(r"^blk\.\d+\.", "blk.{L}.", tensor.name)]
+        assert tensor.type == wanted, tensor.name
+    for name in ("output_hc_fn.weight", "blk.0.hc_attn_fn.weight", "blk.2.attn_compressor_ape.weight"):
+        assert start.tensors[name].type == "F32"
+        exact = start.tensors[name].decode()
+        halves = np.frombuffer(moved.tensors[name].data, "<f2").reshape(exact.shape)
+        np.testing.assert_array_equal(halves, exact.astype(np.float16))
+    with ggufx.open(start.path) as file:
+        notes = plan_retarget(file, tmp_path / "p.gguf", "ds4", plain="f16").notes
+    assert "type of output_hc_fn.weight: F32 -> F16, rounded (1 tensor)" in notes
 
 
 def test_ds4_back_to_llama_cpp_has_its_keys(converted: Converted, tmp_path: Path) -> None:
@@ -333,17 +345,27 @@ def test_types_of_ik_need_a_word(tmp_path: Path) -> None:
     assert [(t.type, t.status) for t in report.tensors] == [("F32", "exact")]
 
 
-def test_unknown_ids_travel_unless_they_would_be_misread(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "u.gguf", [("a.weight", (4, 256), 999, bytes(range(256)))])
-    retarget(path, tmp_path / "o.gguf", "llama.cpp")
-    assert (tmp_path / "o.gguf").read_bytes() == path.read_bytes()
-    assert verify(tmp_path / "o.gguf", path).ok
+def test_types_that_the_target_does_not_have_are_refused(tmp_path: Path) -> None:
+    for number, label in ((999, "id 999"), (337, r"IQ2_K_R4 \(id 337\)")):
+        path = write_gguf(tmp_path / "u.gguf", [("a.weight", (4, 256), number, bytes(4 * 76))])
+        with pytest.raises(PlanError, match=rf"'a\.weight' has type {label}.*llama\.cpp would not load the file"):
+            retarget(path, tmp_path / "o.gguf", "llama.cpp")
+    retarget(path, tmp_path / "ik.gguf", "ik_llama.cpp")
+    assert (tmp_path / "ik.gguf").read_bytes() == path.read_bytes()
     path = write_gguf(tmp_path / "u.gguf", [("a.weight", (4, 256), 42, bytes(range(256)))])
-    with (
-        ggufx.open(path, dialect="opaque") as file,
-        pytest.raises(PlanError, match="type id 42, which is Q2_0 in llama"),
-    ):
+    with ggufx.open(path, dialect="opaque") as file, pytest.raises(PlanError, match="type id 42"):
         plan_retarget(file, tmp_path / "p.gguf", "llama.cpp")
+
+
+def test_the_outfile_is_named_after_the_file_type(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "u.gguf", [("a.weight", (4, 256), 1, bytes(2048))], general__file_type=Value.u32(1))
+    assert retarget(path, tmp_path / "m-{ftype}.gguf", "ik_llama.cpp") == [tmp_path / "m-f16.gguf"]
+
+
+def test_plain_is_a_choice_of_ds4_only(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "u.gguf", [("a.weight", (4, 256), 1, bytes(2048))])
+    with ggufx.open(path) as file, pytest.raises(PlanError, match=r"--plain f16: is a choice that ds4's readers need"):
+        plan_retarget(file, tmp_path / "p.gguf", "nisparks", plain="f16")
 
 
 # Verify -----------------------------------------------------------------------------------------------------------

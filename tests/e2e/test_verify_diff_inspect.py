@@ -576,13 +576,20 @@ def test_native_codes_that_were_requantized_do_not_pass(
     assert (found.native, found.status, report.ok) == (True, "rounded", False)
 
 
-def test_a_file_of_an_unknown_fork_is_listed_as_opaque(tmp_path: Path, cli: Cli) -> None:
+def test_a_file_of_another_fork_is_listed_and_copied(tmp_path: Path, cli: Cli) -> None:
     """Id 42 as another fork has it: 34 bytes per 128 values."""
     path = tmp_path / "o.gguf"
     header = struct.pack("<4sIQQ", b"GGUF", 3, 1, 0)
     header += struct.pack("<Q6sIQQIQ", 6, b"w\x1b[31m", 2, 4096, 2, 42, 0)
     path.write_bytes(header + bytes(-len(header) % 32) + bytes(4096 * 2 // 128 * 34))
-    assert_one_line(cli("inspect", path), "id 42", "--dialect opaque")
+    assert_one_line(cli("inspect", path, "--dialect", "llama.cpp"), "id 42", "--dialect opaque")
+    run = cli("inspect", path)
+    assert run.code == 0
+    assert "Q2_0_G128 (id 42)" in run.out
+    assert "note: type id 42 of tensor" in run.out
+    assert "\x1b" not in run.out
+    assert cli("rewrite", path, "--outfile", tmp_path / "r.gguf").code == 0
+    assert (tmp_path / "r.gguf").read_bytes() == path.read_bytes()
     run = cli("inspect", path, "--dialect", "opaque")
     assert run.code == 0
     assert "id 42" in run.out
