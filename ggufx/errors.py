@@ -11,6 +11,7 @@ from typing import Final
 
 __all__ = [
     "AmbiguousDialect",
+    "BadValueError",
     "CheckpointError",
     "CodecError",
     "ContainerError",
@@ -19,6 +20,7 @@ __all__ = [
     "GGUFError",
     "MissingExtra",
     "NonFiniteError",
+    "OutOfRangeError",
     "OutputExists",
     "PlanError",
     "PluginError",
@@ -108,8 +110,8 @@ class CodecError(GGUFError):
     """Bytes or values do not fit the type: wrong length, row length, dtype or code."""
 
 
-class NonFiniteError(CodecError):
-    """A value to be encoded is NaN or infinite.
+class BadValueError(CodecError):
+    """A value cannot be encoded.
 
     Parameters
     ----------
@@ -119,19 +121,38 @@ class NonFiniteError(CodecError):
         What it is.
     name
         Name of the type.
+    rows_per_expert
+        Of stacked experts, the rows of each: the message then names the expert, and the row within it. 0 for others.
     """
 
-    def __init__(self, row: int, column: int, value: object, name: str) -> None:
-        super().__init__(f"found {value} at row {row}, column {column}: {name} encodes finite values only")
+    _RULE = "{name} cannot encode it"
+
+    def __init__(self, row: int, column: int, value: object, name: str, rows_per_expert: int = 0) -> None:
+        where = f"row {row}"
+        if rows_per_expert:
+            where = f"expert {row // rows_per_expert}, row {row % rows_per_expert}"
+        super().__init__(f"found {value!s} at {where}, column {column}: {self._RULE.format(name=name)}")
         self._facts = (row, column, value, name)
 
-    def __reduce__(self) -> tuple[type[NonFiniteError], tuple[int, int, object, str]]:
+    def __reduce__(self) -> tuple[type[BadValueError], tuple[int, int, object, str]]:
         return type(self), self._facts
 
-    def moved(self, rows: int) -> NonFiniteError:
+    def moved(self, rows: int, rows_per_expert: int = 0) -> BadValueError:
         """Return the error for rows that are a part of something, of which ``rows`` rows come before."""
-        row, *rest = self._facts
-        return NonFiniteError(row + rows, *rest)  # type: ignore[arg-type]
+        row, column, value, name = self._facts
+        return type(self)(row + rows, column, value, name, rows_per_expert)
+
+
+class NonFiniteError(BadValueError):
+    """A value to be encoded is NaN or infinite."""
+
+    _RULE = "{name} encodes finite values only"
+
+
+class OutOfRangeError(BadValueError):
+    """A value is beyond what the scales of a type can hold: it, and its neighbours, would become something else."""
+
+    _RULE = "it is beyond what {name} can hold; choose a wider type, such as BF16"
 
 
 class CheckpointError(GGUFError):

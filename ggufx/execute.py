@@ -31,11 +31,11 @@ import xxhash
 
 from ggufx import outputs, types
 from ggufx.errors import (
+    BadValueError,
     CheckpointError,
     CodecError,
     DiskError,
     GGUFError,
-    NonFiniteError,
     OutputExists,
     PlanError,
     SourceCodesError,
@@ -102,6 +102,8 @@ class _Job(NamedTuple):
     """Checksum from the journal: verify instead of writing."""
     sync: bool
     """Bring the bytes to the disk at once: what another machine wrote, this one cannot."""
+    per_expert: int
+    """Rows of an expert, of stacked ones; 0 for others."""
 
 
 class TileDone(NamedTuple):
@@ -408,9 +410,11 @@ def _run_tile(job: _Job, opened: dict[tuple[str, int], int]) -> _Done:
     try:
         weights, dead_blocks = _importance(job, read)
         outcome = apply(job.transform, tile.rows, inputs, out, weights, tile.phase)
-    except NonFiniteError as error:
+    except BadValueError as error:
         row_nbytes = tile.nbytes // tile.rows
-        return _Done(0, 0, Outcome(), resumed=False, problem=str(error.moved(tile.offset // row_nbytes)))
+        return _Done(
+            0, 0, Outcome(), resumed=False, problem=str(error.moved(tile.offset // row_nbytes, job.per_expert))
+        )
     except CodecError as error:
         return _Done(0, 0, Outcome(), resumed=False, problem=str(error))
     if _refused(job.transform, outcome):
@@ -953,7 +957,18 @@ def _jobs(
             expected = journal.done.get(number)
             yield (
                 tensor,
-                _Job(number, tensor.transform, tile, plan.source_files, output, inode, position, expected, sync),
+                _Job(
+                    number,
+                    tensor.transform,
+                    tile,
+                    plan.source_files,
+                    output,
+                    inode,
+                    position,
+                    expected,
+                    sync,
+                    tensor.shape[-2] if len(tensor.shape) == 3 else 0,
+                ),
             )
 
 

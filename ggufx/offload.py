@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ggufx import kernels, types
 from ggufx.errors import MissingExtra, NonFiniteError, PlanError
-from ggufx.types import Codec
+from ggufx.types import Codec, Effort, Objective, Search
 
 if TYPE_CHECKING:
     import torch
@@ -82,8 +82,8 @@ def encode(
     out: U8,
     weights: F32 | None,
     *,
-    effort: str,
-    objective: str,
+    effort: Effort,
+    objective: Objective,
     device: str,
 ) -> None:
     """Encode some rows on a device.
@@ -109,8 +109,8 @@ def encode(
 
     Raises
     ------
-    NonFiniteError
-        A value is NaN or infinite.
+    NonFiniteError, OutOfRangeError
+        A value is NaN or infinite, or beyond the type's scales.
     """
     import torch
 
@@ -135,9 +135,15 @@ def encode(
             raise NonFiniteError(row, column, values[row, column].item(), codec.name)
         importance = None if weights is None else _upload("weights", weights.view(np.uint8), target).view(torch.float32)
         packed = torch.empty((rows, out.shape[1]), dtype=torch.uint8, device=target)
+        search = Search(effort, objective)
         device_effort = "reference" if effort == "reference" else "normal"
         module.encode(codec.name, values, importance, packed, objective=objective, effort=device_effort)
         _download(packed, out)
+        large = values.abs().amax(dim=1) > codec.safe_magnitude if values.numel() else values.new_zeros(0)
+        for number in large.nonzero().flatten().tolist():
+            codec.check_range(
+                values[number : number + 1].cpu().numpy(), out[number : number + 1], weights, search, number
+            )
 
 
 def decodes(kind: str) -> bool:

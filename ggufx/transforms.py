@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import kernels, offload, types
-from ggufx.errors import CodecError, NonFiniteError
+from ggufx.errors import BadValueError, CodecError
 from ggufx.plan import FLOAT_SCALES, Transform
 from ggufx.types.f8_e4m3_b128 import decode_scaled, exponents, widened
 
@@ -209,7 +209,7 @@ def _encode(transform: Transform, rows: int, inputs: list[U8], out: U8, weights:
     for start, count, pieces in _pieces(transform, rows, inputs, phase):
         try:
             found = _encode_rows(transform, count, pieces, packed[start : start + count], weights, phase)
-        except NonFiniteError as error:
+        except BadValueError as error:
             raise error.moved(start) from None
         total = total.plus(found)
         if total.bad_codes or total.bad_scales:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ggufx import kernels, types
 from ggufx.errors import CodecError, NonFiniteError, UnsupportedType
 from ggufx.torch.decoding import as_numpy, dtype_of, runs_cuda
-from ggufx.types import Codec, Effort, ImportanceWarning, Objective
+from ggufx.types import Codec, Effort, ImportanceWarning, Objective, Search
 from ggufx.types.codec import EFFORTS, OBJECTIVES
 
 __all__ = ["encode", "encodes_on"]
@@ -73,7 +73,8 @@ def encode(
     Raises
     ------
     CodecError
-        NaN or infinity (naming row and column), a row that is no multiple of the block, bad weights, a bad ``out``.
+        NaN or infinity, or a value beyond the type's scales (naming row and column), a row that is no multiple of the block,
+        bad weights, a bad ``out``.
     UnsupportedType
         The type has no encoder.
     """
@@ -124,6 +125,10 @@ def encode(
             part = flat[start : start + step].to(torch.float32).contiguous()
             rows = target[start : start + step]
             module.encode(codec.name, part, prepared, rows, objective=objective, effort=device_effort)
+            large = part.abs().amax(dim=1) > codec.safe_magnitude
+            for row in large.nonzero().flatten().tolist():
+                values_of, rows_of = part[row : row + 1].cpu().numpy(), rows[row : row + 1].cpu().numpy()
+                codec.check_range(values_of, rows_of, checked, Search(effort, objective), start + row)
         return out
     _encode_by_cpu(codec, flat, target, weights, search)
     return out

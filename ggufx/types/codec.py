@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import kernels
-from ggufx.errors import CodecError, NonFiniteError, UnsupportedType
+from ggufx.errors import CodecError, NonFiniteError, OutOfRangeError, UnsupportedType
 from ggufx.types.words import Array, Fields, NumpyWords, Words
 
 __all__ = ["Codec", "Effort", "ImportanceWarning", "Layout", "Objective", "Search"]
@@ -36,6 +36,9 @@ _CHUNK_NBYTES = 1 << 22
 """Output bytes of a row chunk: a few hundred microseconds of work, so that handing over the GIL costs nothing."""
 
 _NUMPY: Final = NumpyWords()
+
+_RANGE_SLACK: Final = 2.0**-10
+"""Part of a block's energy that its error may be more than at another magnitude: scales are rounded elsewhere."""
 
 _LEAST = float(np.finfo(np.float32).smallest_subnormal)
 
@@ -168,6 +171,9 @@ class Codec(ABC):
         Whether encoding loses bits of float32 values in general.
     reproduces : bool
         Whether ``effort="reference"`` gives the bytes of the C library's encoder.
+    safe_magnitude : float
+        Values up to here are within what the type's scales can hold, whatever else is in the block: binary16's largest by
+        default. Of greater ones it is tested.
     planes : pair of str or None
         Fields of codes (a byte an element) and of scales (a byte a block) that :mod:`ggufx.torch` may keep apart, for
         products that want both in one piece.
@@ -182,6 +188,7 @@ class Codec(ABC):
     needs_importance: ClassVar[bool] = False
     lossy: ClassVar[bool] = True
     reproduces: ClassVar[bool] = False
+    safe_magnitude: ClassVar[float] = 65504.0
     planes: ClassVar[tuple[str, str] | None] = None
     rms_bound: ClassVar[float | None] = None
 
@@ -465,7 +472,8 @@ class Codec(ABC):
         Raises
         ------
         CodecError
-            NaN or infinity (naming row and column), a row that is no multiple of the block, bad weights.
+            NaN or infinity, or a value beyond the type's scales (naming row and column), a row that is no multiple of the
+            block, bad weights.
         UnsupportedType
             The type has no encoder.
         """
@@ -508,17 +516,15 @@ class Codec(ABC):
         if array.size == 0:
             return out
         flat, target = array.reshape(-1, row_len), out.reshape(-1, row_nbytes)
-        function = self._kernels.get("encode") if use_kernel else None
 
         def encode_chunk(start: int, stop: int) -> None:
             part = self._finite(flat[start:stop], start)
-            if function is not None:
-                function(part, target[start:stop], self.layout.block_len)
-            else:
-                self.encode_rows(part, target[start:stop], weights, search)
+            self._encode_part(part, target[start:stop], weights, search, use_kernel=use_kernel)
+            self.check_range(part, target[start:stop], weights, search, start)
 
         # A search takes far longer than a decoder: smaller pieces share better. Plain encoders are as quick as one.
-        cost = 4 if function is not None or effort == "reference" else 32
+        plain = (use_kernel and "encode" in self._kernels) or effort == "reference"
+        cost = 4 if plain else 32
         self._in_chunks(encode_chunk, flat.shape[0], row_len * cost, threads)
         return out
 
@@ -659,6 +665,56 @@ class Codec(ABC):
             row, column = (int(n) for n in np.argwhere(~np.isfinite(values))[0])
             raise NonFiniteError(first_row + row, column, values[row, column], self.name)
         return values
+
+    def _encode_part(self, part: F32, out: U8, weights: F32 | None, search: Search, *, use_kernel: bool = True) -> None:
+        function = self._kernels.get("encode") if use_kernel else None
+        if function is not None:
+            function(part, out, self.layout.block_len)
+        else:
+            self.encode_rows(part, out, weights, search)
+
+    def check_range(
+        self, values: F32, packed: U8, weights: F32 | None = None, search: Search | None = None, first_row: int = 0
+    ) -> None:
+        """Raise OutOfRangeError where values were too large for the type's scales.
+
+        Only rows with values beyond :attr:`safe_magnitude` are looked at, which few models have. Brought down by a power of
+        two, such a row must leave about the error that it left as it is: encoders do the same at every magnitude that the
+        scales can hold.
+
+        Parameters
+        ----------
+        values
+            float32 [R, row_len], finite.
+        packed
+            uint8 [R, row_nbytes]: what they were encoded to, with ``weights`` and ``search``.
+        first_row
+            Of what the rows are a part of, for the error.
+        """
+        if self.value_dtype != np.float32:
+            return
+        tops = np.maximum(values.max(axis=1, initial=0), -values.min(axis=1, initial=0))
+        for row in np.flatnonzero(tops > self.safe_magnitude):
+            shift = np.float32(2.0 ** -int(np.frexp(tops[row])[1]))
+            small = np.require(values[row : row + 1] * shift, np.float32, ("C_CONTIGUOUS", "ALIGNED"))
+            small.flags.writeable = False
+            again = np.empty((1, packed.shape[1]), np.uint8)
+            self._encode_part(small, again, weights, search or Search())
+            with np.errstate(over="ignore", invalid="ignore"):
+                found = self.decode(packed[row], dtype=np.float64).reshape(-1, self.layout.block_len) * float(shift)
+                best = self.decode(again, dtype=np.float64).reshape(found.shape)
+                wanted = small.astype(np.float64).reshape(found.shape)
+                error, least = ((found - wanted) ** 2).sum(axis=1), ((best - wanted) ** 2).sum(axis=1)
+                # A type of few codes leaves nearly all of a block with one large value either way, but not as little of it.
+                clipped = np.abs(found).max(axis=1) < np.abs(best).max(axis=1) / 2
+            bad = np.flatnonzero(~(error <= 2 * least + _RANGE_SLACK * (wanted**2).sum(axis=1)) | clipped)
+            if bad.size:
+                # A row with one scale for all suffers from its largest value wherever that is.
+                whole = self.layout.header is not None
+                start = 0 if whole else int(bad[0]) * self.layout.block_len
+                part = values[row] if whole else wanted[bad[0]]
+                column = start + int(np.abs(part).argmax())
+                raise OutOfRangeError(first_row + int(row), column, values[row, column], self.name)
 
     @staticmethod
     def _in_chunks(work: Callable[[int, int], None], n_rows: int, row_cost: int, threads: int | None) -> None:

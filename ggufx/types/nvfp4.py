@@ -46,6 +46,7 @@ class NVFP4(Codec):
         np.dtype([("d", "u1", (4,)), ("qs", "u1", (32,))]),
     )
     reproduces: ClassVar = True
+    safe_magnitude: ClassVar = 2688.0  # 448, the largest scale, times 6
     ids: ClassVar = {"llama.cpp": 40}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
