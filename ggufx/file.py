@@ -23,7 +23,7 @@ import numpy.typing as npt
 from ggufx import dialects
 from ggufx.container import Container, Entry, KeyValues, read_container, read_splits
 from ggufx.errors import ContainerError, UnknownType
-from ggufx.typed import Facts
+from ggufx.typed import Facts, architecture_of
 from ggufx.types import Codec
 
 __all__ = ["File", "Tensor", "open"]
@@ -250,6 +250,11 @@ class File(Mapping[str, Tensor]):
     def alignment(self) -> int:
         """Alignment of the tensors, in bytes."""
         return self._containers[0].alignment
+
+    @property
+    def architecture(self) -> str | None:
+        """``general.architecture``, ``None`` without it; raises PlanError where it is no text."""
+        return architecture_of(self.path, self.metadata)
 
     @property
     def facts(self) -> Facts:
