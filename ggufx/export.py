@@ -53,7 +53,7 @@ def plan_export(file: File, outfile: str | Path) -> Plan:
     if directory.exists() and not directory.is_dir():
         raise PlanError(f"{directory}: is a file; --outfile names the checkpoint's directory")
     if not DeepSeekV4File.recognises(file):
-        architecture = file.facts.text("general.architecture", None)
+        architecture = file.architecture
         raise PlanError(
             f"{file.path}: holds a model of architecture {architecture!r} or an MTP block; export knows the main model of "
             "DeepSeek-V4 (deepseek4)"

@@ -27,7 +27,7 @@ from ggufx.container import MAGIC, Container, Entry, KeyValues, align_up, read_c
 from ggufx.errors import CodecError, ContainerError, GGUFError, UnknownType, UnsupportedType, quoted
 from ggufx.named_types import NamedType
 from ggufx.stored import StoredFile, scratch
-from ggufx.typed import Facts
+from ggufx.typed import Facts, architecture_of
 from ggufx.types import Codec
 
 __all__ = ["File", "Tensor", "open"]
@@ -538,6 +538,11 @@ class File(Mapping[str, Tensor]):
     def alignment(self) -> int:
         """Alignment of the tensors, in bytes."""
         return self._containers[0].alignment
+
+    @property
+    def architecture(self) -> str | None:
+        """``general.architecture``, ``None`` without it; raises PlanError where it is no text."""
+        return architecture_of(self.path, self.metadata)
 
     @property
     def facts(self) -> Facts:

@@ -203,7 +203,7 @@ def _checked(
     if not wanted:
         raise PlanError(f"{architecture.checkpoint.path}: the model has no routed experts; there is nothing to merge")
     for file in files:
-        name = file.facts.text("general.architecture", None)
+        name = file.architecture
         if name not in (None, architecture.name) and any(_EXPERTS.fullmatch(tensor) for tensor in file):
             raise PlanError(
                 f"{file.path}: holds a model of architecture {name!r}, the checkpoint one of {architecture.name!r}"

@@ -20,7 +20,7 @@ from math import prod
 from typing import Any, Final
 
 from ggufx import types
-from ggufx.typed import Facts
+from ggufx.typed import Facts, architecture_of
 
 __all__ = ["MIXES", "Mix", "Model", "assign", "find"]
 
@@ -68,7 +68,7 @@ class Model:
         PlanError
             A key has a value of another type than a mix reads there.
         """
-        architecture = Facts.of_metadata(where, keys).text("general.architecture", "")
+        architecture = architecture_of(where, keys) or ""
         facts = Facts.of_metadata(where, keys, f"{architecture}.")
 
         def number(key: str, missing: int) -> int:

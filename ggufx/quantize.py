@@ -673,7 +673,7 @@ def _heads(file: File, tensor: Tensor) -> int:
     """Return how many heads lie below each other in a matrix: 1 but for ik_llama.cpp's latent projections."""
     if tensor.ndim != 2 or imatrix_module.LATENT.fullmatch(tensor.name) is None:
         return 1
-    heads = file.facts.integer(f"{file.facts.text('general.architecture', '')}.attention.head_count", 1, least=1)
+    heads = file.facts.integer(f"{file.architecture or ''}.attention.head_count", 1, least=1)
     return heads if tensor.shape[0] % heads == 0 else 1
 
 

@@ -86,7 +86,7 @@ def moves_for(file: File, target: str) -> tuple[list[Move], list[tuple[str, str]
     PlanError
         The target has no form for the file.
     """
-    architecture = file.facts.text("general.architecture", None)
+    architecture = file.architecture
     if not DeepSeekV4File.recognises(file):
         bound = architecture == "deepseek4" and target in ("nisparks", dialects.DS4.name)
         if bound or target == dialects.DS4.name:

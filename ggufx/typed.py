@@ -20,7 +20,16 @@ import numpy as np
 
 from ggufx.errors import CheckpointError, GGUFError, PlanError
 
-__all__ = ["ADVICE", "FLOAT32_MAX", "Facts", "open_regular", "parse_object", "read_object", "shown"]
+__all__ = [
+    "ADVICE",
+    "FLOAT32_MAX",
+    "Facts",
+    "architecture_of",
+    "open_regular",
+    "parse_object",
+    "read_object",
+    "shown",
+]
 
 FLOAT32_MAX: Final = float(2**128 - 2**104)
 U32_MAX: Final = 2**32 - 1
@@ -222,6 +231,13 @@ class Facts:
             raise self._error(
                 f"{self.where}: {self._label}{self._prefix}{key} is {shown(found)}, expected {shown(assumed)}: {why}"
             )
+
+
+def architecture_of(where: object, metadata: Mapping[str, Any]) -> str | None:
+    """Return ``general.architecture`` of a GGUF's metadata, ``None`` without it; raises PlanError where it is no text."""
+    # No command sets this key, as the names of all others depend on it.
+    advice = "the file is damaged; download or make it again"
+    return Facts(where, metadata, error=PlanError, advice=advice, label="key ").text("general.architecture", None)
 
 
 def shown(value: object) -> str:

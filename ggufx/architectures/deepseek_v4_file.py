@@ -93,7 +93,7 @@ class DeepSeekV4File:
     @staticmethod
     def recognises(file: File) -> bool:
         """Return whether the file holds a DeepSeek-V4 main model."""
-        if file.facts.text("general.architecture", None) != DeepSeekV4.name:
+        if file.architecture != DeepSeekV4.name:
             return False
         return not any(".nextn." in name for name in file)
 
