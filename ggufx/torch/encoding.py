@@ -43,6 +43,7 @@ def encode(
     objective: Objective = "reference",
     out: Tensor | None = None,
     threads: int | None = None,
+    saturate: bool = True,
     use_kernel: bool = True,
 ) -> Tensor:
     """Encode a torch tensor; the packed bytes are on its device.
@@ -60,7 +61,7 @@ def encode(
         The type, or its name.
     importance
         Non-negative weights [row_len] of the columns: tensor or array, on any device.
-    effort, objective, threads, use_kernel
+    effort, objective, threads, saturate, use_kernel
         As in :meth:`ggufx.types.Codec.encode`.
     out
         Contiguous uint8 [..., row_nbytes] on ``values``' device, to fill.
@@ -73,8 +74,9 @@ def encode(
     Raises
     ------
     CodecError
-        NaN or infinity, or a value beyond the type's scales (naming row and column), a row that is no multiple of the block,
-        bad weights, a bad ``out``.
+        NaN or infinity (naming row and column), a row that is no multiple of the block, bad weights, a bad ``out``.
+    OutOfRangeError
+        Without ``saturate``, a value is beyond what the type's scales can hold.
     UnsupportedType
         The type has no encoder.
     """
@@ -105,7 +107,13 @@ def encode(
             f"{values.device}"
         )
     weights = as_numpy(importance.detach().cpu().float()) if isinstance(importance, Tensor) else importance
-    search: dict[str, Any] = {"effort": effort, "objective": objective, "threads": threads, "use_kernel": use_kernel}
+    search: dict[str, Any] = {
+        "effort": effort,
+        "objective": objective,
+        "threads": threads,
+        "saturate": saturate,
+        "use_kernel": use_kernel,
+    }
     if values.device.type == "cpu" and not encodes_on(codec, values.device, effort):
         codec.encode(as_numpy(_plain(values)), weights, out=as_numpy(out), **search)
         return out
@@ -125,8 +133,8 @@ def encode(
             part = flat[start : start + step].to(torch.float32).contiguous()
             rows = target[start : start + step]
             module.encode(codec.name, part, prepared, rows, objective=objective, effort=device_effort)
-            large = part.abs().amax(dim=1) > codec.safe_magnitude
-            for row in large.nonzero().flatten().tolist():
+            large = () if saturate else (part.abs().amax(dim=1) > codec.safe_magnitude).nonzero().flatten().tolist()
+            for row in large:
                 values_of, rows_of = part[row : row + 1].cpu().numpy(), rows[row : row + 1].cpu().numpy()
                 codec.check_range(values_of, rows_of, checked, Search(effort, objective), start + row)
         return out

@@ -440,6 +440,7 @@ class Codec(ABC):
         effort: Effort = "normal",
         objective: Objective = "reference",
         out: U8 | None = None,
+        saturate: bool = True,
         threads: int | None = None,
         use_kernel: bool = True,
     ) -> U8:
@@ -462,6 +463,9 @@ class Codec(ABC):
             importance itself.
         out
             C-contiguous uint8 [..., row_nbytes] to fill.
+        saturate
+            ``True``: a block with a value beyond the type's scales gets the largest scale, and a float type infinity.
+            ``False`` raises instead, as quantizing a model does.
         threads, use_kernel
             As in :meth:`decode`. The bytes do not depend on either.
 
@@ -472,8 +476,9 @@ class Codec(ABC):
         Raises
         ------
         CodecError
-            NaN or infinity, or a value beyond the type's scales (naming row and column), a row that is no multiple of the
-            block, bad weights.
+            NaN or infinity (naming row and column), a row that is no multiple of the block, bad weights.
+        OutOfRangeError
+            Without ``saturate``, a value is beyond what the type's scales can hold (naming row and column).
         UnsupportedType
             The type has no encoder.
         """
@@ -488,6 +493,7 @@ class Codec(ABC):
                 objective=objective,
                 out=out,
                 threads=threads,
+                saturate=saturate,
                 use_kernel=use_kernel,
             )
             return packed
@@ -520,7 +526,8 @@ class Codec(ABC):
         def encode_chunk(start: int, stop: int) -> None:
             part = self._finite(flat[start:stop], start)
             self._encode_part(part, target[start:stop], weights, search, use_kernel=use_kernel)
-            self.check_range(part, target[start:stop], weights, search, start)
+            if not saturate:
+                self.check_range(part, target[start:stop], weights, search, start)
 
         # A search takes far longer than a decoder: smaller pieces share better. Plain encoders are as quick as one.
         plain = (use_kernel and "encode" in self._kernels) or effort == "reference"
