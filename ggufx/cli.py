@@ -484,25 +484,37 @@ def verify(
     skip: Annotated[
         list[str] | None, typer.Option(help="Tensors of this shell pattern were left out. Repeatable.")
     ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Rounded tensors fail, too.")] = False,
+    allow_key: Annotated[
+        list[str] | None, typer.Option(help="Metadata keys of this shell pattern may differ. Repeatable.")
+    ] = None,
+    ignore_metadata: Annotated[bool, typer.Option("--ignore-metadata", help="Any metadata key may differ.")] = False,
     dialect: DialectOption = None,
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")] = False,
 ) -> None:
-    """Prove a conversion or a move: compare every tensor's codes, scales or values with the source's. Exit 0 if right."""
-    with _progress("verify") as progress:
+    """Prove a conversion or a move: compare every tensor's codes, scales or values, and every key, with the source's.
+
+    Rounded tensors must be as near to their source, block by block, as their types explain. Exit 0 if all is right, 1 if
+    something is not, 2 if a file cannot be read.
+    """
+    with _trouble(), _progress("verify") as progress:
         report = verify_module.verify(
             file,
             against,
             experts=experts,
             dialect=None if dialect is None else dialect.value,
             skip=skip or (),
+            allow_keys=allow_key or (),
+            ignore_metadata=ignore_metadata,
             threads=threads,
             progress=progress,
         )
+    passed = report.exact if exact else report.ok
     if as_json:
         _print_json(report.to_json())
-        raise typer.Exit(0 if report.ok else 1)
+        raise typer.Exit(0 if passed else 1)
     shown = [t for t in report.tensors if verbose or not t.ok]
     if shown:
         table = make_table("tensor", "type", "status", "differing", "max error", "relative rms", "detail")
@@ -521,10 +533,13 @@ def verify(
         table.add_row(kind, status, str(len(members)), f"{worst:.3g}", f"{rms:.3g}")
     _out.print(table)
     counts = ", ".join(f"{count} {status}" for status, count in report.counts().items())
+    for line in report.allowed:
+        _out.print(f"allowed to differ: key {line}", markup=False)
     differing = len(report.metadata)
     keys = f"; {differing} key{' differs' if differing == 1 else 's differ'}" if differing else ""
-    _out.print(f"{'verified' if report.ok else 'NOT VERIFIED'} ({report.target}): {counts}{keys}")
-    raise typer.Exit(0 if report.ok else 1)
+    verdict = report.verdict if passed or not report.ok else f"NOT EXACT, {report.verdict}"
+    _out.print(f"{verdict} ({report.target}): {counts}{keys}")
+    raise typer.Exit(0 if passed else 1)
 
 
 @app.command()
@@ -1521,6 +1536,17 @@ class _Stopper:
             # Not through sys.stderr, which may be in the middle of a write.
             os.write(2, b"stopping after what is being done right now; once more ends it at once\n")
         raise _Stopped
+
+
+@contextmanager
+def _trouble() -> Iterator[None]:
+    """End with 2 where a file cannot be read, of commands whose 1 says that files differ, as of cmp and diff."""
+    try:
+        yield
+    except GGUFError as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
 
 
 def _note(message: Warning | str, *_: object, **__: object) -> None:

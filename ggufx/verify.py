@@ -7,6 +7,7 @@ two GGUFs have a tensor in the same type, its bytes are compared.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -18,12 +19,12 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ggufx import execute, merge, retarget, types
+from ggufx import execute, merge, retarget, rounding, types
 from ggufx import plan as plan_module
 from ggufx.architectures.base import FLOATS
 from ggufx.checkpoint import Checkpoint, SourceTensor
 from ggufx.container import Value, ValueType
-from ggufx.convert import Conversion, plan_convert
+from ggufx.convert import QUANTIZATION_VERSION, Conversion, plan_convert
 from ggufx.errors import GGUFError, PlanError
 from ggufx.execute import Progress
 from ggufx.file import File, Tensor
@@ -83,8 +84,10 @@ class Report:
     tensors
         One entry per tensor of the plan and of the file.
     metadata
-        Keys whose value differs from what a conversion or a move writes now (a model name given by hand does, say): told,
-        not judged.
+        Keys whose value is not what a conversion or a move writes now: a model name given by hand is one, say. They are
+        judged; ``allow_keys`` and ``ignore_metadata`` of :func:`verify` say which may differ.
+    allowed
+        Such keys that were allowed to differ.
     """
 
     path: str
@@ -92,12 +95,25 @@ class Report:
     target: str
     tensors: list[TensorReport] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)
+    allowed: list[str] = field(default_factory=list)
     skipped: int = 0
 
     @property
     def ok(self) -> bool:
-        """Whether every native tensor is exact and nothing is different, missing or extra."""
-        return all(tensor.ok for tensor in self.tensors)
+        """Whether every native tensor is exact, nothing is different, missing or extra, and no key differs."""
+        return all(tensor.ok for tensor in self.tensors) and not self.metadata
+
+    @property
+    def exact(self) -> bool:
+        """Whether all that :attr:`ok` asks for is so, and no tensor is rounded."""
+        return self.ok and all(tensor.status == "exact" for tensor in self.tensors)
+
+    @property
+    def verdict(self) -> str:
+        """What was found, in a word or a few: ``verified`` says that nothing was lost."""
+        if not self.ok:
+            return "NOT VERIFIED"
+        return "verified" if self.exact else "rounded within the bounds of its types"
 
     def counts(self) -> dict[str, int]:
         """Return the number of tensors by status."""
@@ -108,7 +124,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON data."""
-        return {"ok": self.ok, "counts": self.counts(), **asdict(self)}
+        return {"ok": self.ok, "exact": self.exact, "verdict": self.verdict, "counts": self.counts(), **asdict(self)}
 
 
 @dataclass
@@ -121,6 +137,8 @@ class _Sum:
     squares: float = 0.0
     energy: float = 0.0
     unlike_encoder: int = 0
+    far: int = 0
+    first_far: str = ""
 
 
 def verify(
@@ -130,10 +148,12 @@ def verify(
     experts: str | Path | None = None,
     dialect: str | None = None,
     skip: Sequence[str] = (),
+    allow_keys: Sequence[str] = (),
+    ignore_metadata: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Compare every tensor of a GGUF, or a hybrid, with the checkpoint, or the GGUF, it was made from.
+    """Compare every tensor and key of a GGUF, or a hybrid, with the checkpoint, or the GGUF, it was made from.
 
     Parameters
     ----------
@@ -148,6 +168,10 @@ def verify(
         As in :func:`ggufx.open`.
     skip
         Shell patterns of checkpoint tensors that were left out.
+    allow_keys
+        Shell patterns of metadata keys that may differ, such as those that were set by hand.
+    ignore_metadata
+        Any key may differ.
     threads
         Tiles compared at a time.
     progress
@@ -164,7 +188,8 @@ def verify(
                 f"{against}: is a file; what ggufx merge made is compared with a checkpoint's directory, and its experts with "
                 "the GGUF of --experts"
             )
-        return _verify_moved(path, against, dialect=dialect, threads=threads, progress=progress)
+        report = _verify_moved(path, against, dialect=dialect, threads=threads, progress=progress)
+        return _with_allowed(report, allow_keys, ignore_metadata=ignore_metadata)
     checkpoint = Checkpoint(against)
     with open(path, dialect=dialect) as file, _opened_experts(experts) as packed:
         lacking = [name for name in file if packed and name.endswith("_exps.weight") and name not in packed]
@@ -174,7 +199,8 @@ def verify(
             return _verify_hybrid(file, checkpoint, packed, skip=skip, threads=threads, progress=progress)
         plan, target = _matching_plan(file, checkpoint, skip)
         report = Report(str(path), str(against), target, skipped=len(plan.skipped))
-        report.metadata = _differing_keys(plan.metadata, file.metadata.typed())
+        own = {t.name: t.type for t in plan.tensors}
+        report.metadata = _differing_keys(plan.metadata, file, quantized=_is_quantized(file, own))
         planned = {tensor.name: tensor for tensor in plan.tensors}
         total = sum(file[name].nbytes for name in planned if name in file)
         done = 0
@@ -194,7 +220,24 @@ def verify(
                 if progress is not None:
                     progress(done, total)
         report.tensors += [TensorReport(t.name, t.type, "extra") for t in file.tensors if t.name not in planned]
+    return _with_allowed(report, allow_keys, ignore_metadata=ignore_metadata)
+
+
+def _with_allowed(report: Report, patterns: Sequence[str], *, ignore_metadata: bool) -> Report:
+    """Take the keys that may differ out of those that are judged."""
+    allowed = [
+        line
+        for line in report.metadata
+        if ignore_metadata or any(fnmatch.fnmatchcase(line.partition(": ")[0], pattern) for pattern in patterns)
+    ]
+    report.allowed = allowed
+    report.metadata = [line for line in report.metadata if line not in allowed]
     return report
+
+
+def _is_quantized(file: File, types_of: Mapping[str, str]) -> bool:
+    """Return whether a tensor of the file has another type than a conversion or a move gives it."""
+    return any(file[name].type != kind for name, kind in types_of.items() if name in file)
 
 
 @contextmanager
@@ -311,7 +354,8 @@ def _verify_moved(
     with open(path, dialect=dialect) as file, open(against) as source:
         target, moves, metadata = _matching_moves(file, source)
         report = Report(str(path), str(against), target)
-        report.metadata = _differing_keys(metadata, file.metadata.typed())
+        own = {move.name: move.tensor.type for move in moves}
+        report.metadata = _differing_keys(metadata, file, quantized=_is_quantized(file, own))
         planned = {move.name: move for move in moves}
         total = sum(file[name].nbytes for name in planned if name in file)
         done = 0
@@ -333,7 +377,6 @@ def _verify_moved(
 
 def _matching_moves(file: File, source: File) -> tuple[str, list[retarget.Move], Mapping[str, Value]]:
     """Return the target whose names the file has, or most of them, the tensors, and the keys a move writes."""
-    own = file.metadata.typed()
     same = [retarget.Move(tensor.name, tensor) for tensor in source.tensors]
     found: list[tuple[str, list[retarget.Move], Mapping[str, Value]]] = [("a copy", same, source.metadata.typed())]
     refusal: GGUFError | None = None
@@ -344,7 +387,7 @@ def _matching_moves(file: File, source: File) -> tuple[str, list[retarget.Move],
         except GGUFError as error:
             refusal = refusal or error
     likeness = [
-        (len({move.name for move in moves} & set(file)), -len(_differing_keys(metadata, own)))
+        (len({move.name for move in moves} & set(file)), -len(_differing_keys(metadata, file, quantized=True)))
         for _, moves, metadata in found
     ]
     best = max(likeness)
@@ -418,16 +461,30 @@ def _matching_plan(file: File, checkpoint: Checkpoint, skip: Sequence[str]) -> t
     )
 
 
-def _differing_keys(expected: Mapping[str, Value], found: Mapping[str, Value]) -> list[str]:
-    ignored = ("split.", "ggufx.", "general.file_type")
+def _differing_keys(expected: Mapping[str, Value], file: File, *, quantized: bool) -> list[str]:
+    """Return a line for every key whose value is not the expected one.
+
+    The keys of a split are judged when it is opened, and ``ggufx.*`` say who wrote the file. Who quantizes writes a file type
+    of their own, which must be one of the dialect's, the version of quantization, and where the importance is from.
+    """
+    found = file.metadata.typed()
     lines = []
     for key in dict.fromkeys([*expected, *found]):
-        if key.startswith(ignored):
+        if key.startswith(("split.", "ggufx.")):
+            continue
+        if quantized and key in found and (key == "general.file_type" or key.startswith("quantize.imatrix.")):
+            if key == "general.file_type" and file.file_type is None:
+                lines.append(
+                    f"{key}: {_short(found[key])}, which names no file type of {file.dialect or 'any dialect'}"
+                )
             continue
         if key not in found:
-            lines.append(f"{key}: missing")
+            if not (quantized and key == "general.file_type"):
+                lines.append(f"{key}: missing")
         elif key not in expected:
-            lines.append(f"{key}: not expected")
+            known = quantized and key == "general.quantization_version" and found[key].data == QUANTIZATION_VERSION
+            if not known:
+                lines.append(f"{key}: not expected")
         elif not expected[key].same(found[key]):
             lines.append(f"{key}: {_short(found[key])}, expected {_short(expected[key])}")
     return lines
@@ -483,6 +540,12 @@ def _compare(
         elif not result.relative_rms <= FAR:  # NaN is far, too
             result.status = "different"
             result.detail = f"the values are far from the source (relative RMS {result.relative_rms:.3g})"
+        elif any(s.far for s in sums):
+            result.status = "different"
+            result.detail = (
+                f"{sum(s.far for s in sums)} blocks are farther from the source than encoding to {tensor.type} explains, the "
+                f"first at {next(s.first_far for s in sums if s.far)}"
+            )
         elif unlike:
             result.status = "different"
             result.detail = f"{unlike} bytes are not what encoding the source to {tensor.type} gives"
@@ -535,6 +598,13 @@ def _compare_tile(
         result.max_error = float(np.nan_to_num(error, nan=np.inf).max())
         result.squares = float(np.square(error).sum())
         result.energy = float(np.square(source.astype(np.float64)).sum())
+        if not coded and rounding.judges(codec):
+            far = rounding.far_blocks(codec, values, source)
+            if far:
+                result.far = len(far)
+                result.first_far = _place(tensor, first_row + far[0].row, far[0].block) + (
+                    f" (squared error {far[0].relative:.3g} of the block's energy; our encoder leaves {far[0].expected:.3g})"
+                )
         # A conversion has one result; who quantized to a type of their own choice also chose an effort and weights.
         if own_encoder and codec.reproduces and (tensor.type == planned.type or not codec.searches):
             wanted = codec.encode(source, effort="reference", threads=1)
@@ -542,6 +612,12 @@ def _compare_tile(
     else:
         result.energy = float(np.square(source.astype(np.float64)).sum())
     return result
+
+
+def _place(tensor: Tensor, row: int, block: int) -> str:
+    if tensor.ndim == 3:
+        return f"expert {row // tensor.shape[1]}, row {row % tensor.shape[1]}, block {block}"
+    return f"row {row}, block {block}"
 
 
 def _compare_codes(
