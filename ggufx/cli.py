@@ -496,8 +496,9 @@ def verify(
 ) -> None:
     """Prove a conversion or a move: compare every tensor's codes, scales or values, and every key, with the source's.
 
-    Rounded tensors must be as near to their source, block by block, as their types explain. Exit 0 if all is right, 1 if
-    something is not, 2 if a file cannot be read.
+    Rounded tensors must be as near to their source, block by block, as their types explain. Relative errors are relative to
+    the source. Exit code 0: verified, or rounded within bounds; 1: not verified; 2: trouble, such as a missing or broken file,
+    or one that is not of this source at all.
     """
     with _trouble(), _progress("verify") as progress:
         report = verify_module.verify(
@@ -549,8 +550,12 @@ def diff(
     dialect: DialectOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compare two GGUFs: keys, names, shapes, types, decoded values. Exit 0 if they are the same."""
-    with _progress("diff") as progress:
+    """Compare two GGUFs: keys, names, shapes, types, decoded values.
+
+    Relative errors are relative to the first file. Exit code 0: the same; 1: different; 2: trouble, such as a missing or
+    broken file.
+    """
+    with _trouble(), _progress("diff") as progress:
         found = diff_module.diff(first, second, dialect=None if dialect is None else dialect.value, progress=progress)
     if as_json:
         _print_json(found.to_json())
@@ -1540,11 +1545,13 @@ class _Stopper:
 
 @contextmanager
 def _trouble() -> Iterator[None]:
-    """End with 2 where a file cannot be read, of commands whose 1 says that files differ, as of cmp and diff."""
+    """End with 2 where a file cannot be read, in commands whose exit code 1 says that files differ, as cmp and diff do."""
     try:
         yield
     except GGUFError as error:
         _fail(str(error), 2)
+    except UnicodeDecodeError as error:
+        _fail(f"a text file is not UTF-8 ({error})", 2)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
 

@@ -23,7 +23,18 @@ _CHUNK_NBYTES = 1 << 22
 
 @dataclass
 class TensorDifference:
-    """How a tensor of the second file differs from the first's of the same name; errors are absolute."""
+    """How a tensor of the second file differs from the first's of the same name.
+
+    Attributes
+    ----------
+    differing
+        Number of values that differ.
+    max_error, rms_error
+        Absolute, of decoded values.
+    relative_rms
+        The root of the sum of squared errors over the sum of the first file's squared values: the figure of
+        :func:`ggufx.verify.verify` where the first file is the source.
+    """
 
     name: str
     types: tuple[str, str]

@@ -35,6 +35,7 @@ __all__ = [
     "PLAIN_TYPES",
     "TARGETS",
     "Move",
+    "file_type",
     "is_bfloat16",
     "keys_for",
     "moves_for",
@@ -170,13 +171,13 @@ def plan_retarget(
         tensors = [_tensor(file, move, dialect, dense, plain, paths) for move in moves]
     # Of other models, only what the file has is kept right.
     wanted = model is not None or "general.file_type" in file.metadata
-    file_type = _file_type(file, tensors, dialect) if wanted else None
+    number = file_type(file, tensors, dialect) if wanted else None
     notes = [*file.notes, *_renamed(moves), *_retyped(tensors)]
     latent = foreign_latent({tensor.name: tensor.shape for tensor in file.tensors}, target)
     if latent:
         notes.append(f"{file.path}: {latent}")
-    metadata = keys_for(file, model, target, file_type, notes)
-    label = ("" if file_type is None else dialect.file_type_name(file_type)) or ""
+    metadata = keys_for(file, model, target, number, notes)
+    label = ("" if number is None else dialect.file_type_name(number)) or ""
     path = Path(fill_file_type(str(outfile), label or "mixed"))
     if path.exists() and any(path.samefile(p) for p in paths):
         raise PlanError(f"{path}: is the source itself; choose another --outfile")
@@ -319,8 +320,18 @@ def is_bfloat16(tensor: Tensor) -> bool:
 # Metadata -------------------------------------------------------------------------------------------------------
 
 
-def _file_type(file: File, tensors: Sequence[PlannedTensor], dialect: Dialect) -> int | None:
-    """Return ``general.file_type``: the file's own where it means the same there and most weights keep their type."""
+def file_type(file: File, tensors: Sequence[PlannedTensor], dialect: Dialect) -> int | None:
+    """Return ``general.file_type`` of a moved file: the source's own where it means the same and most weights keep their type.
+
+    Parameters
+    ----------
+    file
+        The source.
+    tensors
+        Of the moved file: their shapes and types, and in ``transform.kind`` the types that they have in the source.
+    dialect
+        Of the moved file.
+    """
     number = file.facts.integer("general.file_type", None)
     weights: Counter[tuple[str, str]] = Counter()
     for tensor in tensors:

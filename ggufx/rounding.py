@@ -19,16 +19,26 @@ from ggufx.types import Codec
 __all__ = ["FarBlock", "far_blocks", "judges"]
 
 F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+Blocks = npt.NDArray[np.bool_]
 
 TIMES_OURS: Final = 4.0
 """A block's squared error may be this many times what our quick encoder leaves (C's with importance: 1.6 in the median)."""
 TIMES_TYPICAL: Final = 6.0
-"""... and this many times the part of normal values' energy that the type leaves, of the block's own energy. Of the C
-libraries' vectors, strange rows included, none needs more than 3."""
-LEAST_LIKENESS: Final = 0.5
+"""... and this many times the part of normal values' energy that the type leaves, of the energy that the block would have
+if its largest value lay three standard deviations out, or of its own if that is more. An outlier sets a block's scale."""
+WEIGHTED: Final = 300.0
+"""Importance that is concentrated on few columns may cost this many times what the type leaves of normal values ..."""
+SACRIFICED: Final = 0.25
+"""... but not more than this part of the block's energy."""
+LEAST_LIKENESS: Final = 0.1
 """What the block has in common with its source (the inner product), at least, as a part of what our encoding has."""
+MOST_LIKENESS: Final = 1.45
+"""... and at most; a scale twice as large gives 2."""
 TINY: Final = 2.0**-13
 """Largest magnitude of blocks that encoders may round to nothing: scales of scales vanish in binary16 below it."""
+TINY_OF: Final = {"NVFP4": 6 * 2.0**-10}
+"""The same where scales are of another kind: half of UE4M3's smallest, 2^-9, times the largest code."""
 
 
 class FarBlock(NamedTuple):
@@ -75,25 +85,37 @@ def far_blocks(codec: Codec, values: F32, source: F32) -> list[FarBlock]:
     n_rows, row_len = source.shape
     shape = (n_rows, row_len // codec.layout.block_len, codec.layout.block_len)
     wanted, found = (a.astype(np.float64).reshape(shape) for a in (source, values))
+    largest = np.abs(wanted).max(axis=2, initial=0)
+    typical, smallest = _typical(codec.name), TINY_OF.get(codec.name, TINY)
     with np.errstate(over="ignore", invalid="ignore"):
         error = np.square(found - wanted).sum(axis=2)
         energy, likeness = np.square(wanted).sum(axis=2), (found * wanted).sum(axis=2)
-    typical = _typical(codec.name)
-    # A row with one scale for all is as good as its largest values allow.
-    base = energy if codec.layout.header is None else np.maximum(energy, energy.mean(axis=1, keepdims=True))
-    room = TIMES_TYPICAL * typical * base
-    tiny = np.abs(wanted).max(axis=2, initial=0) < TINY
-    nothing = np.sqrt(codec.layout.block_len) * TINY
-    suspect = np.where(tiny, ~(np.sqrt(error) <= nothing), ~(error <= room) | (likeness < LEAST_LIKENESS * energy))
-    rows = np.flatnonzero((suspect & ~tiny).any(axis=1))
+    scaled = np.maximum(energy, codec.layout.block_len * np.square(largest / 3))
+    if codec.layout.header is not None:
+        # A row with one scale for all is as good as its largest values allow.
+        scaled = np.maximum(scaled, energy.mean(axis=1, keepdims=True))
+    room = TIMES_TYPICAL * typical * scaled + min(WEIGHTED * typical, SACRIFICED) * energy
+    room += codec.layout.block_len * smallest**2
+    tiny = largest < smallest
+    kept = (1 - typical) * energy
+
+    def is_far(room: F64, least: F64, most: F64, error: F64, likeness: F64, tiny: npt.NDArray[np.bool_]) -> Blocks:
+        unlike = ~(likeness >= LEAST_LIKENESS * least) | ~(likeness <= MOST_LIKENESS * most)
+        far: Blocks = ~(error <= room) | (unlike & ~tiny)  # NaN is far, too
+        return far
+
+    suspect = is_far(room, energy, kept, error, likeness, tiny)
+    rows = np.flatnonzero(suspect.any(axis=1))
     left = np.zeros((n_rows, shape[1]))
     if rows.size:
         # Only rows that may be damaged are encoded again.
         ours = _encoded(codec, np.ascontiguousarray(source[rows])).astype(np.float64).reshape(rows.size, *shape[1:])
         left[rows] = np.square(ours - wanted[rows]).sum(axis=2)
         like = (ours * wanted[rows]).sum(axis=2)
-        far = ~(error[rows] <= TIMES_OURS * left[rows] + room[rows]) | (likeness[rows] < LEAST_LIKENESS * like)
-        suspect[rows] = np.where(tiny[rows], suspect[rows], far)
+        suspect[rows] = is_far(
+            room[rows] + TIMES_OURS * left[rows], np.minimum(like, energy[rows]), np.maximum(like, kept[rows]),
+            error[rows], likeness[rows], tiny[rows],
+        )  # fmt: skip
     return [
         FarBlock(
             int(row), int(block), float(error[row, block] / max(energy[row, block], 1e-300)),

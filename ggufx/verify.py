@@ -8,10 +8,11 @@ two GGUFs have a tensor in the same type, its bytes are compared.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -19,7 +20,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ggufx import execute, merge, retarget, rounding, types
+from ggufx import dialects, execute, merge, retarget, rounding, types
 from ggufx import plan as plan_module
 from ggufx.architectures.base import FLOATS
 from ggufx.checkpoint import Checkpoint, SourceTensor
@@ -27,14 +28,21 @@ from ggufx.container import Value, ValueType
 from ggufx.convert import QUANTIZATION_VERSION, Conversion, plan_convert
 from ggufx.errors import GGUFError, PlanError
 from ggufx.execute import Progress
-from ggufx.file import File, Tensor
+from ggufx.file import DIALECT_KEY, File, Tensor
 from ggufx.hybrid import HybridFile, open
 from ggufx.plan import FLOAT_SCALES, FP8_KINDS, Matrix, Plan, PlannedTensor, Span, Tile, Transform
 from ggufx.transforms import decode_parts, native_codes
+from ggufx.values import as_unicode
 
 __all__ = ["Report", "TensorReport", "verify"]
 
 Status = Literal["exact", "rounded", "different", "missing", "extra", "undecided"]
+
+_STAMPS: Final[Mapping[str, Callable[[object], bool]]] = {
+    DIALECT_KEY: lambda name: isinstance(name, str) and name in dialects.TARGETS,
+    "ggufx.version": lambda text: isinstance(text, str) and re.fullmatch(r"\d+(\.\d+)*[\w.+-]*", text) is not None,
+}
+"""Keys that say who wrote a file, and whether a value is one."""
 
 FAR: Final = 0.5
 """Relative RMS error that no quantization explains: noise of the source's own size has 1.4."""
@@ -55,7 +63,8 @@ class TensorReport:
     differing
         Number of codes, scales or values that differ.
     max_error, rms_error, relative_rms
-        Of decoded values against the source's; 0 when exact.
+        Of decoded values against the source's; 0 when exact. The relative one is the root of the sum of squared errors over
+        the sum of the source's squared values, as of :func:`ggufx.diff.diff` with the source as its first file.
     """
 
     name: str
@@ -188,8 +197,10 @@ def verify(
                 f"{against}: is a file; what ggufx merge made is compared with a checkpoint's directory, and its experts with "
                 "the GGUF of --experts"
             )
-        report = _verify_moved(path, against, dialect=dialect, threads=threads, progress=progress)
-        return _with_allowed(report, allow_keys, ignore_metadata=ignore_metadata)
+        return _verify_moved(
+            path, against, dialect=dialect, allow_keys=allow_keys, ignore_metadata=ignore_metadata, threads=threads,
+            progress=progress,
+        )  # fmt: skip
     checkpoint = Checkpoint(against)
     with open(path, dialect=dialect) as file, _opened_experts(experts) as packed:
         lacking = [name for name in file if packed and name.endswith("_exps.weight") and name not in packed]
@@ -199,8 +210,10 @@ def verify(
             return _verify_hybrid(file, checkpoint, packed, skip=skip, threads=threads, progress=progress)
         plan, target = _matching_plan(file, checkpoint, skip)
         report = Report(str(path), str(against), target, skipped=len(plan.skipped))
-        own = {t.name: t.type for t in plan.tensors}
-        report.metadata = _differing_keys(plan.metadata, file, quantized=_is_quantized(file, own))
+        _judge_keys(
+            report, plan.metadata, file, allow_keys, ignore_metadata=ignore_metadata,
+            quantized=any(file[t.name].type != t.type for t in plan.tensors if t.name in file),
+        )  # fmt: skip
         planned = {tensor.name: tensor for tensor in plan.tensors}
         total = sum(file[name].nbytes for name in planned if name in file)
         done = 0
@@ -220,24 +233,40 @@ def verify(
                 if progress is not None:
                     progress(done, total)
         report.tensors += [TensorReport(t.name, t.type, "extra") for t in file.tensors if t.name not in planned]
-    return _with_allowed(report, allow_keys, ignore_metadata=ignore_metadata)
-
-
-def _with_allowed(report: Report, patterns: Sequence[str], *, ignore_metadata: bool) -> Report:
-    """Take the keys that may differ out of those that are judged."""
-    allowed = [
-        line
-        for line in report.metadata
-        if ignore_metadata or any(fnmatch.fnmatchcase(line.partition(": ")[0], pattern) for pattern in patterns)
-    ]
-    report.allowed = allowed
-    report.metadata = [line for line in report.metadata if line not in allowed]
     return report
 
 
-def _is_quantized(file: File, types_of: Mapping[str, str]) -> bool:
-    """Return whether a tensor of the file has another type than a conversion or a move gives it."""
-    return any(file[name].type != kind for name, kind in types_of.items() if name in file)
+def _judge_keys(
+    report: Report,
+    expected: Mapping[str, Value],
+    file: File,
+    allow_keys: Sequence[str],
+    *,
+    ignore_metadata: bool,
+    quantized: bool,
+) -> None:
+    """Put a line for every key that is not as expected into the report: among those that are judged, or allowed to differ."""
+    for key, what in _differing_keys(expected, file, quantized=quantized).items():
+        allowed = ignore_metadata or any(fnmatch.fnmatchcase(key, pattern) for pattern in allow_keys)
+        (report.allowed if allowed else report.metadata).append(f"{as_unicode(key)}: {what}")
+
+
+def _as_stored(file: File, moves: Sequence[retarget.Move]) -> list[PlannedTensor]:
+    """Return moved tensors with the types that they have in the file, and had in the source."""
+    stored = []
+    for move in moves:
+        source, tensor = move.tensor, file.get(move.name)
+        if tensor is not None:
+            span = Span(0, source.file_offset, source.nbytes)
+            planned = plan_module.copy_tensor(tensor.name, tensor.shape, source.type, source.type_id, span)
+            stored.append(replace(planned, type=tensor.type, type_id=tensor.type_id))
+    return stored
+
+
+def _is_quantized(file: File, moves: Sequence[retarget.Move]) -> bool:
+    """Return whether a tensor has another quant type than its source: some other command than a move has written the file."""
+    stored = ((file[move.name].type, move.tensor.type) for move in moves if move.name in file)
+    return any(new != old and new not in FLOATS for new, old in stored)
 
 
 @contextmanager
@@ -348,14 +377,22 @@ def _unlike_bytes(sources: Sequence[str], path: Path, offset: int, tile: Tile) -
 
 
 def _verify_moved(
-    path: str | Path, against: str | Path, *, dialect: str | None, threads: int | None, progress: Progress | None
+    path: str | Path,
+    against: str | Path,
+    *,
+    dialect: str | None,
+    allow_keys: Sequence[str],
+    ignore_metadata: bool,
+    threads: int | None,
+    progress: Progress | None,
 ) -> Report:
     """Compare a GGUF with the one that it was retargeted, split, merged or edited from."""
     with open(path, dialect=dialect) as file, open(against) as source:
         target, moves, metadata = _matching_moves(file, source)
         report = Report(str(path), str(against), target)
-        own = {move.name: move.tensor.type for move in moves}
-        report.metadata = _differing_keys(metadata, file, quantized=_is_quantized(file, own))
+        _judge_keys(
+            report, metadata, file, allow_keys, ignore_metadata=ignore_metadata, quantized=_is_quantized(file, moves)
+        )
         planned = {move.name: move for move in moves}
         total = sum(file[name].nbytes for name in planned if name in file)
         done = 0
@@ -383,11 +420,15 @@ def _matching_moves(file: File, source: File) -> tuple[str, list[retarget.Move],
     for target in ("nisparks", "llama.cpp", "ds4"):
         try:
             moves, _, model = retarget.moves_for(source, target)
-            found.append((target, moves, retarget.keys_for(source, model, target, None, [])))
+            number = retarget.file_type(source, _as_stored(file, moves), dialects.TARGETS[target])
+            found.append((target, moves, retarget.keys_for(source, model, target, number, [])))
         except GGUFError as error:
             refusal = refusal or error
     likeness = [
-        (len({move.name for move in moves} & set(file)), -len(_differing_keys(metadata, file, quantized=True)))
+        (
+            len({move.name for move in moves} & set(file)),
+            -len(_differing_keys(metadata, file, quantized=_is_quantized(file, moves))),
+        )
         for _, moves, metadata in found
     ]
     best = max(likeness)
@@ -461,33 +502,34 @@ def _matching_plan(file: File, checkpoint: Checkpoint, skip: Sequence[str]) -> t
     )
 
 
-def _differing_keys(expected: Mapping[str, Value], file: File, *, quantized: bool) -> list[str]:
-    """Return a line for every key whose value is not the expected one.
+def _differing_keys(expected: Mapping[str, Value], file: File, *, quantized: bool) -> dict[str, str]:
+    """Return what is wrong with every key whose value is not the expected one.
 
-    The keys of a split are judged when it is opened, and ``ggufx.*`` say who wrote the file. Who quantizes writes a file type
-    of their own, which must be one of the dialect's, the version of quantization, and where the importance is from.
+    The keys of a split are judged when it is opened. ``ggufx.dialect`` and ``ggufx.version`` may be any that there are: other
+    programs write none, and other versions have written files. Who quantizes (``quantized``) also writes a file type of their
+    own, which must be one of the dialect's, the version of quantization, and where the importance is from.
     """
     found = file.metadata.typed()
-    lines = []
+    wrong: dict[str, str] = {}
     for key in dict.fromkeys([*expected, *found]):
-        if key.startswith(("split.", "ggufx.")):
+        if key.startswith("split."):
             continue
-        if quantized and key in found and (key == "general.file_type" or key.startswith("quantize.imatrix.")):
-            if key == "general.file_type" and file.file_type is None:
-                lines.append(
-                    f"{key}: {_short(found[key])}, which names no file type of {file.dialect or 'any dialect'}"
-                )
+        if key in _STAMPS:
+            if key in found and not _STAMPS[key](found[key].data):
+                wrong[key] = f"{_short(found[key])}, which is none"
+        elif quantized and key == "general.file_type":
+            if key in found and file.file_type is None:
+                wrong[key] = f"{_short(found[key])}, which names no file type of {file.dialect or 'any dialect'}"
+        elif quantized and key.startswith("quantize.imatrix."):
             continue
-        if key not in found:
-            if not (quantized and key == "general.file_type"):
-                lines.append(f"{key}: missing")
+        elif key not in found:
+            wrong[key] = "missing"
         elif key not in expected:
-            known = quantized and key == "general.quantization_version" and found[key].data == QUANTIZATION_VERSION
-            if not known:
-                lines.append(f"{key}: not expected")
+            if not (quantized and key == "general.quantization_version" and found[key].data == QUANTIZATION_VERSION):
+                wrong[key] = "not expected"
         elif not expected[key].same(found[key]):
-            lines.append(f"{key}: {_short(found[key])}, expected {_short(expected[key])}")
-    return lines
+            wrong[key] = f"{_short(found[key])}, expected {_short(expected[key])}"
+    return wrong
 
 
 def _short(value: Value) -> str:
@@ -525,6 +567,11 @@ def _compare(
     result.differing = sum(s.differing for s in sums)
     result.first = next((s.first for s in sums if s.first), "")
     result.max_error = max((s.max_error for s in sums), default=0.0)
+    if result.differing:
+        # The error is relative to the whole source, whose tiles without a difference nobody has decoded yet.
+        clean = [tile for tile, found in zip(planned.tiles, sums, strict=True) if not found.differing]
+        for energy in pool.map(lambda tile: _energy(sources, planned, tile), clean):
+            sums.append(_Sum(energy=energy))
     count, energy = prod(tensor.shape), sum(s.energy for s in sums)
     squares = sum(s.squares for s in sums)
     result.rms_error = float(np.sqrt(squares / count)) if count else 0.0
@@ -609,9 +656,15 @@ def _compare_tile(
         if own_encoder and codec.reproduces and (tensor.type == planned.type or not codec.searches):
             wanted = codec.encode(source, effort="reference", threads=1)
             result.unlike_encoder = int(np.count_nonzero(wanted != rows))
-    else:
-        result.energy = float(np.square(source.astype(np.float64)).sum())
     return result
+
+
+def _energy(sources: Sequence[str], planned: PlannedTensor, tile: Tile) -> float:
+    """Return the sum of a tile's squared values in the source; 0 of integers."""
+    if planned.transform.kind in ("I32", "I64"):
+        return 0.0
+    source = decode_parts(planned.transform, tile.rows, execute.read_spans(sources, tile), tile.phase)[0]
+    return float(np.square(source.astype(np.float64)).sum())
 
 
 def _place(tensor: Tensor, row: int, block: int) -> str:
