@@ -570,8 +570,7 @@ def _compare(
     if result.differing:
         # The error is relative to the whole source, whose tiles without a difference nobody has decoded yet.
         clean = [tile for tile, found in zip(planned.tiles, sums, strict=True) if not found.differing]
-        for energy in pool.map(lambda tile: _energy(sources, planned, tile), clean):
-            sums.append(_Sum(energy=energy))
+        sums += [_Sum(energy=energy) for energy in pool.map(lambda tile: _energy(sources, planned, tile), clean)]
     count, energy = prod(tensor.shape), sum(s.energy for s in sums)
     squares = sum(s.squares for s in sums)
     result.rms_error = float(np.sqrt(squares / count)) if count else 0.0
@@ -584,15 +583,15 @@ def _compare(
             result.detail = (
                 f"{result.differing} codes, scales or values differ from the source, the first at {result.first}"
             )
+        elif far := sum(s.far for s in sums):
+            result.status = "different"
+            result.detail = (
+                f"{far} block{' is' if far == 1 else 's are'} farther from the source than encoding to {tensor.type} explains, "
+                f"the first at {next(s.first_far for s in sums if s.far)}"
+            )
         elif not result.relative_rms <= FAR:  # NaN is far, too
             result.status = "different"
             result.detail = f"the values are far from the source (relative RMS {result.relative_rms:.3g})"
-        elif any(s.far for s in sums):
-            result.status = "different"
-            result.detail = (
-                f"{sum(s.far for s in sums)} blocks are farther from the source than encoding to {tensor.type} explains, the "
-                f"first at {next(s.first_far for s in sums if s.far)}"
-            )
         elif unlike:
             result.status = "different"
             result.detail = f"{unlike} bytes are not what encoding the source to {tensor.type} gives"

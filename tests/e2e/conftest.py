@@ -103,10 +103,10 @@ def run_process(*arguments: object) -> Run:
     return Run(process.returncode, out, err)
 
 
-def assert_one_line(run: Run, *needed: str) -> None:
-    """The error path of the command line: exit code 1 and one line on stderr that holds the facts."""
+def assert_one_line(run: Run, *needed: str, code: int = 1) -> None:
+    """The error path of the command line: exit code 1 (verify, diff: 2) and one line on stderr that holds the facts."""
     lines = [line for line in run.err.splitlines() if not line.startswith("note: ")]
-    assert run.code == 1, run
+    assert run.code == code, run
     assert len(lines) == 1, run.err
     assert lines[0].startswith("error: ")
     assert "Traceback" not in run.err

@@ -594,12 +594,13 @@ def test_verify_refuses_what_is_no_source(
     hybrid: Path, source_of: Callable[[str], Path], gguf_of: Callable[..., Path], cli: Cli, tmp_path: Path
 ) -> None:
     source, model = source_of("float"), gguf_of("float", "classic")
-    assert_one_line(cli("verify", hybrid, "--against", model), "--experts")
-    assert_one_line(cli("verify", model, "--against", model, "--experts", model), "--experts")
+    assert_one_line(cli("verify", hybrid, "--against", model), "--experts", code=2)
+    assert_one_line(cli("verify", model, "--against", model, "--experts", model), "--experts", code=2)
     write_gguf(tmp_path / "half.gguf", "deepseek2", {"blk.1.ffn_up_exps.weight": ((8, 256, 256), 0)})
     write_gguf(tmp_path / "none.gguf", "deepseek2", {"output_norm.weight": ((256,), 0)})
     for name, text in (("half", "blk.1.ffn_"), ("none", "no routed experts")):
-        assert_one_line(cli("verify", hybrid, "--against", source, "--experts", tmp_path / f"{name}.gguf"), text)
+        run = cli("verify", hybrid, "--against", source, "--experts", tmp_path / f"{name}.gguf")
+        assert_one_line(run, text, code=2)
 
 
 def test_verify_proves_a_merged_gguf(

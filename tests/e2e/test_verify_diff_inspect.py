@@ -240,17 +240,22 @@ def rewrite(file: Gguf, path: Path, tensors: list[Raw], *, drop: str = "", **key
 def test_a_file_of_another_route_with_other_metadata(
     checkpoint_path: PathOf, converted: Converted, cli: Cli, tmp_path: Path
 ) -> None:
-    """The same tensors in reverse order, and few keys: verified, and what is different is told."""
+    """The same tensors in reverse order, which is well, and few keys, which is not unless it is allowed."""
     file = converted("flash", "llama.cpp")
     path = rewrite(file, tmp_path / "other.gguf", list(file.tensors.values())[::-1], general_name="Other")
     report = verify(path, checkpoint_path("flash"))
-    assert report.ok
+    assert not report.ok
+    assert bad(report) == {}
     assert any(line.startswith("general.name: 'Other'") for line in report.metadata)
     assert any(line.startswith("tokenizer.ggml.tokens: missing") for line in report.metadata)
     run = cli("verify", path, "--against", checkpoint_path("flash"))
-    assert run.code == 0
+    assert run.code == 1
     assert "key general.name" in run.out
-    assert "verified (llama.cpp)" in run.out
+    assert "NOT VERIFIED (llama.cpp)" in run.out
+    run = cli("verify", path, "--against", checkpoint_path("flash"), "--ignore-metadata")
+    assert run.code == 0
+    assert "allowed to differ: key general.name" in run.out
+    assert "rounded within the bounds of its types (llama.cpp)" in run.out
 
 
 def test_missing_extra_and_reshaped_tensors(
@@ -299,7 +304,7 @@ def test_another_checkpoint(checkpoint_path: PathOf, converted: Converted, cli: 
     other = rewrite(converted("flash"), tmp_path / "o.gguf", [Raw("x", (1,), "F32", 0, np.zeros(4, np.uint8))])
     with pytest.raises(GGUFError, match="none of its 1 tensors"):
         verify(other, checkpoint_path("flash"))
-    assert_one_line(cli("verify", other, "--against", checkpoint_path("flash")), "o.gguf", "none of its")
+    assert_one_line(cli("verify", other, "--against", checkpoint_path("flash")), "o.gguf", "none of its", code=2)
     assert_one_line(cli("verify", tmp_path / "nowhere.gguf", "--against", checkpoint_path("flash")), "nowhere.gguf")
     assert_one_line(cli("verify", converted("flash").path, "--against", tmp_path), "config.json")
 
@@ -547,7 +552,7 @@ def test_noise_in_a_type_whose_encoder_is_not_ours_is_not_rounding(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        report = verify(out, checkpoint_path("flash"))
+        report = verify(out, checkpoint_path("flash"), ignore_metadata=True)
         status = next(t for t in report.tensors if t.name == name)
         assert (report.ok, status.status) == ((True, "rounded") if ok else (False, "different"))
 
@@ -571,7 +576,7 @@ def test_native_codes_that_were_requantized_do_not_pass(
     writer.write_tensors_to_file()
     writer.close()
     assert name in source.tensors
-    report = verify(out, checkpoint_path("flash"))
+    report = verify(out, checkpoint_path("flash"), ignore_metadata=True)
     found = next(t for t in report.tensors if t.name == name)
     assert (found.native, found.status, report.ok) == (True, "rounded", False)
 
