@@ -1333,6 +1333,8 @@ def measure(
     """Compare quant types on real tensors: encode, decode, and show the errors."""
     importance = None if imatrix is None else imatrix_module.load(imatrix)
     names = [name.strip() for name in type_names.split(",") if name.strip()]
+    if plot is not None:
+        measure_module.check_plot(plot)
     with _progress("measure") as progress:
         found = measure_module.measure(
             file,
@@ -1345,8 +1347,6 @@ def measure(
             threads=threads,
             progress=progress,
         )
-    if plot is not None:
-        measure_module.plot(found, plot)
     records = [item.to_json() for item in found]
     if as_json:
         _print_json({"summary": measure_module.summary(found), "tensors": records})
@@ -1369,6 +1369,8 @@ def measure(
         _out.print(table)
         for reason in dict.fromkeys(f"{item.type}: {item.note}" for item in found if item.note):
             _out.print(f"left out: {reason}", markup=False)
+    if plot is not None:
+        measure_module.plot(found, plot)
 
 
 imatrix_app = typer.Typer(

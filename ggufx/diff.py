@@ -57,6 +57,18 @@ class Difference:
     reordered: bool = False
     tensors: list[TensorDifference] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        """Return whether the files are the same, and how many differences there are of each kind."""
+        found = (
+            "the same"
+            if self.same
+            else (
+                f"{len(self.keys)} keys, {len(self.tensors)} tensors, {len(self.only_first)} only in the first, "
+                f"{len(self.only_second)} only in the second"
+            )
+        )
+        return f"<Difference of {self.paths[0]!r} and {self.paths[1]!r}: {found}>"
+
     @property
     def same(self) -> bool:
         """Whether keys, names, shapes, types and values are all equal."""

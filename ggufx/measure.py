@@ -19,7 +19,7 @@ from ggufx.hybrid import ScaledTensor, open
 from ggufx.imatrix import ImportanceMatrix, RowImportance
 from ggufx.types import Codec, Effort, Objective
 
-__all__ = ["Measurement", "measure", "plot", "summary"]
+__all__ = ["Measurement", "check_plot", "measure", "plot", "summary"]
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,8 @@ def _measure(
     threads: int | None,
 ) -> tuple[Quality | None, str]:
     row_len = rows.shape[1]
+    if tensor.type == codec.name:
+        return None, "the source has this type already; its values are what would be measured against"
     if row_len % codec.layout.block_len:
         return None, f"rows of {row_len} are not divisible by {codec.layout.block_len}"
     # Stacked experts have a row of weights each; their mean stands for all, as the rows are sampled across experts.
@@ -158,7 +160,10 @@ def _measure(
 
 
 def summary(measurements: Iterable[Measurement]) -> list[dict[str, Any]]:
-    """Add up by type: bits per weight and relative errors over all tensors, each weighted by its energy."""
+    """Add up by type: bits per weight and relative errors over all tensors, each weighted by its energy.
+
+    ``mean_sqnr`` is the mean over the tensors that have an error at all; infinite where none has.
+    """
     groups: dict[str, list[Measurement]] = {}
     for item in measurements:
         groups.setdefault(item.type, []).append(item)
@@ -169,6 +174,7 @@ def summary(measurements: Iterable[Measurement]) -> list[dict[str, Any]]:
         if not count:
             lines.append({"type": name, "tensors": 0, "left_out": len(items)})
             continue
+        ratios = [q.sqnr for q in found if np.isfinite(q.sqnr)]
         error2 = sum(q.rmse**2 * q.n_weights for q in found)
         energy = sum((q.rmse / q.relative_rmse) ** 2 * q.n_weights if q.relative_rmse else 0.0 for q in found)
         lines.append(
@@ -179,10 +185,31 @@ def summary(measurements: Iterable[Measurement]) -> list[dict[str, Any]]:
                 "bits_per_weight": sum(q.bits_per_weight * q.n_weights for q in found) / count,
                 "relative_rmse": float(np.sqrt(error2 / energy)) if energy else 0.0,
                 "max_error": max(q.max_error for q in found),
-                "mean_sqnr": float(np.mean([q.sqnr for q in found])),
+                "mean_sqnr": float(np.mean(ratios)) if ratios else float("inf"),
             }
         )
     return lines
+
+
+def check_plot(path: str | Path) -> None:
+    """Find out before a long measurement whether :func:`plot` can draw to a path.
+
+    Raises
+    ------
+    GGUFError
+        matplotlib is not installed, it knows no format of that suffix, or the folder does not exist.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise GGUFError("drawing needs matplotlib; install it with: pip install matplotlib") from None
+    path = Path(path)
+    formats = Figure().canvas.get_supported_filetypes()
+    suffix = path.suffix.removeprefix(".").lower()
+    if suffix not in formats:
+        raise GGUFError(f"{path}: matplotlib draws no files of that suffix; it does: {', '.join(sorted(formats))}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise GGUFError(f"{path}: {'is a folder' if path.is_dir() else f'the folder {path.parent} does not exist'}")
 
 
 def plot(measurements: Iterable[Measurement], path: str | Path) -> None:
@@ -191,12 +218,11 @@ def plot(measurements: Iterable[Measurement], path: str | Path) -> None:
     Raises
     ------
     GGUFError
-        matplotlib is not installed, or the file cannot be written in that format.
+        As :func:`check_plot`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise GGUFError("drawing needs matplotlib; install it with: pip install matplotlib") from None
+    check_plot(path)
+    from matplotlib.figure import Figure
+
     lines = [line for line in summary(measurements) if line["tensors"]]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -210,7 +236,4 @@ def plot(measurements: Iterable[Measurement], path: str | Path) -> None:
         )
     axes.set_xlabel("bits per weight")
     axes.set_ylabel("relative RMS error")
-    try:
-        figure.savefig(path)
-    except ValueError as error:
-        raise GGUFError(f"{path}: {error}") from None
+    figure.savefig(path)

@@ -532,6 +532,11 @@ class Plan:
     notes: tuple[str, ...] = ()
     file_type: str = ""
 
+    def __repr__(self) -> str:
+        """Return the first file's path and the counts: a large plan written out whole has millions of characters."""
+        path = self.files[0].path if self.files else ""
+        return f"<Plan {str(path)!r}: {len(self.files)} files, {len(self.tensors)} tensors, {self.dialect}>"
+
     @property
     def tensors(self) -> list[PlannedTensor]:
         """All tensors, in file order."""

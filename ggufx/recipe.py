@@ -194,6 +194,10 @@ class Recipe:
     name: str = ""
     remarks: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        """Return the name and the number of rules; :meth:`text` is the whole."""
+        return f"<Recipe {self.name!r}: {len(self.rules)} rules>"
+
     def find(self, name: str, *, stays: bool = False) -> Rule | None:
         """Return the rule that decides tensor ``name``, or ``None``."""
         return next((rule for rule in self.rules if rule.matches(name, stays=stays)), None)

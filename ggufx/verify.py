@@ -107,6 +107,12 @@ class Report:
     allowed: list[str] = field(default_factory=list)
     skipped: int = 0
 
+    def __repr__(self) -> str:
+        """Return the verdict and the counts, which are all that fits a line."""
+        return (
+            f"<Report {self.path!r}: {self.verdict} ({self.target}), {self.counts()}, {len(self.metadata)} keys differ>"
+        )
+
     @property
     def ok(self) -> bool:
         """Whether every native tensor is exact, nothing is different, missing or extra, and no key differs."""

@@ -87,20 +87,24 @@ def test_without_arguments_there_is_help(cli: Cli) -> None:
     assert "convert" in run.out + run.err
 
 
-@pytest.mark.parametrize("command", ["inspect", "diff"])
+TROUBLE = {"inspect": 1, "diff": 2}
+"""Exit code where a file cannot be read: diff's 1 says that files differ."""
+
+
+@pytest.mark.parametrize("command", TROUBLE)
 @pytest.mark.parametrize(
     "content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 16, b"GGUF\0\0\0\x04" + bytes(40), b"text"]
 )
 def test_files_that_are_no_gguf(command: str, content: bytes, cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "bad.gguf"
     path.write_bytes(content)
-    assert_one_line(cli(command, path, *([path] if command == "diff" else [])), str(path))
+    assert_one_line(cli(command, path, *([path] if command == "diff" else [])), str(path), code=TROUBLE[command])
 
 
-@pytest.mark.parametrize("command", ["inspect", "diff"])
+@pytest.mark.parametrize("command", TROUBLE)
 def test_files_that_are_not_there(command: str, cli: Cli, tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere.gguf", tmp_path):
-        assert_one_line(cli(command, path, *([path] if command == "diff" else [])), str(path))
+        assert_one_line(cli(command, path, *([path] if command == "diff" else [])), str(path), code=TROUBLE[command])
 
 
 def test_errors_print_names_with_brackets_as_they_are(cli: Cli, tmp_path: Path) -> None:

@@ -382,7 +382,9 @@ def test_verify_against_the_gguf(target: str, converted: Converted, tmp_path: Pa
     assert set(report.counts()) == ({"exact", "rounded"} if target == "ds4" else {"exact"})
     run = cli("verify", out, "--against", source)
     assert run.code == 0
-    assert ("rounded within the bounds of its types" if target == "ds4" else "verified") + f" ({target})" in run.out
+    assert (
+        f"{'rounded within the bounds of its types' if target == 'ds4' else 'verified'} ({report.target}): " in run.out
+    )
 
 
 @pytest.mark.parametrize("name", ["blk.2.ffn_up_exps.weight", "blk.0.attn_q_a.weight", "blk.1.ffn_gate_tid2eid.weight"])

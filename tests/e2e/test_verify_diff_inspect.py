@@ -305,8 +305,10 @@ def test_another_checkpoint(checkpoint_path: PathOf, converted: Converted, cli: 
     with pytest.raises(GGUFError, match="none of its 1 tensors"):
         verify(other, checkpoint_path("flash"))
     assert_one_line(cli("verify", other, "--against", checkpoint_path("flash")), "o.gguf", "none of its", code=2)
-    assert_one_line(cli("verify", tmp_path / "nowhere.gguf", "--against", checkpoint_path("flash")), "nowhere.gguf")
-    assert_one_line(cli("verify", converted("flash").path, "--against", tmp_path), "config.json")
+    assert_one_line(
+        cli("verify", tmp_path / "nowhere.gguf", "--against", checkpoint_path("flash")), "nowhere.gguf", code=2
+    )
+    assert_one_line(cli("verify", converted("flash").path, "--against", tmp_path), "config.json", code=2)
 
 
 def test_verify_json(checkpoint_path: PathOf, converted: Converted, cli: Cli, tmp_path: Path) -> None:

@@ -157,8 +157,6 @@ TINY = {
     "v4": lambda path: make_tiny_v4.make_tiny_v4(
         path, layers=2, hash_layers=1, mtp_layers=0, experts_per_token=2, index_heads=2, **SMALL
     ),
-        path, layers=2, hash_layers=1, mtp_layers=0, **SMALL, experts_per_token=2, index_heads=2
-    ),
     "v3": lambda path: make_tiny_v3.make_tiny_v3(path, layers=2, heads=2, **SMALL),
     "gpt-oss": lambda path: make_tiny_gpt_oss.make_tiny_gpt_oss(path, layers=2, **SMALL),
 }
