@@ -139,6 +139,12 @@ def encode(
         device_effort = "reference" if effort == "reference" else "normal"
         module.encode(codec.name, values, importance, packed, objective=objective, effort=device_effort)
         _download(packed, out)
+        if effort == "normal" and codec.searches and not codec.nested:
+            unusual = module.unusual(values)
+            if unusual:
+                better = out[unusual]
+                codec.keep_better(values[unusual].cpu().numpy(), better, weights, search)
+                out[unusual] = better
         large = values.abs().amax(dim=1) > codec.safe_magnitude if values.numel() else values.new_zeros(0)
         for number in large.nonzero().flatten().tolist():
             codec.check_range(

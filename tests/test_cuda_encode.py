@@ -19,7 +19,7 @@ import test_encoders_scalar as scalar  # noqa: E402
 from oracle import VECTORS  # noqa: E402
 
 from ggufx import types  # noqa: E402
-from ggufx.kernels.cuda.encode import REPRODUCES, SUPPORTED, encode, first_nonfinite  # noqa: E402
+from ggufx.kernels.cuda.encode import REPRODUCES, SUPPORTED, encode, first_nonfinite, unusual  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REALISTIC = [0, 1, *range(4, 12)]
@@ -65,7 +65,14 @@ def on_device(
     out = torch.full((len(x), types.get(name).layout.row_nbytes(x.shape[1])), 0xAA, dtype=torch.uint8, device=DEVICE)
     m = None if importance is None else torch.from_numpy(importance).to(DEVICE)
     encode(name, torch.from_numpy(x).to(DEVICE), m, out, objective, effort)
-    return out.cpu().numpy()
+    packed, codec = out.cpu().numpy(), types.get(name)
+    # What torch.encode and quantizing on a device add on the CPU, for rows unlike weights.
+    rows = unusual(torch.from_numpy(x).to(DEVICE)) if effort == "normal" and codec.searches and len(x) else []
+    if rows:
+        better = packed[rows]
+        codec.keep_better(x[rows], better, importance, types.Search(effort, objective))
+        packed[rows] = better
+    return packed
 
 
 def check(name: str, rows: list[int], weighted: bool, objective: str = "reference", effort: str = "normal") -> None:

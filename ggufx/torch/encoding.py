@@ -133,6 +133,12 @@ def encode(
             part = flat[start : start + step].to(torch.float32).contiguous()
             rows = target[start : start + step]
             module.encode(codec.name, part, prepared, rows, objective=objective, effort=device_effort)
+            if effort == "normal" and codec.searches and not codec.nested:
+                unusual = module.unusual(part)
+                if unusual:
+                    packed = rows[unusual].cpu().numpy()
+                    codec.keep_better(part[unusual].cpu().numpy(), packed, checked, Search(effort, objective))
+                    rows[unusual] = torch.from_numpy(packed).to(rows.device)
             large = () if saturate else (part.abs().amax(dim=1) > codec.safe_magnitude).nonzero().flatten().tolist()
             for row in large:
                 values_of, rows_of = part[row : row + 1].cpu().numpy(), rows[row : row + 1].cpu().numpy()

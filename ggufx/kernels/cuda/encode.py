@@ -8,8 +8,9 @@ import torch
 
 from ggufx.kernels.cuda import _encode_codebook, _encode_grid, _encode_linear, _encode_narrow
 from ggufx.kernels.cuda._encode_common import first_nonfinite
+from ggufx.types._effort import HEAD
 
-__all__ = ["REPRODUCES", "SUPPORTED", "encode", "first_nonfinite"]
+__all__ = ["REPRODUCES", "SUPPORTED", "encode", "first_nonfinite", "unusual"]
 
 SUPPORTED: Final = frozenset((*_encode_codebook.CODEBOOKS, "IQ2_XXS", "MXFP4", "Q4_0", "Q8_0", "F8_E4M3_B128"))
 """Types that :func:`encode` knows."""
@@ -81,3 +82,21 @@ def _encode(
         _encode_linear.encode_q4_0_reference(values, importance, out)
     else:
         _encode_linear.encode_q4_0(values, importance, out, mse)
+
+
+def unusual(values: torch.Tensor) -> list[int]:
+    """Return the numbers of the rows of float32 [R, row_len] whose values do not look like a model's weights.
+
+    The same rows as :func:`ggufx.types._effort.unusual` finds, from the same counts.
+    """
+    head = values[:, :HEAD]
+    size = head.shape[1]
+    negative = (head < 0).reshape(len(head), size // 8, 8)
+    changes = (negative[..., 1:] != negative[..., :-1]).sum(dim=(1, 2))
+    pairs = size // 8 * 7
+    magnitudes = head.abs()
+    large = (magnitudes > magnitudes.amax(dim=1, keepdim=True) * 0.25).sum(dim=1)
+    found = (2 * negative.sum(dim=(1, 2)) - size) ** 2 > 25 * size
+    found |= ((2 * changes - pairs) ** 2 > 25 * pairs) | (32 * large < size)
+    rows: list[int] = found.nonzero().flatten().tolist()
+    return rows
