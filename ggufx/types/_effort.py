@@ -38,9 +38,9 @@ def unusual(values: F32) -> npt.NDArray[np.bool_]:
     return found
 
 
-def _ones(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+def _ones(packed: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Count the bits that are set, by row."""
-    words: npt.NDArray[Any] = packed.view(np.uint64) if packed.shape[1] % 8 == 0 else packed
+    words = packed.view(np.uint64) if packed.shape[1] % 8 == 0 else packed
     found: npt.NDArray[np.int64] = np.bitwise_count(words).sum(axis=1, dtype=np.int64)
     return found
 

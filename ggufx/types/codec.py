@@ -710,7 +710,7 @@ class Codec(ABC):
         if rows.size < len(values):
             values = values[rows]
             values.flags.writeable = False
-        other = np.empty((rows.size, packed.shape[1]), np.uint8)
+        other = packed[rows]
         self._encode_part(values, other, weights, search._replace(effort=_LOWER[search.effort]))
         differs = np.flatnonzero((packed[rows] != other).any(axis=1))
         if differs.size:
