@@ -121,6 +121,14 @@ def test_edge_rows(name: str) -> None:
     assert np.array_equal(on_device(name, x, None), types.get(name).encode(x))
 
 
+def test_what_is_below_the_least_scale_becomes_zeros() -> None:
+    x = (np.random.default_rng(5).standard_normal((1, 256)) * 1e-9).astype(np.float32)
+    importance = np.ones(256, np.float32)
+    packed = on_device("IQ2_XXS", x, importance)
+    assert not packed.any()
+    assert np.array_equal(packed, types.get("IQ2_XXS").encode(x, importance))
+
+
 def test_rows_that_do_not_fill_a_program() -> None:
     x, importance = scalar.fresh(rows=6, columns=32 * 7)
     for name in ("Q8_0", "MXFP4", "Q4_0"):

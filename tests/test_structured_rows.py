@@ -1,0 +1,104 @@
+"""Encoders on values that are unlike a model's weights: against the C library's errors, and against lower efforts."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from structured_rows import structured_rows
+
+from ggufx import types
+from ggufx.types._effort import unusual
+
+ERRORS = json.loads((Path(__file__).resolve().parents[1] / "fixtures" / "encoder_errors.json").read_text())
+ROWS = structured_rows()
+NEXT_TO_ZERO = np.random.default_rng(5).standard_normal((8, 512))
+
+
+@cache
+def error(name: str, kind: str, effort: str) -> np.ndarray:
+    """Squared errors by row, with ones as the importance."""
+    codec, rows = types.get(name), ROWS[kind]
+    packed = codec.encode(rows, np.ones(rows.shape[1], np.float32), effort=effort, objective="mse")
+    return ((codec.decode(packed).astype(np.float64) - rows) ** 2).sum(axis=1)
+
+
+@pytest.mark.parametrize("effort", ["normal", "high"])
+@pytest.mark.parametrize("name", [name for name in ERRORS if types.get(name).can_encode])
+def test_no_kind_of_rows_is_worse_than_the_c_librarys(name: str, effort: str) -> None:
+    for kind, expected in ERRORS[name].items():
+        # Of a constant only the rounding of a binary16 scale is left, at most 2^-24 of its energy: chance.
+        chance = 2.0**-24 * float((ROWS[kind].astype(np.float64) ** 2).sum())
+        assert error(name, kind, effort).sum() <= 1.02 * expected + chance, kind
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q4_K", "Q5_K"])
+@pytest.mark.parametrize("kind", [kind for kind in ROWS if kind != "outliers"])
+def test_minima_are_searched_on_both_sides_of_zero_in_a_hurry_too(name: str, kind: str) -> None:
+    chance = 2.0**-24 * float((ROWS[kind].astype(np.float64) ** 2).sum())
+    assert error(name, kind, "fast").sum() <= 1.02 * ERRORS[name][kind] + chance
+
+
+def test_a_block_above_zero_is_stored_under_negative_scales() -> None:
+    codec = types.get("Q2_K")
+    rows = ROWS["offset"]
+    _, blocks = codec.layout.split(codec.encode(rows, objective="mse"))
+    assert (blocks["d"] < 0).all()
+    assert (blocks["dmin"] < 0).all()
+    _, blocks = codec.layout.split(codec.encode(-rows, objective="mse"))
+    assert (blocks["d"] > 0).all()
+    assert (blocks["dmin"] > 0).all()
+
+
+@pytest.mark.parametrize("exponent", [-8, -9, -11, -20, -38])
+@pytest.mark.parametrize("effort", ["fast", "normal", "high"])
+def test_what_is_below_the_least_scale_becomes_zeros(exponent: int, effort: str) -> None:
+    codec = types.get("IQ2_XXS")
+    rows = (NEXT_TO_ZERO * 10.0**exponent).astype(np.float32)
+    packed = codec.encode(rows, np.ones(512, np.float32), effort=effort)
+    # Under the least subnormal of binary16 all values of the type are 6e-8 and more, twice the largest of these.
+    assert not packed.any()
+    assert not codec.decode(packed).any()
+
+
+# What was worse at a higher effort.
+@pytest.mark.parametrize("name", ["Q3_K", "Q5_K", "Q6_K", "IQ2_K", "IQ3_KT"])
+def test_no_row_is_worse_at_a_higher_effort(name: str) -> None:
+    for kind in ("ramp", "long ramp", "wave off zero", "offset", "steps", "constant"):
+        fast, normal, high = (error(name, kind, effort) for effort in ("fast", "normal", "high"))
+        assert (high <= normal).all(), kind
+        assert (normal <= fast).all(), kind
+
+
+def test_which_rows_are_unlike_weights() -> None:
+    for kind, rows in ROWS.items():
+        share = unusual(rows).mean()
+        assert share == 0 if kind == "noise" else share > 0.8, kind
+    weights = np.random.default_rng(0).standard_t(8, (2000, 512)).astype(np.float32)
+    assert unusual(weights).mean() < 0.01
+    for n in (16, 32, 64, 128):
+        assert not unusual(np.random.default_rng(1).standard_normal((5000, n)).astype(np.float32)).any()
+
+
+def test_a_device_finds_the_same_rows_unlike_weights() -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    from ggufx.kernels.cuda.encode import unusual as unusual_of
+
+    rows = np.concatenate([rows[:, :512] for rows in ROWS.values()])
+    assert unusual_of(torch.from_numpy(rows)) == np.flatnonzero(unusual(rows)).tolist()
+    heavy = np.random.default_rng(3).standard_t(3, (2000, 256)).astype(np.float32)
+    expected = np.flatnonzero(unusual(heavy)).tolist()
+    assert 100 < len(expected) < 1900
+    assert unusual_of(torch.from_numpy(heavy)) == expected
+
+
+def test_bytes_of_a_row_do_not_depend_on_its_neighbours() -> None:
+    rows = np.concatenate([rows[:, :512] for rows in ROWS.values()])
+    for name in ("Q2_K", "Q5_K", "IQ2_K"):
+        together = types.get(name).encode(rows, effort="normal")
+        alone = [types.get(name).encode(row[None], effort="normal")[0] for row in rows]
+        assert np.array_equal(together, np.stack(alone))
