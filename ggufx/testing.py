@@ -40,6 +40,7 @@ from ggufx.container import align_up, encode_header
 from ggufx.errors import CodecError, GGUFError, UnsupportedType
 from ggufx.types import Codec
 from ggufx.types import codec as _codec_module
+from ggufx.types._effort import errors
 from ggufx.values import DTYPES, Value, ValueType
 
 if TYPE_CHECKING:
@@ -531,14 +532,10 @@ def _encode(codec: Codec, values: npt.ArrayLike, importance: npt.ArrayLike | Non
     return codec.encode(values, importance, **options)
 
 
-def _error(values: Array, decoded: Array, importance: F32, objective: str) -> npt.NDArray[np.float64]:
-    """Sum w (x - y)^2 by row; w is the importance, times sqrt(mean(x^2) + x^2) for the objective ``reference``."""
-    exact = values.astype(np.float64)
-    weights = importance.astype(np.float64)
-    if objective == "reference":
-        weights = weights * np.sqrt((exact**2).mean(axis=1, keepdims=True) + exact**2)
-    total: npt.NDArray[np.float64] = (weights * (decoded.astype(np.float64) - exact) ** 2).sum(axis=1)
-    return total
+def _error(codec: Codec, values: Array, packed: U8 | None, importance: F32, objective: str) -> npt.NDArray[np.float64]:
+    """Return the error of every row under an objective: of what ``packed`` decodes to, or of zeros."""
+    decoded = np.zeros_like(values) if packed is None else codec.decode(packed)
+    return errors(values, decoded, importance, codec.weighting if objective == "reference" else None)
 
 
 def _searches(codec: Codec) -> list[dict[str, Any]]:
@@ -995,8 +992,8 @@ def law_encode_tiny(codec: Codec, rng: Generator) -> None:
     array = (noise * scales[:, None]).astype(np.float32)
     ones, weights = np.ones(array.shape[1], np.float32), random_importance(rng, array.shape[1])
     for search, importance in product(_searches(codec), (ones, weights)):
-        decoded = codec.decode(_encode(codec, array, importance, **search))
-        lost, whole = (_error(array, y, importance, search["objective"]) for y in (decoded, np.zeros_like(array)))
+        packed = _encode(codec, array, importance, **search)
+        lost, whole = (_error(codec, array, p, importance, search["objective"]) for p in (packed, None))
         bad = np.flatnonzero(lost > 1.001 * whole)
         if bad.size and search["effort"] != "reference":
             raise _Broken(
@@ -1014,12 +1011,9 @@ def law_encode_effort(codec: Codec, rng: Generator) -> None:
     array = random_values(codec, rng, 2 * len(kinds), -(-512 // codec.layout.block_len), kinds)
     strict = np.array([kinds[n % len(kinds)] in _STRUCTURED for n in range(len(array))])
     weights = random_importance(rng, array.shape[1])
-    # Types whose efforts are nested weigh as they do, whatever the objective.
-    for objective in ("mse",) if codec.nested else _codec_module.OBJECTIVES:
+    for objective in _codec_module.OBJECTIVES:
         fast, normal, high = (
-            _error(
-                array, codec.decode(_encode(codec, array, weights, effort=e, objective=objective)), weights, objective
-            )
+            _error(codec, array, _encode(codec, array, weights, effort=e, objective=objective), weights, objective)
             for e in ("fast", "normal", "high")
         )
         slack = 1 + 1e-5  # of types that do not compare: they sum float32
@@ -1033,7 +1027,7 @@ def law_encode_effort(codec: Codec, rng: Generator) -> None:
                     f"objective {objective}: effort {what} leaves the error {less[bad[0]]:.6g} on a row of "
                     f"{kinds[bad[0] % len(kinds)]} values, the effort below it {more[bad[0]]:.6g}"
                 )
-        whole = _error(array, np.zeros_like(array), weights, objective)
+        whole = _error(codec, array, None, weights, objective)
         shares = [float((error / whole)[~strict].sum()) for error in (normal, fast)]
         _require(
             shares[0] <= 1.01 * shares[1] + 1e-9,
@@ -1050,11 +1044,10 @@ def law_encode_sides(codec: Codec, rng: Generator) -> None:
     array = random_values(codec, rng, 2 * len(kinds), -(-1024 // codec.layout.block_len), kinds)
     importance = np.ones(array.shape[1], np.float32)
     # What a scale's own digits leave is chance.
-    least = 1e-6 * _error(array, np.zeros_like(array), importance, "mse")
+    least = 1e-6 * _error(codec, array, None, importance, "mse")
     for effort in ("fast", "normal", "high"):
         one, other = (
-            _error(x, codec.decode(_encode(codec, x, importance, effort=effort, objective="mse")), importance, "mse")
-            + least
+            _error(codec, x, _encode(codec, x, importance, effort=effort, objective="mse"), importance, "mse") + least
             for x in (array, -array)
         )
         bad = np.flatnonzero(np.maximum(one, other) > 3 * np.minimum(one, other))

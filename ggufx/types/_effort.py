@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 F32 = npt.NDArray[np.float32]
 
-__all__ = ["HEAD", "errors", "unusual"]
+__all__ = ["HEAD", "Weighting", "errors", "unusual"]
 
 HEAD = 256
 """Columns of a row by which :func:`unusual` judges it."""
@@ -45,19 +45,43 @@ def _ones(packed: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     return found
 
 
-def errors(values: F32, decoded: F32, importance: F32 | None, *, by_energy: bool) -> npt.NDArray[np.float64]:
+class Weighting(NamedTuple):
+    """Weights of the error under the objective ``reference``, of values x and importance m; by default m, or 1 without.
+
+    Attributes
+    ----------
+    factor
+        c in ``m sqrt(c mean(x^2) + x^2)``; ``None`` for m alone.
+    plain_factor, plain_power
+        f and p in ``(f mean(x^2) + x^2)^p``, the weights without importance.
+    span
+        Columns over which the mean is taken; 0 for the row.
+    """
+
+    factor: float | None = None
+    plain_factor: float = 0.0
+    plain_power: float = 0.0
+    span: int = 256
+
+
+def errors(
+    values: F32, decoded: npt.NDArray[Any], importance: F32 | None, weighting: Weighting | None = None
+) -> npt.NDArray[np.float64]:
     """Return the error of every row, float64 [R]: ``sum w (x - y)^2``.
 
-    ``w`` is the importance [row_len], or 1 without; ``by_energy`` multiplies it with ``sqrt(mean(x^2) + x^2)``, what the
-    reference encoders' weights are alike in.
+    ``w`` is the importance [row_len], or 1 without; with ``weighting`` as that says.
     """
     exact = values.astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         squares = (decoded.astype(np.float64) - exact) ** 2
         if importance is not None:
             squares *= importance.astype(np.float64)
-        if by_energy:
-            energy = exact**2
-            squares *= np.sqrt(energy.mean(axis=1, keepdims=True) + energy)
+        if weighting is not None:
+            weighted = importance is not None and weighting.factor is not None
+            power = 0.5 if weighted else 0.0 if importance is not None else weighting.plain_power
+            if power:
+                energy = (exact**2).reshape(len(exact), -1, weighting.span or exact.shape[1])
+                factor = weighting.factor if weighted else weighting.plain_factor
+                squares *= ((factor * energy.mean(axis=2, keepdims=True) + energy) ** power).reshape(squares.shape)
         found: npt.NDArray[np.float64] = squares.sum(axis=1)
     return found

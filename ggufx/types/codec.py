@@ -25,10 +25,10 @@ import numpy.typing as npt
 
 from ggufx import kernels
 from ggufx.errors import CodecError, NonFiniteError, OutOfRangeError, UnsupportedType
-from ggufx.types._effort import errors, unusual
+from ggufx.types._effort import Weighting, errors, unusual
 from ggufx.types.words import Array, Fields, NumpyWords, Words
 
-__all__ = ["Codec", "Effort", "ImportanceWarning", "Layout", "Objective", "Search"]
+__all__ = ["Codec", "Effort", "ImportanceWarning", "Layout", "Objective", "Search", "Weighting"]
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
@@ -177,6 +177,8 @@ class Codec(ABC):
         Whether a higher effort tries all that a lower one does, block by block, so that it is never worse. For other types
         :meth:`encode` compares what efforts give and keeps the better row: ``high`` with ``normal``, and ``normal`` with
         ``fast`` where a row is unlike a model's weights.
+    weighting : Weighting
+        What the encoder weighs errors by under the objective ``reference``.
     safe_magnitude : float
         Values up to here are within what the type's scales can hold, whatever else is in the block: binary16's largest by
         default. Of greater ones it is tested.
@@ -195,6 +197,7 @@ class Codec(ABC):
     lossy: ClassVar[bool] = True
     reproduces: ClassVar[bool] = False
     nested: ClassVar[bool] = False
+    weighting: ClassVar[Weighting] = Weighting()
     safe_magnitude: ClassVar[float] = 65504.0
     planes: ClassVar[tuple[str, str] | None] = None
     rms_bound: ClassVar[float | None] = None
@@ -714,13 +717,9 @@ class Codec(ABC):
         self._encode_part(values, other, weights, search._replace(effort=_LOWER[search.effort]))
         differs = np.flatnonzero((packed[rows] != other).any(axis=1))
         if differs.size:
+            weighting = self.weighting if search.objective == "reference" else None
             ours, theirs = (
-                errors(
-                    values[differs],
-                    self.decode(part, threads=1),
-                    weights,
-                    by_energy=search.objective == "reference",
-                )
+                errors(values[differs], self.decode(part, threads=1), weights, weighting)
                 for part in (packed[rows[differs]], other[differs])
             )
             better = differs[theirs < ours]
