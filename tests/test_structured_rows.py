@@ -11,7 +11,7 @@ import pytest
 from structured_rows import structured_rows
 
 from ggufx import types
-from ggufx.types._effort import unusual
+from ggufx.types._effort import Weighting, errors, unusual
 
 ERRORS = json.loads((Path(__file__).resolve().parents[1] / "fixtures" / "encoder_errors.json").read_text())
 ROWS = structured_rows()
@@ -81,6 +81,28 @@ def test_which_rows_are_unlike_weights() -> None:
     assert unusual(weights).mean() < 0.01
     for n in (16, 32, 64, 128):
         assert not unusual(np.random.default_rng(1).standard_normal((5000, n)).astype(np.float32)).any()
+
+
+@pytest.mark.parametrize("columns", [20, 256, 512])
+def test_errors_are_weighted_sums_of_squares(columns: int) -> None:
+    rng = np.random.default_rng(7)
+    x, y = rng.standard_normal((2, 3, columns)).astype(np.float32)
+    m = rng.random(columns).astype(np.float32)
+    a, b, w = x.astype(np.float64), (x.astype(np.float64) - y) ** 2, m.astype(np.float64)
+    span = min(columns, 256)
+    mean = np.repeat((a**2).reshape(3, -1, span).mean(axis=2), span, axis=1)
+    cases = {
+        (None, None): b,
+        ("m", None): w * b,
+        ("m", Weighting()): w * b,
+        ("m", Weighting(factor=2.0, span=span)): w * np.sqrt(2 * mean + a * a) * b,
+        (None, Weighting(factor=2.0, plain_factor=0.25, plain_power=1.0, span=span)): (mean / 4 + a * a) * b,
+        (None, Weighting(plain_power=0.5, span=span)): np.abs(a) * b,
+        (None, Weighting(factor=1.0, span=0)): b,
+        ("m", Weighting(factor=1.0, span=0)): w * np.sqrt((a * a).mean(axis=1, keepdims=True) + a * a) * b,
+    }
+    for (weighted, weighting), expected in cases.items():
+        assert np.allclose(errors(x, y, m if weighted else None, weighting), expected.sum(axis=1), rtol=1e-12)
 
 
 def test_a_device_finds_the_same_rows_unlike_weights() -> None:

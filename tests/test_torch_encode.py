@@ -115,7 +115,10 @@ def device_encoder(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
         out.copy_(torch.from_numpy(types.get(name).encode(values.numpy(), weights, objective=objective, effort=effort)))
 
     module.__dict__.update(
-        encode=encode, unusual=lambda values: [], SUPPORTED=frozenset({"Q4_0", "Q5_0"}), REPRODUCES=frozenset({"Q4_0"})
+        encode=encode,
+        unusual=lambda values: np.flatnonzero(unusual(values.numpy())).tolist(),
+        SUPPORTED=frozenset({"Q4_0", "Q5_0"}),
+        REPRODUCES=frozenset({"Q4_0"}),
     )
     exists, find = kernels.exists, kernels.find
     monkeypatch.setattr(kernels, "exists", lambda name, **way: name == "encode" or exists(name, **way))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from ggufx import kernels
 
 F32 = npt.NDArray[np.float32]
 
@@ -23,25 +26,17 @@ def unusual(values: F32) -> npt.NDArray[np.bool_]:
     largest) are that. The first :data:`HEAD` columns are looked at, so that it takes no time. All are counts, so that every
     device finds the same.
     """
-    head = values[:, :HEAD]
-    size = head.shape[1]
-    signs = np.packbits(head < 0, axis=1)
-    negative = _ones(signs)
-    # Neighbours within groups of eight.
-    changes = _ones((signs ^ (signs >> 1)) & np.uint8(0x7F))
-    pairs = signs.shape[1] * 7
-    magnitudes = np.abs(head)
-    large = _ones(np.packbits(magnitudes > magnitudes.max(axis=1, keepdims=True) * np.float32(0.25), axis=1))
-    found: npt.NDArray[np.bool_] = (
-        ((2 * negative - size) ** 2 > 25 * size) | ((2 * changes - pairs) ** 2 > 25 * pairs) | (32 * large < size)
-    )
+    size = min(HEAD, values.shape[1])
+    counts = np.empty((len(values), 3), np.int64)
+    kernels.load("_rows").count_heads(_locked(values).view(np.int32), size, counts)
+    negative, changes, large = counts.T
+    found: npt.NDArray[np.bool_] = _uneven(negative, size) | _uneven(changes, size - 1) | (32 * large < size)
     return found
 
 
-def _ones(packed: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Count the bits that are set, by row."""
-    words = packed.view(np.uint64) if packed.shape[1] % 8 == 0 else packed
-    found: npt.NDArray[np.int64] = np.bitwise_count(words).sum(axis=1, dtype=np.int64)
+def _uneven(counts: npt.NDArray[np.int64], total: int) -> npt.NDArray[np.bool_]:
+    """Return whether counts are more than 5 standard deviations from half of ``total``."""
+    found: npt.NDArray[np.bool_] = np.abs(2 * counts - total) > isqrt(25 * total)
     return found
 
 
@@ -53,7 +48,7 @@ class Weighting(NamedTuple):
     factor
         c in ``m sqrt(c mean(x^2) + x^2)``; ``None`` for m alone.
     plain_factor, plain_power
-        f and p in ``(f mean(x^2) + x^2)^p``, the weights without importance.
+        f and p in ``(f mean(x^2) + x^2)^p``, the weights without importance; p is 0, 0.5 or 1.
     span
         Columns over which the mean is taken; 0 for the row.
     """
@@ -65,23 +60,28 @@ class Weighting(NamedTuple):
 
 
 def errors(
-    values: F32, decoded: npt.NDArray[Any], importance: F32 | None, weighting: Weighting | None = None
+    values: F32, decoded: F32, importance: F32 | None, weighting: Weighting | None = None
 ) -> npt.NDArray[np.float64]:
     """Return the error of every row, float64 [R]: ``sum w (x - y)^2``.
 
     ``w`` is the importance [row_len], or 1 without; with ``weighting`` as that says.
     """
-    exact = values.astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        squares = (decoded.astype(np.float64) - exact) ** 2
-        if importance is not None:
-            squares *= importance.astype(np.float64)
-        if weighting is not None:
-            weighted = importance is not None and weighting.factor is not None
-            power = 0.5 if weighted else 0.0 if importance is not None else weighting.plain_power
-            if power:
-                energy = (exact**2).reshape(len(exact), -1, weighting.span or exact.shape[1])
-                factor = weighting.factor if weighted else weighting.plain_factor
-                squares *= ((factor * energy.mean(axis=2, keepdims=True) + energy) ** power).reshape(squares.shape)
-        found: npt.NDArray[np.float64] = squares.sum(axis=1)
+    weights = np.empty(0, np.float32) if importance is None else importance
+    factor, power, span = 0.0, 0.0, 0
+    if weighting is not None:
+        span = weighting.span
+        if importance is None:
+            factor, power = weighting.plain_factor, weighting.plain_power
+        elif weighting.factor is not None:
+            factor, power = weighting.factor, 0.5
+    found = np.zeros(len(values))
+    arrays = (_locked(values), _locked(decoded), _locked(weights))
+    kernels.load("_rows").add_errors(*arrays, factor, power, span or values.shape[1], np.empty(8), found)
     return found
+
+
+def _locked(array: npt.NDArray[Any]) -> F32:
+    """Return a read-only float32 view or copy, so that kernels are compiled for one kind of array."""
+    view: F32 = np.require(array, np.float32, ("C_CONTIGUOUS", "ALIGNED")).view()
+    view.flags.writeable = False
+    return view

@@ -719,7 +719,7 @@ class Codec(ABC):
         if differs.size:
             weighting = self.weighting if search.objective == "reference" else None
             ours, theirs = (
-                errors(values[differs], self.decode(part, threads=1), weights, weighting)
+                errors(values[differs], self.decode(part, dtype=np.float32, threads=1), weights, weighting)
                 for part in (packed[rows[differs]], other[differs])
             )
             better = differs[theirs < ours]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Final, Literal
 
 import torch
@@ -89,14 +90,12 @@ def unusual(values: torch.Tensor) -> list[int]:
 
     The same rows as :func:`ggufx.types._effort.unusual` finds, from the same counts.
     """
-    head = values[:, :HEAD]
+    head = values[:, :HEAD].contiguous().view(torch.int32)
     size = head.shape[1]
-    negative = (head < 0).reshape(len(head), size // 8, 8)
-    changes = (negative[..., 1:] != negative[..., :-1]).sum(dim=(1, 2))
-    pairs = size // 8 * 7
-    magnitudes = head.abs()
-    large = (magnitudes > magnitudes.amax(dim=1, keepdim=True) * 0.25).sum(dim=1)
-    found = (2 * negative.sum(dim=(1, 2)) - size) ** 2 > 25 * size
-    found |= ((2 * changes - pairs) ** 2 > 25 * pairs) | (32 * large < size)
+    negative, changes = (head < 0).sum(dim=1), ((head[:, 1:] ^ head[:, :-1]) < 0).sum(dim=1)
+    magnitudes = head & 0x7FFFFFFF
+    large = (magnitudes > magnitudes.amax(dim=1, keepdim=True) - (2 << 23)).sum(dim=1)
+    found = (2 * negative - size).abs() > isqrt(25 * size)
+    found |= ((2 * changes - (size - 1)).abs() > isqrt(25 * (size - 1))) | (32 * large < size)
     rows: list[int] = found.nonzero().flatten().tolist()
     return rows
