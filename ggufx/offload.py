@@ -17,6 +17,7 @@ import numpy.typing as npt
 from ggufx import kernels, types
 from ggufx.errors import MissingExtra, NonFiniteError, PlanError
 from ggufx.types import Codec, Effort, Objective, Search
+from ggufx.types._effort import HEAD, unlike_weights
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +141,8 @@ def encode(
         module.encode(codec.name, values, importance, packed, objective=objective, effort=device_effort)
         _download(packed, out)
         if effort == "normal" and codec.searches and not codec.nested:
-            unusual = module.unusual(values)
+            size = min(HEAD, row_len)
+            unusual = np.flatnonzero(unlike_weights(module.count_heads(values, size).cpu().numpy(), size)).tolist()
             if unusual:
                 better = out[unusual]
                 codec.keep_better(values[unusual].cpu().numpy(), better, weights, search)

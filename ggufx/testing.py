@@ -40,7 +40,6 @@ from ggufx.container import align_up, encode_header
 from ggufx.errors import CodecError, GGUFError, UnsupportedType
 from ggufx.types import Codec
 from ggufx.types import codec as _codec_module
-from ggufx.types._effort import errors
 from ggufx.values import DTYPES, Value, ValueType
 
 if TYPE_CHECKING:
@@ -533,9 +532,17 @@ def _encode(codec: Codec, values: npt.ArrayLike, importance: npt.ArrayLike | Non
 
 
 def _error(codec: Codec, values: Array, packed: U8 | None, importance: F32, objective: str) -> npt.NDArray[np.float64]:
-    """Return the error of every row under an objective: of what ``packed`` decodes to, or of zeros."""
-    decoded = np.zeros_like(values) if packed is None else codec.decode(packed)
-    return errors(values, decoded, importance, codec.weighting if objective == "reference" else None)
+    """Return ``sum w (x - y)^2`` of every row, y what ``packed`` decodes to, or zeros; ``w`` as the objective says."""
+    exact, weights = values.astype(np.float64), importance.astype(np.float64)
+    decoded = 0 if packed is None else codec.decode(packed, dtype=np.float64)
+    span = codec.weighting.span or exact.shape[1]
+    if objective == "reference" and codec.weighting.factor is not None:
+        energy = (exact**2).reshape(len(exact), -1, span)
+        weights = weights * np.sqrt(codec.weighting.factor * energy.mean(axis=2, keepdims=True) + energy).reshape(
+            exact.shape
+        )
+    total: npt.NDArray[np.float64] = (weights * (exact - decoded) ** 2).sum(axis=1)
+    return total
 
 
 def _searches(codec: Codec) -> list[dict[str, Any]]:

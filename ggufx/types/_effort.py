@@ -12,23 +12,36 @@ from ggufx import kernels
 
 F32 = npt.NDArray[np.float32]
 
-__all__ = ["HEAD", "Weighting", "errors", "unusual"]
+__all__ = ["HEAD", "Weighting", "errors", "unlike_weights", "unusual"]
 
 HEAD = 256
 """Columns of a row by which :func:`unusual` judges it."""
 
 
 def unusual(values: F32) -> npt.NDArray[np.bool_]:
-    """Return, by row of ``values`` [R, row_len], whether its values look like something else than a model's weights.
+    """Return, by row of ``values`` [R, row_len], whether they look like something else than a model's weights.
 
-    Searches are tuned for noise round zero. Neither more of one sign than 5 standard deviations of chance, nor neighbours that
-    share their sign that often, nor a few values beside which the others are small (under 1 in 32 beyond a quarter of the
-    largest) are that. The first :data:`HEAD` columns are looked at, so that it takes no time. All are counts, so that every
-    device finds the same.
+    The first :data:`HEAD` columns are looked at, so that it takes no time.
     """
     size = min(HEAD, values.shape[1])
     counts = np.empty((len(values), 3), np.int64)
     kernels.load("_rows").count_heads(_locked(values).view(np.int32), size, counts)
+    return unlike_weights(counts, size)
+
+
+def unlike_weights(counts: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.bool_]:
+    """Return, by row, whether ``counts`` of ``size`` values are unlike those of a model's weights.
+
+    Searches are tuned for noise round zero. Neither more of one sign than 5 standard deviations of chance, nor neighbours that
+    share their sign that often, nor a few values beside which the others are small (under 1 in 32 beyond a quarter of the
+    largest) are that. These are counts, so that every device finds the same.
+
+    Parameters
+    ----------
+    counts
+        int64 [R, 3]: values that are negative, changes of sign between neighbours, values beyond a quarter of the largest; what
+        ``count_heads`` of the kernels counts.
+    """
     negative, changes, large = counts.T
     found: npt.NDArray[np.bool_] = _uneven(negative, size) | _uneven(changes, size - 1) | (32 * large < size)
     return found

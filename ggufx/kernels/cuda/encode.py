@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from math import isqrt
 from typing import Final, Literal
 
 import torch
 
 from ggufx.kernels.cuda import _encode_codebook, _encode_grid, _encode_linear, _encode_narrow
 from ggufx.kernels.cuda._encode_common import first_nonfinite
-from ggufx.types._effort import HEAD
 
-__all__ = ["REPRODUCES", "SUPPORTED", "encode", "first_nonfinite", "unusual"]
+__all__ = ["REPRODUCES", "SUPPORTED", "count_heads", "encode", "first_nonfinite"]
 
 SUPPORTED: Final = frozenset((*_encode_codebook.CODEBOOKS, "IQ2_XXS", "MXFP4", "Q4_0", "Q8_0", "F8_E4M3_B128"))
 """Types that :func:`encode` knows."""
@@ -85,17 +83,12 @@ def _encode(
         _encode_linear.encode_q4_0(values, importance, out, mse)
 
 
-def unusual(values: torch.Tensor) -> list[int]:
-    """Return the numbers of the rows of float32 [R, row_len] whose values do not look like a model's weights.
+def count_heads(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Count of the first ``size`` values of float32 rows, on any device: negative ones, changes of sign, large ones; [R, 3].
 
-    The same rows as :func:`ggufx.types._effort.unusual` finds, from the same counts.
+    The CPU's ``count_heads`` counts the same.
     """
-    head = values[:, :HEAD].contiguous().view(torch.int32)
-    size = head.shape[1]
-    negative, changes = (head < 0).sum(dim=1), ((head[:, 1:] ^ head[:, :-1]) < 0).sum(dim=1)
-    magnitudes = head & 0x7FFFFFFF
-    large = (magnitudes > magnitudes.amax(dim=1, keepdim=True) - (2 << 23)).sum(dim=1)
-    found = (2 * negative - size).abs() > isqrt(25 * size)
-    found |= ((2 * changes - (size - 1)).abs() > isqrt(25 * (size - 1))) | (32 * large < size)
-    rows: list[int] = found.nonzero().flatten().tolist()
-    return rows
+    bits = values[:, :size].contiguous().view(torch.int32)
+    magnitudes = bits & 0x7FFFFFFF
+    large = magnitudes > magnitudes.amax(dim=1, keepdim=True) - (2 << 23)
+    return torch.stack([part.sum(dim=1) for part in (bits < 0, (bits[:, 1:] ^ bits[:, :-1]) < 0, large)], dim=1)
