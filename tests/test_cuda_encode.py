@@ -17,10 +17,11 @@ pytest.importorskip("triton")
 import reference_encoders  # noqa: E402
 import test_encoders_scalar as scalar  # noqa: E402
 from oracle import VECTORS  # noqa: E402
+from structured_rows import structured_rows  # noqa: E402
 
 from ggufx import types  # noqa: E402
-from ggufx.kernels.cuda.encode import REPRODUCES, SUPPORTED, encode, first_nonfinite  # noqa: E402
-from ggufx.types._effort import unusual  # noqa: E402
+from ggufx.kernels.cuda.encode import REPRODUCES, SUPPORTED, count_heads, encode, first_nonfinite  # noqa: E402
+from ggufx.types._effort import HEAD, unlike_weights, unusual  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REALISTIC = [0, 1, *range(4, 12)]
@@ -120,6 +121,23 @@ def test_the_librarys_bytes(name: str, weighted: bool) -> None:
 def test_edge_rows(name: str) -> None:
     x = scalar.edge_rows(256)
     assert np.array_equal(on_device(name, x, None), types.get(name).encode(x))
+
+
+def test_a_device_counts_the_same() -> None:
+    heavy = np.random.default_rng(3).standard_t(3, (2000, 512)).astype(np.float32)
+    heavy[7] = -0.0
+    heavy[8] *= np.float32(1e-42)
+    rows = np.concatenate([heavy, *(rows[:, :512] for rows in structured_rows().values())])
+    counts = count_heads(torch.from_numpy(rows).to(DEVICE), HEAD).cpu().numpy()
+    assert np.array_equal(unlike_weights(counts, HEAD), unusual(rows))
+    assert 100 < unusual(heavy).sum() < 1900
+    head = rows[:, :256].astype(np.float64)
+    signs = np.signbit(head)
+    assert np.array_equal(counts[:, 0], signs.sum(axis=1))
+    assert np.array_equal(counts[:, 1], (signs[:, 1:] != signs[:, :-1]).sum(axis=1))
+    usual = np.abs(head).max(axis=1) > 1e-37
+    large = (np.abs(head) > np.abs(head).max(axis=1, keepdims=True) / 4).sum(axis=1)
+    assert np.array_equal(counts[usual, 2], large[usual])
 
 
 @pytest.mark.slow

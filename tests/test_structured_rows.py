@@ -11,7 +11,7 @@ import pytest
 from structured_rows import structured_rows
 
 from ggufx import types
-from ggufx.types._effort import HEAD, Weighting, errors, unlike_weights, unusual
+from ggufx.types._effort import Weighting, errors, unusual
 
 ERRORS = json.loads((Path(__file__).resolve().parents[1] / "fixtures" / "encoder_errors.json").read_text())
 ROWS = structured_rows()
@@ -103,27 +103,6 @@ def test_errors_are_weighted_sums_of_squares(columns: int) -> None:
     }
     for (weighted, weighting), expected in cases.items():
         assert np.allclose(errors(x, y, m if weighted else None, weighting), expected.sum(axis=1), rtol=1e-12)
-
-
-def test_a_device_counts_the_same() -> None:
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("triton")
-    from ggufx.kernels.cuda.encode import count_heads
-
-    heavy = np.random.default_rng(3).standard_t(3, (2000, 512)).astype(np.float32)
-    heavy[7] = -0.0
-    heavy[8] *= np.float32(1e-42)
-    rows = np.concatenate([heavy, *(rows[:, :512] for rows in ROWS.values())])
-    counts = count_heads(torch.from_numpy(rows), HEAD).numpy()
-    assert np.array_equal(unlike_weights(counts, HEAD), unusual(rows))
-    assert 100 < unusual(heavy).sum() < 1900
-    head = rows[:, :256].astype(np.float64)
-    signs = np.signbit(head)
-    assert np.array_equal(counts[:, 0], signs.sum(axis=1))
-    assert np.array_equal(counts[:, 1], (signs[:, 1:] != signs[:, :-1]).sum(axis=1))
-    usual = np.abs(head).max(axis=1) > 1e-37
-    large = (np.abs(head) > np.abs(head).max(axis=1, keepdims=True) / 4).sum(axis=1)
-    assert np.array_equal(counts[usual, 2], large[usual])
 
 
 def test_bytes_of_a_row_do_not_depend_on_its_neighbours() -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 import ggufx.torch as gt
 from ggufx import kernels, types
 from ggufx.errors import CodecError, UnsupportedType
-from ggufx.kernels.cuda.encode import count_heads
 from ggufx.torch import encoding
 from ggufx.types import ImportanceWarning
 
@@ -113,6 +112,11 @@ def device_encoder(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
         calls.append((name, tuple(values.shape), importance is not None, objective, effort))
         weights = None if importance is None else importance.numpy()
         out.copy_(torch.from_numpy(types.get(name).encode(values.numpy(), weights, objective=objective, effort=effort)))
+
+    def count_heads(values: Tensor, size: int) -> Tensor:
+        counts = np.empty((len(values), 3), np.int64)
+        kernels.load("_rows").count_heads(values.numpy().view(np.int32), size, counts)
+        return torch.from_numpy(counts)
 
     module.__dict__.update(
         encode=encode,
