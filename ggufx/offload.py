@@ -17,6 +17,7 @@ import numpy.typing as npt
 from ggufx import kernels, types
 from ggufx.errors import MissingExtra, NonFiniteError, PlanError
 from ggufx.types import Codec, Effort, Objective, Search
+from ggufx.types._effort import HEAD, unlike_weights
 
 if TYPE_CHECKING:
     import torch
@@ -139,6 +140,13 @@ def encode(
         device_effort = "reference" if effort == "reference" else "normal"
         module.encode(codec.name, values, importance, packed, objective=objective, effort=device_effort)
         _download(packed, out)
+        if effort == "normal" and codec.searches and not codec.nested:
+            size = min(HEAD, row_len)
+            unusual = np.flatnonzero(unlike_weights(module.count_heads(values, size).cpu().numpy(), size)).tolist()
+            if unusual:
+                better = out[unusual]
+                codec.keep_better(values[unusual].cpu().numpy(), better, weights, search)
+                out[unusual] = better
         large = values.abs().amax(dim=1) > codec.safe_magnitude if values.numel() else values.new_zeros(0)
         for number in large.nonzero().flatten().tolist():
             codec.check_range(

@@ -64,6 +64,7 @@ __all__ = [
     "law_decode_threads",
     "law_decode_writes",
     "law_encode_deterministic",
+    "law_encode_effort",
     "law_encode_error",
     "law_encode_finite",
     "law_encode_importance",
@@ -71,7 +72,9 @@ __all__ = [
     "law_encode_kernel",
     "law_encode_refuses",
     "law_encode_rows",
+    "law_encode_sides",
     "law_encode_threads",
+    "law_encode_tiny",
     "law_encode_writes",
     "law_layout",
     "law_misfits",
@@ -359,6 +362,17 @@ def _spike(rng: Generator, n: int) -> Array:
     return values
 
 
+def _ramp(rng: Generator, n: int) -> Array:
+    """Return values that rise or fall evenly, on one side of zero but for an eighth of them."""
+    values: Array = np.linspace(-0.125, 1, n)[:: rng.choice([1, -1])]
+    values *= rng.choice([-1.0, 1.0]) * rng.uniform(0.1, 10)
+    return values
+
+
+def _wave(rng: Generator, n: int) -> Array:
+    return rng.uniform(-0.5, 0.5) + np.sin(np.arange(n) / rng.uniform(20, 80) + rng.uniform(0, 6))
+
+
 def _bit_patterns(rng: Generator, n: int) -> Array:
     values = rng.integers(0, 2**32, n, np.uint32).view(np.float32).copy()
     values[~np.isfinite(values)] = 0
@@ -373,6 +387,10 @@ VALUE_KINDS: Final[Mapping[str, Callable[[Generator, int], Array]]] = {
     "one sign": lambda rng, n: np.abs(rng.standard_normal(n)) * rng.choice([-1.0, 1.0]),
     "constant": lambda rng, n: np.full(n, rng.standard_normal()),
     "spike": _spike,
+    "ramp": _ramp,
+    "wave": _wave,
+    "offset": lambda rng, n: rng.choice([-1.0, 1.0]) * (1 + 0.1 * rng.standard_normal(n)),
+    "steps": lambda rng, n: np.repeat(rng.standard_normal(-(-n // 32)), 32)[:n],
     "lattice": lambda rng, n: rng.integers(-8, 9, n) / 2.0,
     "zeros": lambda rng, n: np.zeros(n),
     "negative zeros": lambda rng, n: np.full(n, -0.0),
@@ -389,6 +407,8 @@ _TAME: Final = tuple(kind for kind in VALUE_KINDS if kind not in ("1e30", "any b
 """Kinds within +-65504, the largest binary16: beyond, the types whose number or scale is one give infinities."""
 
 _EVEN: Final = ("normal", "one sign", "constant")
+_STRUCTURED: Final = ("ramp", "wave", "offset", "steps", "one sign", "constant")
+"""Kinds that are unlike a model's weights: what searches that are tuned for noise round zero get wrong."""
 _UNEVEN: Final = ("heavy-tailed", "outliers", "mixed")
 """Kinds of ordinary magnitude; in the uneven ones a few values are so large that types without a zero pay for the others."""
 
@@ -509,6 +529,20 @@ def _encode(codec: Codec, values: npt.ArrayLike, importance: npt.ArrayLike | Non
     if importance is None and codec.needs_importance:
         importance = np.ones(np.shape(values)[-1:], np.float32)
     return codec.encode(values, importance, **options)
+
+
+def _error(codec: Codec, values: Array, packed: U8 | None, importance: F32, objective: str) -> npt.NDArray[np.float64]:
+    """Return ``sum w (x - y)^2`` of every row, y what ``packed`` decodes to, or zeros; ``w`` as the objective says."""
+    exact, weights = values.astype(np.float64), importance.astype(np.float64)
+    decoded = 0 if packed is None else codec.decode(packed, dtype=np.float64)
+    span = codec.weighting.span or exact.shape[1]
+    if objective == "reference" and codec.weighting.factor is not None:
+        energy = (exact**2).reshape(len(exact), -1, span)
+        weights = weights * np.sqrt(codec.weighting.factor * energy.mean(axis=2, keepdims=True) + energy).reshape(
+            exact.shape
+        )
+    total: npt.NDArray[np.float64] = (weights * (exact - decoded) ** 2).sum(axis=1)
+    return total
 
 
 def _searches(codec: Codec) -> list[dict[str, Any]]:
@@ -953,6 +987,82 @@ def law_encode_error(codec: Codec, rng: Generator) -> None:
             decoded = codec.decode(_encode(codec, normal, **search))
             relative = float(np.sqrt(((decoded - normal) ** 2).mean() / (normal**2).mean()))
             _require(relative <= codec.rms_bound, f"{search}: relative RMS {relative:.5g}, promised {codec.rms_bound}")
+
+
+@_law(_round_trips, ("encode_error",))
+def law_encode_tiny(codec: Codec, rng: Generator) -> None:
+    """Rows of values so small that no scale may suit them leave no more error than zeros would."""
+    if _is_integer(codec):
+        return
+    scales = 10.0 ** np.array([-6, -7, -8, -9, -11, -15, -20, -30, -38])
+    noise = random_values(codec, rng, len(scales), -(-512 // codec.layout.block_len), ("normal",))
+    array = (noise * scales[:, None]).astype(np.float32)
+    ones, weights = np.ones(array.shape[1], np.float32), random_importance(rng, array.shape[1])
+    for search, importance in product(_searches(codec), (ones, weights)):
+        packed = _encode(codec, array, importance, **search)
+        lost, whole = (_error(codec, array, p, importance, search["objective"]) for p in (packed, None))
+        bad = np.flatnonzero(lost > 1.001 * whole)
+        if bad.size and search["effort"] != "reference":
+            raise _Broken(
+                f"{search}: values of about {scales[bad[0]]:g} leave {lost[bad[0]] / whole[bad[0]]:.4g} times the error of "
+                "zeros"
+            )
+
+
+@_law(_round_trips, ("encode_error",))
+def law_encode_effort(codec: Codec, rng: Generator) -> None:
+    """More effort leaves no row with more error: high of any, normal of those unlike weights; of others 1 % in all."""
+    if _is_integer(codec):
+        return
+    kinds = (*_STRUCTURED, "normal", "normal", "outliers")
+    array = random_values(codec, rng, 2 * len(kinds), -(-512 // codec.layout.block_len), kinds)
+    strict = np.array([kinds[n % len(kinds)] in _STRUCTURED for n in range(len(array))])
+    weights = random_importance(rng, array.shape[1])
+    for objective in _codec_module.OBJECTIVES:
+        fast, normal, high = (
+            _error(codec, array, _encode(codec, array, weights, effort=e, objective=objective), weights, objective)
+            for e in ("fast", "normal", "high")
+        )
+        slack = 1 + 1e-5  # of types that do not compare: they sum float32
+        for what, less, more, rows in (
+            ("high", high, normal, np.ones(len(array), bool)),
+            ("normal", normal, fast, strict),
+        ):
+            bad = np.flatnonzero(rows & (less > slack * more))
+            if bad.size:
+                raise _Broken(
+                    f"objective {objective}: effort {what} leaves the error {less[bad[0]]:.6g} on a row of "
+                    f"{kinds[bad[0] % len(kinds)]} values, the effort below it {more[bad[0]]:.6g}"
+                )
+        whole = _error(codec, array, None, weights, objective)
+        shares = [float((error / whole)[~strict].sum()) for error in (normal, fast)]
+        _require(
+            shares[0] <= 1.01 * shares[1] + 1e-9,
+            f"objective {objective}: effort normal leaves {shares[0]:.6g} of noise, fast {shares[1]:.6g}",
+        )
+
+
+@_law(_round_trips, ("encode_error",))
+def law_encode_sides(codec: Codec, rng: Generator) -> None:
+    """Rows on one side of zero leave about as much error as their negatives: at most three times that."""
+    if _is_integer(codec):
+        return
+    kinds = ("ramp", "offset", "one sign")
+    array = random_values(codec, rng, 2 * len(kinds), -(-1024 // codec.layout.block_len), kinds)
+    importance = np.ones(array.shape[1], np.float32)
+    # What a scale's own digits leave is chance.
+    least = 1e-6 * _error(codec, array, None, importance, "mse")
+    for effort in ("fast", "normal", "high"):
+        one, other = (
+            _error(codec, x, _encode(codec, x, importance, effort=effort, objective="mse"), importance, "mse") + least
+            for x in (array, -array)
+        )
+        bad = np.flatnonzero(np.maximum(one, other) > 3 * np.minimum(one, other))
+        if bad.size:
+            raise _Broken(
+                f"effort {effort}: a row of {kinds[bad[0] % len(kinds)]} values leaves the error {one[bad[0]]:.4g}, its "
+                f"negative {other[bad[0]]:.4g}"
+            )
 
 
 @_law(_encodes, ("misfits",))

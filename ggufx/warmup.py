@@ -19,6 +19,7 @@ import numpy as np
 
 from ggufx import types
 from ggufx.types import Codec
+from ggufx.types._effort import errors
 from ggufx.types.codec import EFFORTS, OBJECTIVES
 
 __all__ = ["Warmed", "compiling", "kernels_of", "warm_up"]
@@ -124,6 +125,8 @@ def _encode(codec: Codec) -> None:
     for effort, objective, importance in product(EFFORTS, OBJECTIVES, (None, weights)):
         if (effort != "reference" or codec.reproduces) and (importance is not None or not codec.needs_importance):
             codec.encode(row, importance, effort=effort, objective=objective)
+    if codec.searches and not codec.nested:
+        errors(row, row, weights)  # zeros leave every effort the same bytes, so that none is compared above
 
 
 def _pack(codec: Codec) -> None:

@@ -17,9 +17,11 @@ pytest.importorskip("triton")
 import reference_encoders  # noqa: E402
 import test_encoders_scalar as scalar  # noqa: E402
 from oracle import VECTORS  # noqa: E402
+from structured_rows import structured_rows  # noqa: E402
 
 from ggufx import types  # noqa: E402
-from ggufx.kernels.cuda.encode import REPRODUCES, SUPPORTED, encode, first_nonfinite  # noqa: E402
+from ggufx.kernels.cuda.encode import REPRODUCES, SUPPORTED, count_heads, encode, first_nonfinite  # noqa: E402
+from ggufx.types._effort import HEAD, unlike_weights, unusual  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REALISTIC = [0, 1, *range(4, 12)]
@@ -65,7 +67,14 @@ def on_device(
     out = torch.full((len(x), types.get(name).layout.row_nbytes(x.shape[1])), 0xAA, dtype=torch.uint8, device=DEVICE)
     m = None if importance is None else torch.from_numpy(importance).to(DEVICE)
     encode(name, torch.from_numpy(x).to(DEVICE), m, out, objective, effort)
-    return out.cpu().numpy()
+    packed, codec = out.cpu().numpy(), types.get(name)
+    # What torch.encode and quantizing on a device add on the CPU, for rows unlike weights.
+    rows = unusual(x).nonzero()[0] if effort == "normal" and codec.searches else []
+    if len(rows):
+        better = packed[rows]
+        codec.keep_better(x[rows], better, importance, types.Search(effort, objective))
+        packed[rows] = better
+    return packed
 
 
 def check(name: str, rows: list[int], weighted: bool, objective: str = "reference", effort: str = "normal") -> None:
@@ -112,6 +121,32 @@ def test_the_librarys_bytes(name: str, weighted: bool) -> None:
 def test_edge_rows(name: str) -> None:
     x = scalar.edge_rows(256)
     assert np.array_equal(on_device(name, x, None), types.get(name).encode(x))
+
+
+def test_a_device_counts_the_same() -> None:
+    heavy = np.random.default_rng(3).standard_t(3, (2000, 512)).astype(np.float32)
+    heavy[7] = -0.0
+    heavy[8] *= np.float32(1e-42)
+    rows = np.concatenate([heavy, *(rows[:, :512] for rows in structured_rows().values())])
+    counts = count_heads(torch.from_numpy(rows).to(DEVICE), HEAD).cpu().numpy()
+    assert np.array_equal(unlike_weights(counts, HEAD), unusual(rows))
+    assert 100 < unusual(heavy).sum() < 1900
+    head = rows[:, :256].astype(np.float64)
+    signs = np.signbit(head)
+    assert np.array_equal(counts[:, 0], signs.sum(axis=1))
+    assert np.array_equal(counts[:, 1], (signs[:, 1:] != signs[:, :-1]).sum(axis=1))
+    usual = np.abs(head).max(axis=1) > 1e-37
+    large = (np.abs(head) > np.abs(head).max(axis=1, keepdims=True) / 4).sum(axis=1)
+    assert np.array_equal(counts[usual, 2], large[usual])
+
+
+@pytest.mark.slow
+def test_what_is_below_the_least_scale_becomes_zeros() -> None:
+    x = (np.random.default_rng(5).standard_normal((1, 256)) * 1e-9).astype(np.float32)
+    importance = np.ones(256, np.float32)
+    packed = on_device("IQ2_XXS", x, importance)
+    assert not packed.any()
+    assert np.array_equal(packed, types.get("IQ2_XXS").encode(x, importance))
 
 
 def test_rows_that_do_not_fill_a_program() -> None:

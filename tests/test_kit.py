@@ -128,6 +128,10 @@ def count_calls(blocks: np.ndarray, *_: Any) -> None:
     blocks["qs"][..., 0] ^= COUNT["calls"] % 2
 
 
+def halve(codes: np.ndarray) -> None:
+    codes &= -2
+
+
 def smear(blocks: np.ndarray, *_: Any) -> None:
     blocks["d"] = blocks["d"].max(initial=0)
     blocks["qs"] = 0
@@ -242,6 +246,24 @@ BROKEN: dict[str, tuple[str, type[Codec], dict[str, Any]]] = {
         "encode_error",
         Bytes16,
         encoder(lambda blocks, *_: np.negative(blocks["d"], out=blocks["d"])) | {"rms_bound": None},
+    ),
+    "encode rounds tiny scales up": (
+        "encode_tiny",
+        Bytes16,
+        encoder(lambda blocks, *_: np.maximum(blocks["d"], np.float32(1e-12), out=blocks["d"])),
+    ),
+    "encode gives high effort half the codes": (
+        "encode_effort",
+        Bytes16,
+        encoder(lambda blocks, values, importance, search: halve(blocks["qs"]) if search.effort == "high" else None)
+        | {"nested": True, "rms_bound": None},
+    ),
+    "encode is coarse above zero": (
+        "encode_sides",
+        Bytes16,
+        encoder(
+            lambda blocks, *_: np.copyto(blocks["qs"], blocks["qs"] & -16, where=(blocks["qs"] > 0).all(-1)[..., None])
+        ),
     ),
     "encode warns": ("quiet", Bytes16, encoder(lambda blocks, values, *_: warn(values, values))),
     "NaN is encoded": ("encode_refuses", Bytes16, {"_finite": lambda self, part, first: np.nan_to_num(part)}),

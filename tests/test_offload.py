@@ -39,14 +39,14 @@ def model(path: Path) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     kinds = gguf.GGMLQuantizationType
 
-    def put(name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType | None = None) -> None:
-        values = rng.standard_normal(shape, np.float32)
+    def put(name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType | None = None, offset: int = 0) -> None:
+        values = rng.standard_normal(shape, np.float32) + np.float32(offset)
         if kind is None:
             writer.add_tensor(f"blk.0.{name}.weight", values)
         else:
             writer.add_tensor(f"blk.0.{name}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
 
-    put("f32", (6, 64))
+    put("f32", (6, 64), offset=3)  # unlike weights: efforts are compared
     put("f16", (2, 256), kinds.F16)
     put("bf16", (6, 64), kinds.BF16)
     put("mxfp4", (6, 64), kinds.MXFP4)

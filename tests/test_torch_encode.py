@@ -113,7 +113,17 @@ def device_encoder(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
         weights = None if importance is None else importance.numpy()
         out.copy_(torch.from_numpy(types.get(name).encode(values.numpy(), weights, objective=objective, effort=effort)))
 
-    module.__dict__.update(encode=encode, SUPPORTED=frozenset({"Q4_0", "Q5_0"}), REPRODUCES=frozenset({"Q4_0"}))
+    def count_heads(values: Tensor, size: int) -> Tensor:
+        counts = np.empty((len(values), 3), np.int64)
+        kernels.load("_rows").count_heads(values.numpy().view(np.int32), size, counts)
+        return torch.from_numpy(counts)
+
+    module.__dict__.update(
+        encode=encode,
+        count_heads=count_heads,
+        SUPPORTED=frozenset({"Q4_0", "Q5_0"}),
+        REPRODUCES=frozenset({"Q4_0"}),
+    )
     exists, find = kernels.exists, kernels.find
     monkeypatch.setattr(kernels, "exists", lambda name, **way: name == "encode" or exists(name, **way))
     monkeypatch.setattr(kernels, "find", lambda name, **way: module if name == "encode" else find(name, **way))
@@ -140,6 +150,20 @@ def test_a_device_encoder_runs_where_there_is_one(device_encoder: list[tuple[obj
     assert not device_encoder
     gt.encode(values[:0], "Q4_0")
     assert not device_encoder
+
+
+def test_rows_unlike_weights_are_compared_with_a_lower_effort_on_the_cpu(
+    device_encoder: list[tuple[object, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = kernels.find("encode", cuda=True)
+    monkeypatch.setattr(module, "encode", lambda name, values, importance, out, **search: out.zero_())
+    values = VALUES.reshape(6, 256).copy()
+    values[[1, 4]] += 3
+    packed = gt.encode(torch.from_numpy(values), "Q4_0", WEIGHTS).numpy()
+    fast = types.get("Q4_0").encode(values, WEIGHTS, effort="fast")
+    assert np.array_equal(packed[[1, 4]], fast[[1, 4]])
+    assert not packed[[0, 2, 3, 5]].any()
+    assert not gt.encode(torch.from_numpy(values), "Q4_0", WEIGHTS, effort="fast").any()
 
 
 def test_a_device_encoder_never_sees_what_is_not_finite(device_encoder: list[tuple[object, ...]]) -> None:

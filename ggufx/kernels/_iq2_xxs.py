@@ -241,7 +241,8 @@ def _encode_search(values, importance, out, scratch, by_energy, multiples, windo
                         off = d * (_TWO * a + _ONE) * np.float32(0.125) - scales[group]
                         cost += curvature[group] * off * off
                     model[k] = cost
-                least = _INF
+                # Errors are counted from that of zeros, which stay where every half of d is too large.
+                least = _ZERO
                 for _ in range(starts):
                     k = 0
                     for near in range(1, 64):

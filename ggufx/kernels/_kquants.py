@@ -247,9 +247,12 @@ def encode_affine(values, importance, out, bits, block_nbytes, by_energy, steps,
 
     ``steps``: levels, real numbers, that the span of a sub-block is tried as. ``window``: sub-scales tried to either side of
     the nearest, each with ``near`` minima to either side of the one that suits it. ``passes``: rounds of stage 3.
+
+    A minimum is subtracted, and none is negative. A block with sub-blocks above zero is searched a second time with its values
+    negated; where that leaves less error, both f16 are stored negative.
     """
     sub = 16 if bits == 2 else 32
-    scratch = _scratch(sub, 27, LANES * sub // 256)
+    scratch = _scratch(sub, 31, LANES * sub // 256)
     _encode_affine(values, importance, out, scratch, sub, bits, block_nbytes, by_energy, steps, window, near, passes)
 
 
@@ -271,137 +274,167 @@ def _encode_affine(values, importance, out, scratch, sub, bits, block_nbytes, by
     inverse, offset, d, dmin, first_s = lanes[12], lanes[13], lanes[14], lanes[15], lanes[16]
     error, least, try_s, try_m, real_s, real_m = lanes[18], lanes[19], lanes[20], lanes[21], lanes[22], lanes[23]
     stiff, slope, target, chosen_m = lanes[24], lanes[25], lanes[26], lanes[17]
+    leaning, kept, kept_d, kept_min = lanes[27], lanes[28], lanes[29], lanes[30]
     for start in range(0, count, n_blocks):
         n = smaller(n_blocks, count - start)
         _fill_lanes(values, importance, by_energy, start, n, sub, xt, wt, wxt, factors, w, buffer)
         for i in range(LANES):
-            sw[i] = _ZERO
-            sx[i] = _ZERO
-            low[i] = _ZERO
-            high[i] = xt[0, i]
-            best[i] = -_INF
-            scale[i] = _ZERO
-            shift[i] = _ZERO
+            leaning[i] = _ONE
         for j in range(sub):
-            x, y, z = xt[j], wt[j], wxt[j]
+            x = xt[j]
             for i in range(LANES):
-                sw[i] += y[i]
-                sx[i] += z[i]
-                low[i] = x[i] if x[i] < low[i] else low[i]
-                high[i] = x[i] if x[i] > high[i] else high[i]
-        # Stage 1.
-        for k in range(steps.shape[0]):
-            for i in range(LANES):
-                span = high[i] - low[i]
-                inverse[i] = steps[k] / span if span > np.float32(1e-20) else _ZERO
-                offset[i] = -low[i]
-            _explain_affine(xt, wxt, wt, inverse, offset, top, sq, sqq, sxq)
-            _solve(sw, sx, sq, sqq, sxq, best, scale, shift, gain_q, gain_qq)
-        for _ in range(2):
-            for i in range(LANES):
-                inverse[i] = _ONE / scale[i] if scale[i] > np.float32(1e-20) else _ZERO
-                offset[i] = shift[i]
-            _explain_affine(xt, wxt, wt, inverse, offset, top, sq, sqq, sxq)
-            _solve(sw, sx, sq, sqq, sxq, best, scale, shift, gain_q, gain_qq)
+                leaning[i] = _ZERO if x[i] <= _ZERO else leaning[i]
+        mirrors = False
         for i in range(LANES):
-            slope[i] = gain_q[i] / sw[i] if sw[i] > _ZERO else _ZERO
-            stiff[i] = gain_qq[i] - gain_q[i] * slope[i]
-            stiff[i] = stiff[i] if scale[i] > _ZERO and stiff[i] > _ZERO else _ZERO
-        # Stage 2: the scales first, then the minima that suit the rounded scales.
-        for block in range(n):
-            r, b = divmod(start + block, blocks)
-            at, first = b * block_nbytes, block * per_block
-            largest, deepest = _ZERO, _ZERO
-            for i in range(first, first + per_block):
-                largest = larger(largest, scale[i])
-            step = largest / limit
-            if step > _ZERO:
-                step, _ = _rank(scale, stiff, first, per_block, step, limit, _ZERO, cost)
-                step = _settle(scale, stiff, first, per_block, step, factors[block], limit, _ZERO)
-            step = store_half(step * factors[block], out[r], at + at_d) / factors[block]
-            for i in range(first, first + per_block):
-                d[i] = step
-                first_s[i] = smaller(np.rint(scale[i] / step), limit) if step > _ZERO else _ZERO
-                target[i] = larger(shift[i] + slope[i] * (step * first_s[i] - scale[i]), _ZERO)
-                deepest = larger(deepest, target[i])
-            step = deepest / limit
-            if step > _ZERO:
-                step, _ = _rank(target, sw, first, per_block, step, limit, _ZERO, cost)
-                step = _settle(target, sw, first, per_block, step, factors[block], limit, _ZERO)
-            step = store_half(step * factors[block], out[r], at + start_min) / factors[block]
-            for i in range(first, first + per_block):
-                dmin[i] = step
-        # Stage 3.
-        for turn in range(passes):
+            mirrors = mirrors or leaning[i] > _ZERO
+        for mirrored in range(2 if mirrors else 1):
+            if mirrored:
+                for j in range(sub):
+                    x, z = xt[j], wxt[j]
+                    for i in range(LANES):
+                        x[i] = -x[i]
+                        z[i] = -z[i]
+                for block in range(n):
+                    factors[block] = -factors[block]
             for i in range(LANES):
-                least[i] = _INF
-            for k in range(-window, window + 1):
+                sw[i] = _ZERO
+                sx[i] = _ZERO
+                low[i] = _ZERO
+                high[i] = xt[0, i]
+                best[i] = -_INF
+                scale[i] = _ZERO
+                shift[i] = _ZERO
+            for j in range(sub):
+                x, y, z = xt[j], wt[j], wxt[j]
                 for i in range(LANES):
-                    s = first_s[i] + np.float32(k)
-                    s = _ZERO if s < _ZERO else s
-                    s = limit if s > limit else s
-                    try_s[i] = s
-                    real_s[i] = s * d[i]
-                    t = shift[i] + slope[i] * (real_s[i] - scale[i])
-                    t = t / dmin[i] if dmin[i] > _ZERO else _ZERO
-                    t = _ZERO if t < _ZERO else t
-                    t = limit if t > limit else t
-                    target[i] = (t + _MAGIC) - _MAGIC
-                for c in range(-near, near + 1):
-                    for i in range(LANES):
-                        m = target[i] + np.float32(c)
-                        m = _ZERO if m < _ZERO else m
-                        m = limit if m > limit else m
-                        try_m[i] = m
-                        real_m[i] = m * dmin[i]
-                    _error_affine(xt, wt, real_s, real_m, top, error)
-                    for i in range(LANES):
-                        better = error[i] < least[i]
-                        least[i] = error[i] if better else least[i]
-                        high[i] = try_s[i] if better else high[i]
-                        chosen_m[i] = try_m[i] if better else chosen_m[i]
+                    sw[i] += y[i]
+                    sx[i] += z[i]
+                    low[i] = x[i] if x[i] < low[i] else low[i]
+                    high[i] = x[i] if x[i] > high[i] else high[i]
+            # Stage 1.
+            for k in range(steps.shape[0]):
+                for i in range(LANES):
+                    span = high[i] - low[i]
+                    inverse[i] = steps[k] / span if span > np.float32(1e-20) else _ZERO
+                    offset[i] = -low[i]
+                _explain_affine(xt, wxt, wt, inverse, offset, top, sq, sqq, sxq)
+                _solve(sw, sx, sq, sqq, sxq, best, scale, shift, gain_q, gain_qq)
+            for _ in range(2):
+                for i in range(LANES):
+                    inverse[i] = _ONE / scale[i] if scale[i] > np.float32(1e-20) else _ZERO
+                    offset[i] = shift[i]
+                _explain_affine(xt, wxt, wt, inverse, offset, top, sq, sqq, sxq)
+                _solve(sw, sx, sq, sqq, sxq, best, scale, shift, gain_q, gain_qq)
             for i in range(LANES):
-                first_s[i] = high[i]
-                real_s[i] = first_s[i] * d[i]
-                offset[i] = chosen_m[i] * dmin[i]
-                inverse[i] = _ONE / real_s[i] if real_s[i] > _ZERO else _ZERO
-            if turn == passes - 1:
-                continue
-            _explain_affine(xt, wxt, wt, inverse, offset, top, sq, sqq, sxq)
+                slope[i] = gain_q[i] / sw[i] if sw[i] > _ZERO else _ZERO
+                # A minimum of 0 gives way to one side only: the scale alone is then what holds the values.
+                stiff[i] = gain_qq[i] - gain_q[i] * slope[i] if shift[i] > _ZERO else gain_qq[i]
+                stiff[i] = stiff[i] if scale[i] > _ZERO and stiff[i] > _ZERO else _ZERO
+            # Stage 2: the scales first, then the minima that suit the rounded scales.
             for block in range(n):
                 r, b = divmod(start + block, blocks)
                 at, first = b * block_nbytes, block * per_block
-                aa, ab, bb, ax, bx = _ZERO, _ZERO, _ZERO, _ZERO, _ZERO
+                largest, deepest = _ZERO, _ZERO
                 for i in range(first, first + per_block):
-                    s, m = first_s[i], chosen_m[i]
-                    aa += s * s * sqq[i]
-                    ab += s * m * sq[i]
-                    bb += m * m * sw[i]
-                    ax += s * sxq[i]
-                    bx += m * sx[i]
-                det = aa * bb - ab * ab
-                new_d, new_min = d[first], dmin[first]
-                if det > np.float32(1e-5) * aa * bb:
-                    new_d, new_min = (ax * bb - bx * ab) / det, (ax * ab - aa * bx) / det
-                if not new_min * factors[block] >= _COARSE:
-                    new_min = dmin[first]
-                    new_d = (ax + new_min * ab) / aa if aa > _ZERO else _ZERO
-                # Coarse halves are settled above: rounding to the nearest would undo it.
-                if new_d * factors[block] >= _COARSE:
-                    new_d = store_half(new_d * factors[block], out[r], at + at_d) / factors[block]
-                    new_min = store_half(new_min * factors[block], out[r], at + start_min) / factors[block]
+                    largest = larger(largest, scale[i])
+                step = largest / limit
+                if step > _ZERO:
+                    step, _ = _rank(scale, stiff, first, per_block, step, limit, _ZERO, cost)
+                    step = _settle(scale, stiff, first, per_block, step, factors[block], limit, _ZERO)
+                step = store_half(step * factors[block], out[r], at + at_d) / factors[block]
+                for i in range(first, first + per_block):
+                    d[i] = step
+                    first_s[i] = smaller(np.rint(scale[i] / step), limit) if step > _ZERO else _ZERO
+                    target[i] = larger(shift[i] + slope[i] * (step * first_s[i] - scale[i]), _ZERO)
+                    deepest = larger(deepest, target[i])
+                step = deepest / limit
+                if step > _ZERO:
+                    step, _ = _rank(target, sw, first, per_block, step, limit, _ZERO, cost)
+                    step = _settle(target, sw, first, per_block, step, factors[block], limit, _ZERO)
+                step = store_half(step * factors[block], out[r], at + start_min) / factors[block]
+                for i in range(first, first + per_block):
+                    dmin[i] = step
+            # Stage 3.
+            for turn in range(passes):
+                for i in range(LANES):
+                    least[i] = _INF
+                for k in range(-window, window + 1):
+                    for i in range(LANES):
+                        s = first_s[i] + np.float32(k)
+                        s = _ZERO if s < _ZERO else s
+                        s = limit if s > limit else s
+                        try_s[i] = s
+                        real_s[i] = s * d[i]
+                        t = shift[i] + slope[i] * (real_s[i] - scale[i])
+                        t = t / dmin[i] if dmin[i] > _ZERO else _ZERO
+                        t = _ZERO if t < _ZERO else t
+                        t = limit if t > limit else t
+                        target[i] = (t + _MAGIC) - _MAGIC
+                    for c in range(-near, near + 1):
+                        for i in range(LANES):
+                            m = target[i] + np.float32(c)
+                            m = _ZERO if m < _ZERO else m
+                            m = limit if m > limit else m
+                            try_m[i] = m
+                            real_m[i] = m * dmin[i]
+                        _error_affine(xt, wt, real_s, real_m, top, error)
+                        for i in range(LANES):
+                            better = error[i] < least[i]
+                            least[i] = error[i] if better else least[i]
+                            high[i] = try_s[i] if better else high[i]
+                            chosen_m[i] = try_m[i] if better else chosen_m[i]
+                for i in range(LANES):
+                    first_s[i] = high[i]
+                    real_s[i] = first_s[i] * d[i]
+                    offset[i] = chosen_m[i] * dmin[i]
+                    inverse[i] = _ONE / real_s[i] if real_s[i] > _ZERO else _ZERO
+                if turn == passes - 1:
+                    continue
+                _explain_affine(xt, wxt, wt, inverse, offset, top, sq, sqq, sxq)
+                for block in range(n):
+                    r, b = divmod(start + block, blocks)
+                    at, first = b * block_nbytes, block * per_block
+                    aa, ab, bb, ax, bx = _ZERO, _ZERO, _ZERO, _ZERO, _ZERO
                     for i in range(first, first + per_block):
-                        d[i] = new_d
-                        dmin[i] = new_min
-        for block in range(n):
-            r, b = divmod(start + block, blocks)
-            for k in range(per_block):
-                i = block * per_block + k
-                scales[k], minima[k] = np.int64(first_s[i]), np.int64(chosen_m[i])
-                for j in range(sub):
-                    t = smaller(larger((xt[j, i] + offset[i]) * inverse[i], _ZERO), top)
-                    codes[k * sub + j] = np.uint8(np.int32((t + _MAGIC) - _MAGIC))
-            _pack_affine(bits, codes, scales, minima, out[r], b * block_nbytes)
+                        s, m = first_s[i], chosen_m[i]
+                        aa += s * s * sqq[i]
+                        ab += s * m * sq[i]
+                        bb += m * m * sw[i]
+                        ax += s * sxq[i]
+                        bx += m * sx[i]
+                    det = aa * bb - ab * ab
+                    new_d, new_min = d[first], dmin[first]
+                    if det > np.float32(1e-5) * aa * bb:
+                        new_d, new_min = (ax * bb - bx * ab) / det, (ax * ab - aa * bx) / det
+                    if not new_min * abs(factors[block]) >= _COARSE:
+                        new_min = dmin[first]
+                        new_d = (ax + new_min * ab) / aa if aa > _ZERO else _ZERO
+                    # Coarse halves are settled above: rounding to the nearest would undo it.
+                    if new_d * abs(factors[block]) >= _COARSE:
+                        new_d = store_half(new_d * factors[block], out[r], at + at_d) / factors[block]
+                        new_min = store_half(new_min * factors[block], out[r], at + start_min) / factors[block]
+                        for i in range(first, first + per_block):
+                            d[i] = new_d
+                            dmin[i] = new_min
+            for block in range(n):
+                r, b = divmod(start + block, blocks)
+                first = block * per_block
+                total, leans = _ZERO, False
+                for i in range(first, first + per_block):
+                    total += least[i]
+                    leans = leans or leaning[i] > _ZERO
+                if mirrored and not (leans and total < kept[first]):
+                    store_half(-kept_d[first] * factors[block], out[r], b * block_nbytes + at_d)
+                    store_half(-kept_min[first] * factors[block], out[r], b * block_nbytes + start_min)
+                    continue
+                kept[first], kept_d[first], kept_min[first] = total, d[first], dmin[first]
+                for k in range(per_block):
+                    i = first + k
+                    scales[k], minima[k] = np.int64(first_s[i]), np.int64(chosen_m[i])
+                    for j in range(sub):
+                        t = smaller(larger((xt[j, i] + offset[i]) * inverse[i], _ZERO), top)
+                        codes[k * sub + j] = np.uint8(np.int32((t + _MAGIC) - _MAGIC))
+                _pack_affine(bits, codes, scales, minima, out[r], b * block_nbytes)
 
 
 def encode_plain(values, importance, out, bits, block_nbytes, by_energy, steps, window, passes):

@@ -14,6 +14,7 @@ from ggufx import kernels, types
 from ggufx.errors import CodecError, NonFiniteError, UnsupportedType
 from ggufx.torch.decoding import as_numpy, dtype_of, runs_cuda
 from ggufx.types import Codec, Effort, ImportanceWarning, Objective, Search
+from ggufx.types._effort import HEAD, unlike_weights
 from ggufx.types.codec import EFFORTS, OBJECTIVES
 
 __all__ = ["encode", "encodes_on"]
@@ -133,6 +134,13 @@ def encode(
             part = flat[start : start + step].to(torch.float32).contiguous()
             rows = target[start : start + step]
             module.encode(codec.name, part, prepared, rows, objective=objective, effort=device_effort)
+            if effort == "normal" and codec.searches and not codec.nested:
+                size = min(HEAD, row_len)
+                unusual = np.flatnonzero(unlike_weights(module.count_heads(part, size).cpu().numpy(), size)).tolist()
+                if unusual:
+                    packed = rows[unusual].cpu().numpy()
+                    codec.keep_better(part[unusual].cpu().numpy(), packed, checked, Search(effort, objective))
+                    rows[unusual] = torch.from_numpy(packed).to(rows.device)
             large = () if saturate else (part.abs().amax(dim=1) > codec.safe_magnitude).nonzero().flatten().tolist()
             for row in large:
                 values_of, rows_of = part[row : row + 1].cpu().numpy(), rows[row : row + 1].cpu().numpy()

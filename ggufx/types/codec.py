@@ -25,9 +25,10 @@ import numpy.typing as npt
 
 from ggufx import kernels
 from ggufx.errors import CodecError, NonFiniteError, OutOfRangeError, UnsupportedType
+from ggufx.types._effort import Weighting, errors, unusual
 from ggufx.types.words import Array, Fields, NumpyWords, Words
 
-__all__ = ["Codec", "Effort", "ImportanceWarning", "Layout", "Objective", "Search"]
+__all__ = ["Codec", "Effort", "ImportanceWarning", "Layout", "Objective", "Search", "Weighting"]
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
@@ -54,6 +55,7 @@ the importance alone (1 without one)."""
 
 EFFORTS: Final[tuple[Effort, ...]] = get_args(Effort)
 OBJECTIVES: Final[tuple[Objective, ...]] = get_args(Objective)
+_LOWER: Final[Mapping[Effort, Effort]] = {"normal": "fast", "high": "normal"}
 
 
 class Search(NamedTuple):
@@ -171,6 +173,12 @@ class Codec(ABC):
         Whether encoding loses bits of float32 values in general.
     reproduces : bool
         Whether ``effort="reference"`` gives the bytes of the C library's encoder.
+    nested : bool
+        Whether a higher effort tries all that a lower one does, block by block, so that it is never worse. For other types
+        :meth:`encode` compares what efforts give and keeps the better row: ``high`` with ``normal``, and ``normal`` with
+        ``fast`` where a row is unlike a model's weights.
+    weighting : Weighting
+        What the encoder weighs errors by under the objective ``reference``.
     safe_magnitude : float
         Values up to here are within what the type's scales can hold, whatever else is in the block: binary16's largest by
         default. Of greater ones it is tested.
@@ -188,6 +196,8 @@ class Codec(ABC):
     needs_importance: ClassVar[bool] = False
     lossy: ClassVar[bool] = True
     reproduces: ClassVar[bool] = False
+    nested: ClassVar[bool] = False
+    weighting: ClassVar[Weighting] = Weighting()
     safe_magnitude: ClassVar[float] = 65504.0
     planes: ClassVar[tuple[str, str] | None] = None
     rms_bound: ClassVar[float | None] = None
@@ -456,8 +466,8 @@ class Codec(ABC):
             Non-negative weights [row_len] of the columns (a row of an importance matrix). Types without a search ignore
             them. Blocks of columns whose weights are all zero get the mean weight, with an :class:`ImportanceWarning`.
         effort
-            ``fast``, ``normal`` or ``high``: less error for more time. ``reference``: the C library's bytes, for types
-            that promise them (:attr:`reproduces`). Types without a search give the same for all.
+            ``fast``, ``normal`` or ``high``: less error for more time; see :meth:`keep_better`. ``reference``: the C library's
+            bytes, for types that promise them (:attr:`reproduces`). Types without a search give the same for all.
         objective
             ``reference``: minimise ``sum w (x - y)^2`` with the weights of the type's reference encoder; ``mse``: with the
             importance itself.
@@ -677,8 +687,43 @@ class Codec(ABC):
         function = self._kernels.get("encode") if use_kernel else None
         if function is not None:
             function(part, out, self.layout.block_len)
-        else:
-            self.encode_rows(part, out, weights, search)
+            return
+        self.encode_rows(part, out, weights, search)
+        self.keep_better(part, out, weights, search)
+
+    def keep_better(self, values: F32, packed: U8, weights: F32 | None, search: Search) -> None:
+        """Replace rows of ``packed`` by those of the next lower effort where these have less error.
+
+        ``high`` is compared with ``normal`` in every row. ``normal`` is compared with ``fast`` in rows unlike a model's weights
+        only: of those that are alike, ``fast`` is better by a percent or two at most, and comparing takes half as long as the
+        search.
+
+        Parameters
+        ----------
+        values
+            float32 [R, row_len], finite.
+        packed
+            uint8 [R, row_nbytes]: what :meth:`encode_rows` made of them with ``weights`` and ``search``.
+        """
+        if search.effort not in _LOWER or self.nested or not self.searches or not self.can_decode:
+            return
+        rows = np.flatnonzero(unusual(values)) if search.effort == "normal" else np.arange(len(values))
+        if not rows.size:
+            return
+        if rows.size < len(values):
+            values = values[rows]
+            values.flags.writeable = False
+        other = packed[rows]
+        self._encode_part(values, other, weights, search._replace(effort=_LOWER[search.effort]))
+        differs = np.flatnonzero((packed[rows] != other).any(axis=1))
+        if differs.size:
+            weighting = self.weighting if search.objective == "reference" else None
+            ours, theirs = (
+                errors(values[differs], self.decode(part, dtype=np.float32, threads=1), weights, weighting)
+                for part in (packed[rows[differs]], other[differs])
+            )
+            better = differs[theirs < ours]
+            packed[rows[better]] = other[better]
 
     def check_range(
         self, values: F32, packed: U8, weights: F32 | None = None, search: Search | None = None, first_row: int = 0

@@ -116,6 +116,7 @@ class F8_E4M3_B128(Codec):  # noqa: N801 (upstream's spelling)
 
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("e", "u1"), ("qs", "u1", (BLOCK_LEN,))]))
     rms_bound: ClassVar = 0.0272
+    nested: ClassVar = True
     ids: ClassVar = {"nisparks": 42}
     planes: ClassVar = ("qs", "e")
 

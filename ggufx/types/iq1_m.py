@@ -8,7 +8,7 @@ import numpy as np
 
 from ggufx import tables
 from ggufx.types._grids import bits, search_grid
-from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.codec import F32, U8, Codec, Layout, Search, Weighting
 from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 256
@@ -29,6 +29,7 @@ class IQ1_M(Codec):  # noqa: N801 (upstream's spelling)
     """
 
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("qs", "u1", (32,)), ("qh", "u1", (16,)), ("scales", "u1", (8,))]))
+    weighting: ClassVar = Weighting(factor=2.0, plain_factor=0.25, plain_power=1.0)
     ids: ClassVar = {"llama.cpp": 29}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:

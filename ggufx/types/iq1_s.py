@@ -8,7 +8,7 @@ import numpy as np
 
 from ggufx import tables
 from ggufx.types._grids import search_grid
-from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.codec import F32, U8, Codec, Layout, Search, Weighting
 from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 256
@@ -30,6 +30,7 @@ class IQ1_S(Codec):  # noqa: N801 (upstream's spelling)
 
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "u1", (32,)), ("qh", "<u2", (8,))]))
     needs_importance: ClassVar = True
+    weighting: ClassVar = Weighting(factor=2.0)
     ids: ClassVar = {"llama.cpp": 19}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:

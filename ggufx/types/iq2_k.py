@@ -8,7 +8,7 @@ import numpy as np
 
 from ggufx import tables
 from ggufx.types._search import search_codebook
-from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.codec import F32, U8, Codec, Layout, Search, Weighting
 from ggufx.types.words import Array, Fields, Words
 
 
@@ -22,6 +22,7 @@ class IQ2_K(Codec):  # noqa: N801 (upstream's spelling)
         256,
         np.dtype([("d", "<f2"), ("extra", "<u2"), ("scales", "u1", (8,)), ("qs", "u1", (64,))]),
     )
+    weighting: ClassVar = Weighting(factor=1.5, plain_factor=0.375, plain_power=1.0)
     ids: ClassVar = {"ik_llama.cpp": 137}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ggufx import tables
 from ggufx.types._search import search_codebook
-from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.codec import F32, U8, Codec, Layout, Search, Weighting
 from ggufx.types.words import Array, Fields, Words
 
 
@@ -23,6 +23,7 @@ class IQ2_KL(Codec):  # noqa: N801 (upstream's spelling)
         np.dtype([("scales_h", "<u2"), ("scales_l", "u1", (4,)), ("qs", "u1", (64,)), ("qh", "u1", (16,))]),
         np.dtype([("d", "<f2")]),
     )
+    weighting: ClassVar = Weighting(factor=2.25, plain_power=0.5)
     ids: ClassVar = {"ik_llama.cpp": 157}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ggufx import tables
 from ggufx.types._grids import bits, search_grid
-from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.codec import F32, U8, Codec, Layout, Search, Weighting
 from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 256
@@ -28,6 +28,7 @@ class IQ2_XS(Codec):  # noqa: N801 (upstream's spelling)
 
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "<u2", (32,)), ("scales", "u1", (8,))]))
     needs_importance: ClassVar = True
+    weighting: ClassVar = Weighting(factor=1.0)
     ids: ClassVar = {"llama.cpp": 17}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import tables
-from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.codec import F32, U8, Codec, Layout, Search, Weighting
 from ggufx.types.scalar import kernel_of, locked, relative
 from ggufx.types.words import Array, Fields, Words
 
@@ -54,6 +54,7 @@ class IQ2_XXS(Codec):  # noqa: N801 (upstream's spelling)
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "<u2", (32,))]))
     needs_importance: ClassVar = True
     reproduces: ClassVar = True
+    weighting: ClassVar = Weighting(factor=1.0)
     ids: ClassVar = {"llama.cpp": 16}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ggufx import tables
 from ggufx.types._search import search_codebook
-from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.codec import F32, U8, Codec, Layout, Search, Weighting
 from ggufx.types.words import Array, Fields, Words
 
 
@@ -25,6 +25,7 @@ class IQ3_KS(Codec):  # noqa: N801 (upstream's spelling)
         np.dtype([("extra", "<u2"), ("scales", "u1", (4,)), ("qs", "u1", (64,)), ("qh", "u1", (32,))]),
         np.dtype([("d", "<f2")]),
     )
+    weighting: ClassVar = Weighting(factor=2.0, plain_power=1.0)
     ids: ClassVar = {"ik_llama.cpp": 156}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:

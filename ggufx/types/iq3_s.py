@@ -8,7 +8,7 @@ import numpy as np
 
 from ggufx import tables
 from ggufx.types._grids import bits, search_grid
-from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.codec import F32, U8, Codec, Layout, Search, Weighting
 from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 256
@@ -32,6 +32,7 @@ class IQ3_S(Codec):  # noqa: N801 (upstream's spelling)
             [("d", "<f2"), ("qs", "u1", (64,)), ("qh", "u1", (8,)), ("signs", "u1", (32,)), ("scales", "u1", (4,))]
         ),
     )
+    weighting: ClassVar = Weighting(factor=2.0, plain_factor=0.25, plain_power=1.0)
     ids: ClassVar = {"llama.cpp": 21}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:

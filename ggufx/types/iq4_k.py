@@ -8,7 +8,7 @@ import numpy as np
 
 from ggufx import tables
 from ggufx.types._search import search_codebook
-from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.codec import F32, U8, Codec, Layout, Search, Weighting
 from ggufx.types.words import Array, Fields, Words
 
 
@@ -24,6 +24,7 @@ class IQ4_K(Codec):  # noqa: N801 (upstream's spelling)
             [("d", "<f2"), ("extra", "<u2"), ("scales_h", "u1", (4,)), ("scales_l", "u1", (8,)), ("qs", "u1", (128,))]
         ),
     )
+    weighting: ClassVar = Weighting(factor=2.0, plain_power=1.0)
     ids: ClassVar = {"ik_llama.cpp": 139}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:

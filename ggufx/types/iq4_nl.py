@@ -8,7 +8,7 @@ import numpy as np
 
 from ggufx import tables
 from ggufx.types._search import search_blocks
-from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.codec import F32, U8, Codec, Layout, Search, Weighting
 from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 32
@@ -23,6 +23,7 @@ class IQ4_NL(Codec):  # noqa: N801 (upstream's spelling)
     """
 
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "u1", (16,))]))
+    weighting: ClassVar = Weighting(factor=2.0, plain_power=1.0, span=32)
     ids: ClassVar = {"llama.cpp": 20}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ggufx import tables
 from ggufx.types._search import search_codebook
-from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.codec import F32, U8, Codec, Layout, Search, Weighting
 from ggufx.types.words import Array, Fields, Words
 
 BLOCK_LEN = 256
@@ -28,6 +28,7 @@ class IQ4_XS(Codec):  # noqa: N801 (upstream's spelling)
     layout: ClassVar = Layout(
         BLOCK_LEN, np.dtype([("d", "<f2"), ("scales_h", "<u2"), ("scales_l", "u1", (4,)), ("qs", "u1", (128,))])
     )
+    weighting: ClassVar = Weighting(factor=2.0, plain_power=1.0)
     ids: ClassVar = {"llama.cpp": 23}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ggufx import tables
 from ggufx.types._search import search_codebook
-from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.codec import F32, U8, Codec, Layout, Search, Weighting
 from ggufx.types.words import Array, Fields, Words
 
 
@@ -32,6 +32,7 @@ class IQ5_K(Codec):  # noqa: N801 (upstream's spelling)
             ]
         ),
     )
+    weighting: ClassVar = Weighting(factor=2.0, plain_factor=0.5, plain_power=1.0)
     ids: ClassVar = {"ik_llama.cpp": 140}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:

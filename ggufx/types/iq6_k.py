@@ -8,7 +8,7 @@ import numpy as np
 
 from ggufx import tables
 from ggufx.types._search import search_codebook
-from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.codec import F32, U8, Codec, Layout, Search, Weighting
 from ggufx.types.words import Array, Fields, Words
 
 CUBIC = np.array(tables.P6_BITS, np.uint32).view(np.float32)
@@ -26,6 +26,7 @@ class IQ6_K(Codec):  # noqa: N801 (upstream's spelling)
         256,
         np.dtype([("d", "<f2"), ("extra", "<u2"), ("scales", "i1", (16,)), ("qs", "u1", (128,)), ("qh", "u1", (64,))]),
     )
+    weighting: ClassVar = Weighting(factor=2.0, plain_factor=0.5, plain_power=1.0)
     ids: ClassVar = {"ik_llama.cpp": 141}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:

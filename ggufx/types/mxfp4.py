@@ -40,6 +40,7 @@ class MXFP4(Codec):
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("e", "u1"), ("qs", "u1", (BLOCK_LEN // 2,))]))
     reproduces: ClassVar = True
     rms_bound: ClassVar = 0.118
+    nested: ClassVar = True
     ids: ClassVar = {"llama.cpp": 39}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:

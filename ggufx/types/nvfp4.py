@@ -47,6 +47,7 @@ class NVFP4(Codec):
     )
     reproduces: ClassVar = True
     safe_magnitude: ClassVar = 2688.0  # 448, the largest scale, times 6
+    nested: ClassVar = True
     ids: ClassVar = {"llama.cpp": 40}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:

@@ -22,6 +22,7 @@ class Q1_0(Codec):  # noqa: N801 (upstream's spelling)
         np.dtype([("d", "<f2"), ("qs", "u1", (16,))]),
     )
     reproduces: ClassVar = True
+    nested: ClassVar = True
     ids: ClassVar = {"llama.cpp": 41}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.codec import F32, U8, Codec, Layout, Search, Weighting
 from ggufx.types.scalar import encode_affine
 from ggufx.types.words import Array, Fields, Words
 
@@ -25,6 +25,7 @@ class Q2_K(Codec):  # noqa: N801 (upstream's spelling)
     layout: ClassVar = Layout(
         BLOCK_LEN, np.dtype([("scales", "u1", (16,)), ("qs", "u1", (64,)), ("d", "<f2"), ("dmin", "<f2")])
     )
+    weighting: ClassVar = Weighting(factor=1.0, plain_factor=1.0, plain_power=0.5)
     ids: ClassVar = {"llama.cpp": 10}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:

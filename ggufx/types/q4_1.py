@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.codec import F32, U8, Codec, Layout, Search, Weighting
 from ggufx.types.scalar import encode_affine32
 from ggufx.types.words import Array, Fields, Words
 
@@ -23,6 +23,7 @@ class Q4_1(Codec):  # noqa: N801 (upstream's spelling)
 
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", (16,))]))
     reproduces: ClassVar = True
+    weighting: ClassVar = Weighting(factor=1.0, span=0)
     ids: ClassVar = {"llama.cpp": 3}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ggufx.types.codec import F32, U8, Codec, Layout, Search
+from ggufx.types.codec import F32, U8, Codec, Layout, Search, Weighting
 from ggufx.types.scalar import encode_affine
 from ggufx.types.words import Array, Fields, Words
 
@@ -25,6 +25,7 @@ class Q5_K(Codec):  # noqa: N801 (upstream's spelling)
         BLOCK_LEN,
         np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", (12,)), ("qh", "u1", (32,)), ("qs", "u1", (128,))]),
     )
+    weighting: ClassVar = Weighting(factor=1.0, plain_factor=1.0, plain_power=0.5)
     ids: ClassVar = {"llama.cpp": 13}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:

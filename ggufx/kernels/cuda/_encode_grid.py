@@ -335,7 +335,8 @@ def _fit(
     subnormal = some & (middle < 0x0400)
     reach = tl.where(subnormal, 3, 0)
     widest = tl.max(reach, axis=0)
-    least = tl.full([LANES], float("inf"), tl.float32)
+    # Errors are counted from that of zeros, which stay where every half of d is too large.
+    least = tl.zeros([LANES], tl.float32)
     best = tl.zeros([LANES], tl.int32)
     word = tl.zeros([LANES], tl.int32)
     for shift in range(-widest, widest + 1):

@@ -9,7 +9,7 @@ import torch
 from ggufx.kernels.cuda import _encode_codebook, _encode_grid, _encode_linear, _encode_narrow
 from ggufx.kernels.cuda._encode_common import first_nonfinite
 
-__all__ = ["REPRODUCES", "SUPPORTED", "encode", "first_nonfinite"]
+__all__ = ["REPRODUCES", "SUPPORTED", "count_heads", "encode", "first_nonfinite"]
 
 SUPPORTED: Final = frozenset((*_encode_codebook.CODEBOOKS, "IQ2_XXS", "MXFP4", "Q4_0", "Q8_0", "F8_E4M3_B128"))
 """Types that :func:`encode` knows."""
@@ -81,3 +81,14 @@ def _encode(
         _encode_linear.encode_q4_0_reference(values, importance, out)
     else:
         _encode_linear.encode_q4_0(values, importance, out, mse)
+
+
+def count_heads(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Count of the first ``size`` values of float32 rows, on any device: negative ones, changes of sign, large ones; [R, 3].
+
+    The CPU's ``count_heads`` counts the same.
+    """
+    bits = values[:, :size].contiguous().view(torch.int32)
+    magnitudes = bits & 0x7FFFFFFF
+    large = magnitudes > magnitudes.amax(dim=1, keepdim=True) - (2 << 23)
+    return torch.stack([part.sum(dim=1) for part in (bits < 0, (bits[:, 1:] ^ bits[:, :-1]) < 0, large)], dim=1)
