@@ -7,7 +7,7 @@ For your own type, in your own test suite::
     def test_my_type():
         testing.check(MY_TYPE())                    # all laws; LawBroken names the broken one, with the numbers
 
-    @given(testing.rows(MY_TYPE()))                 # pip install ggufx[test]
+    @given(testing.rows(MY_TYPE()))                 # pip install "ggufx[testing]"
     def test_my_decoder(rows):
         testing.law_decode_kernel(MY_TYPE(), rows=rows)
 
@@ -246,13 +246,14 @@ class Verdict:
     seconds: float = 0.0
 
 
-def verdicts(codec: Codec, *, seed: int = 0, laws: Iterable[str] | None = None) -> Iterator[Verdict]:
+def verdicts(codec: Codec | type[Codec], *, seed: int = 0, laws: Iterable[str] | None = None) -> Iterator[Verdict]:
     """Try the laws on a codec one by one, whatever breaks.
 
     Parameters
     ----------
     codec
-        The type; it is registered with :func:`ggufx.types.register` or an entry point, as the law `registered` wants.
+        The type or its class; it is registered with :func:`ggufx.types.register` or an entry point, as the law `registered`
+        wants.
     seed
         Of the inputs.
     laws
@@ -263,6 +264,7 @@ def verdicts(codec: Codec, *, seed: int = 0, laws: Iterable[str] | None = None) 
     Verdict
         In the order of :data:`LAWS`.
     """
+    codec = _instance(codec)
     chosen = _chosen(laws)
     fallen: dict[str, str] = {}
     for name, law in LAWS.items():
@@ -286,7 +288,7 @@ def verdicts(codec: Codec, *, seed: int = 0, laws: Iterable[str] | None = None) 
             yield Verdict(name, codec.name, "kept", "", time.perf_counter() - start)
 
 
-def check(codec: Codec, *, seed: int = 0, laws: Iterable[str] | None = None) -> None:
+def check(codec: Codec | type[Codec], *, seed: int = 0, laws: Iterable[str] | None = None) -> None:
     """Hold a codec to the laws.
 
     Parameters
@@ -299,10 +301,18 @@ def check(codec: Codec, *, seed: int = 0, laws: Iterable[str] | None = None) -> 
     LawBroken
         The first law that it breaks.
     """
+    codec = _instance(codec)
     chosen = _chosen(laws)
     for name, law in LAWS.items():
         if name in chosen:
             law(codec, seed)
+
+
+def _instance(codec: Codec | type[Codec]) -> Codec:
+    """Return the codec of a class: the registered one, where it is."""
+    if not isinstance(codec, type):
+        return codec
+    return next((known for known in types.all_codecs() if type(known) is codec), None) or codec()
 
 
 def _chosen(laws: Iterable[str] | None) -> set[str]:
@@ -565,7 +575,9 @@ def _native(codec: Codec, rng: Generator, n_rows: int, n_blocks: int, rows_per_s
 def law_registered(codec: Codec, rng: Generator) -> None:
     """Its name finds it in any case, and each of its ids means it in that dialect and in no other type."""
     for name in (codec.name, codec.name.lower(), codec.name.upper()):
-        _require(types.get(name) is codec, f"types.get({name!r}) is {types.get(name)!r}, another object")
+        known = types.get(name)
+        hint = ": check the class, or what types.register returned" if type(known) is type(codec) else ""
+        _require(known is codec, f"types.get({name!r}) is {known!r}, another object{hint}")
     _require(type(codec).__name__ == codec.name, f"the class is called {type(codec).__name__}")
     _require(codec.ids, "it has no id in any dialect")
     for dialect, type_id in codec.ids.items():
@@ -1236,19 +1248,19 @@ def _hypothesis() -> ModuleType:
         import hypothesis.strategies
     except ImportError as error:
         raise GGUFError(
-            "the strategies of ggufx.testing need Hypothesis, which is not installed: pip install ggufx[test] (the laws, "
+            "the strategies of ggufx.testing need Hypothesis, which is not installed: pip install 'ggufx[testing]' (the laws, "
             "check() and ggufx selftest do without)"
         ) from error
     return hypothesis.strategies
 
 
-def rows(codec: Codec, *, max_rows: int = 7, max_blocks: int = 5) -> SearchStrategy[U8]:
+def rows(codec: Codec | type[Codec], *, max_rows: int = 7, max_blocks: int = 5) -> SearchStrategy[U8]:
     """Strategy for packed rows of a codec.
 
     Parameters
     ----------
     codec
-        The type.
+        The type or its class.
     max_rows, max_blocks
         Bounds of the number of rows and of blocks in each; at least one of both.
 
@@ -1263,6 +1275,7 @@ def rows(codec: Codec, *, max_rows: int = 7, max_blocks: int = 5) -> SearchStrat
         Hypothesis is not installed.
     """
     st = _hypothesis()
+    codec = _instance(codec)
 
     def draw_rows(draw: Callable[..., Any]) -> U8:
         n_rows, n_blocks = draw(st.integers(1, max_rows)), draw(st.integers(1, max_blocks))

@@ -316,14 +316,17 @@ def test_a_sound_codec_breaks_nothing(base: type[Codec]) -> None:
 
 @pytest.mark.usefixtures("registry")
 def test_the_readmes_example_keeps_the_laws() -> None:
-    example = (
-        (ROOT / "README.md").read_text().partition("## Add a type")[2].partition("```python\n")[2].partition("```")[0]
-    )
-    scope = {"ggufx": ggufx, "np": np, "__name__": "readme"}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Add a type")[2]
+    example = readme.partition("```python\n")[2].partition("```")[0]
+    scope = {"__name__": "readme"}
     exec(example, scope)
-    codec = types.register(scope["TERNARY"])
+    codec = types.get("TERNARY")
+    assert type(codec) is scope["TERNARY"]
     assert codec.can_decode
-    testing.check(codec)
+    calls = readme.partition("from ggufx import testing\n")[2].partition("```")[0]
+    exec(calls, {"testing": testing, "TERNARY": scope["TERNARY"]})
+    with pytest.raises(testing.LawBroken, match="another object: check the class"):
+        testing.check(scope["TERNARY"]())
 
 
 @pytest.mark.parametrize("fault", BROKEN)
@@ -522,7 +525,7 @@ for strategy in (lambda: testing.rows(codec), lambda: testing.values(32), lambda
     try:
         strategy()
     except ggufx.GGUFError as error:
-        assert "pip install ggufx[test]" in str(error)
+        assert "pip install 'ggufx[testing]'" in str(error)
     else:
         raise SystemExit("it found Hypothesis")
 testing.check(codec)
