@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from decimal import Decimal
@@ -585,17 +585,47 @@ def diff(
 def rewrite(
     file: Annotated[Path, typer.Argument(help="A GGUF; any member of a split.")],
     outfile: OutFile,
+    keep: Annotated[list[str] | None, typer.Option(help="Copy only tensors of this shell pattern. Repeatable.")] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="Leave tensors of this shell pattern out. Repeatable.")] = None,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OLD=NEW", help="Rename tensors; each * of NEW takes the text of one of OLD. Repeatable."),
+    ] = None,
     split_max_size: SplitMaxSize = None,
     dialect: DialectOption = None,
     threads: Threads = None,
     overwrite: Overwrite = False,
     resume: Resume = True,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Copy a GGUF with the same metadata and tensor bytes: merges a split file, or splits one."""
+    """Copy a GGUF with the same metadata and tensor bytes: all tensors or some, merged or split."""
     with open_gguf(file, dialect=None if dialect is None else dialect.value) as source:
-        plan = rewrite_module.plan_rewrite(source, outfile, split_max_nbytes=_parse_nbytes(split_max_size))
-        _print_skipped(plan, _err, verbose=False)
-        _execute(plan, "rewrite", overwrite=overwrite, resume=resume, threads=threads)
+        plan = rewrite_module.plan_rewrite(
+            source,
+            outfile,
+            split_max_nbytes=_parse_nbytes(split_max_size),
+            keep=keep or (),
+            drop=drop or (),
+            rename=_renames(rename or ()),
+        )
+        _show_or_execute(
+            plan, "rewrite", dry_run=dry_run, as_json=as_json, verbose=verbose, overwrite=overwrite, resume=resume,
+            threads=threads,
+        )  # fmt: skip
+
+
+def _renames(texts: Iterable[str]) -> dict[str, str]:
+    parsed: dict[str, str] = {}
+    for text in texts:
+        old, equals, new = text.partition("=")
+        if not equals or not old:
+            raise PlanError(f"--rename {text}: expected OLD=NEW")
+        if old in parsed:
+            raise PlanError(f"--rename {text}: {old} has the new name {parsed[old]} already")
+        parsed[old] = new
+    return parsed
 
 
 @app.command()
