@@ -399,7 +399,10 @@ def _how(tensor: Any) -> str:
 @app.command()
 def inspect(
     file: Annotated[
-        Path, typer.Argument(help="A GGUF; any member of a split; or the directory of a hybrid (ggufx merge).")
+        Path,
+        typer.Argument(
+            help="A GGUF; any member of a split; the directory of a checkpoint or of a hybrid (ggufx merge)."
+        ),
     ],
     tensors: Annotated[str | None, typer.Option(help="Shell pattern of the tensors to list.")] = None,
     limit: Annotated[int | None, typer.Option(min=0, help="List at most N tensors and array elements.")] = None,
@@ -410,7 +413,7 @@ def inspect(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show a GGUF's dialect, metadata, tensors, and bytes by type and by role.
+    """Show a GGUF's dialect, metadata, tensors, and bytes by type and by role; or a checkpoint's.
 
     Of a file that is incomplete it shows what is there, says what is missing, and exits with 1 (with --header-only: 0).
     """
@@ -444,7 +447,7 @@ def inspect(
 def _print_inspected(found: dict[str, Any]) -> None:
     about = found["file"]
     for key in ("path", "format", "version", "dialect", "file_type", "alignment", "data_offset", "nbytes"):
-        # A hybrid has no header, so no version and no alignment.
+        # A hybrid and a checkpoint have no header, so no version and no alignment.
         if about["format"] == "gguf" or about[key] is not None:
             _out.print(f"{key}: {about[key]}", markup=False)
     if len(about["equivalent_dialects"]) > 1:
@@ -457,11 +460,16 @@ def _print_inspected(found: dict[str, Any]) -> None:
         shown = text if len(text) <= 100 else text[:97] + "..."
         kind = value["type"] + (f" x {value['length']}" if "length" in value else "")
         table.add_row(_text(key), _text(kind), _text(shown))
-    _out.print(table)
-    table = make_table("tensor", "shape", "type", "bytes", "bpw")
+    if table.row_count:
+        _out.print(table)
+    scaled = any(tensor.get("scales") for tensor in found["tensors"])
+    table = make_table("tensor", "shape", "type", "bytes", "bpw", *(("scales",) if scaled else ()))
     for tensor in found["tensors"]:
         numbers = (str(tensor["nbytes"]), f"{tensor['bits_per_weight']:.4f}")
-        table.add_row(_text(tensor["name"]), _text(str(tensor["shape"])), _text(tensor["type_label"]), *numbers)
+        scales = (_text(tensor["scales"] or ""),) if scaled else ()
+        table.add_row(
+            _text(tensor["name"]), _text(str(tensor["shape"])), _text(tensor["type_label"]), *numbers, *scales
+        )
     _out.print(table)
     if len(found["tensors"]) < found["n_matching"]:
         _out.print(f"... {found['n_matching'] - len(found['tensors'])} more", markup=False)
