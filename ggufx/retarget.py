@@ -29,6 +29,7 @@ from ggufx.file import File, Tensor, open
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
 from ggufx.quantize import common_file_type, factor_lost, unreadable
 from ggufx.version import __version__
+from ggufx.vocabulary import is_named_template
 
 __all__ = [
     "DENSE_TYPES",
@@ -399,11 +400,14 @@ def _deepseek_keys(
     if form == "nisparks":
         keys |= {key: general[key] for key in NISPARKS_GENERAL if key in general}
     else:
+        # Where upstream's converter writes them.
+        keys |= {key: value for key, value in own.items() if is_named_template(key)}
         keys["tokenizer.chat_template"] = Value.string(template)
         general = _with_naming(model, general, notes)
     keys |= general | derived
     keys["general.quantization_version"] = own.get("general.quantization_version", Value.u32(2))
-    keys |= {key: value for key, value in own.items() if key.startswith("tokenizer.") and key not in keys}
+    others = [key for key in own if key.startswith("tokenizer.") and key not in keys]
+    keys |= {key: own[key] for key in sorted(others, key=is_named_template)}
     for key, why in model.supposed:
         if key in keys:
             notes.append(f"key {key} = {short(keys[key])}: not in the file; {why}")
