@@ -1473,7 +1473,7 @@ def imatrix_convert(
 @app.command(name="types")
 def types_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print it as Markdown.")] = False,
 ) -> None:
     """List the quant types: ids per dialect, block, header, bits per weight, and what ggufx does with them."""
     if markdown:

@@ -1,15 +1,15 @@
-"""Rewrite the generated parts of README.md in place.
+"""Rewrite the generated parts of the documentation in place.
 
-    python tools/readme.py [README.md] [--check] [--recipes] [--bench FILE ...]
+    python tools/tables.py [DOCS] [--check] [--recipes] [--frontier FILE] [--bench FILE ...]
 
 A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``:
 
-- ``types``: the table of ``ggufx types --markdown``.
-- ``recipes``: sizes of the shipped recipes, planned on their models' full tensor lists (with ``--recipes``: a minute).
-- ``encode``: the table of ``tools/frontier.py --json FILE`` (``--frontier FILE``; stays as it is without one).
-- ``bench``: the tables of ``tools/bench.py all --json FILE`` (``--bench FILE ...``; the part stays as it is without one).
+- ``types`` in types.md: the table of ``ggufx types --markdown``.
+- ``recipes`` in quantize.md: sizes of the shipped recipes, planned on the full models (``--recipes``: takes a minute).
+- ``encode`` in encoders.md: the table of ``tools/frontier.py --json FILE`` (``--frontier FILE``).
+- ``bench`` in benchmarks.md: the tables of ``tools/bench.py all --json FILE`` (``--bench FILE ...``).
 
-``--check`` writes nothing and exits with 1 when a part is not up to date.
+A part whose option is not given stays as it is. ``--check`` writes nothing and exits with 1 when a part is not up to date.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from ggufx import catalog
+
+PLACES = {"types": "types.md", "recipes": "quantize.md", "encode": "encoders.md", "bench": "benchmarks.md"}
 
 
 def bench(data: Mapping[str, Any]) -> str:
@@ -69,21 +71,18 @@ def encode(data: dict[str, Any]) -> str:
     return markdown(data)
 
 
-def rewritten(text: str, generators: Mapping[str, Callable[[], str]]) -> str:
-    """Return ``text`` with the parts that have a generator made anew; raises ValueError when one has no place."""
-    for name, generate in generators.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if len(pattern.findall(text)) != 1:
-            raise ValueError(f"expected one part <!-- {name} --> ... <!-- /{name} -->")
-        content = generate()
-        text = pattern.sub(lambda match, content=content: match[1] + content + match[2], text)  # type: ignore[misc]
-    return text
+def rewritten(text: str, name: str, content: str) -> str:
+    """Return ``text`` with the part of that name made anew; raises ValueError when it has no place."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(f"expected one part <!-- {name} --> ... <!-- /{name} -->")
+    return pattern.sub(lambda match: match[1] + content + match[2], text)
 
 
 def main() -> None:
     """Rewrite or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("readme", nargs="?", type=Path, default=Path(__file__).parent.parent / "README.md")
+    parser.add_argument("docs", nargs="?", type=Path, default=Path(__file__).parent.parent / "docs")
     parser.add_argument(
         "--bench", type=Path, metavar="FILE", nargs="+", help="what bench.py --json wrote, of one or more runs"
     )
@@ -100,11 +99,14 @@ def main() -> None:
     if options.frontier:
         errors_and_speed = json.loads(options.frontier.read_text("utf-8"))
         generators["encode"] = lambda: encode(errors_and_speed)
-    before = options.readme.read_text(encoding="utf-8")
-    after = rewritten(before, generators)
-    if options.check:
-        sys.exit(f"{options.readme} is not up to date: python tools/readme.py" if after != before else 0)
-    options.readme.write_text(after, encoding="utf-8")
+    for name, generate in generators.items():
+        page = options.docs / PLACES[name]
+        before = page.read_text(encoding="utf-8")
+        after = rewritten(before, name, generate())
+        if not options.check:
+            page.write_text(after, encoding="utf-8")
+        elif after != before:
+            sys.exit(f"{page} is not up to date: python tools/tables.py")
 
 
 if __name__ == "__main__":
