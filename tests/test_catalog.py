@@ -38,6 +38,11 @@ def test_the_documented_table_is_that_of_the_command() -> None:
     assert table == run("-m", "ggufx", "types", "--markdown").stdout, "run python tools/tables.py"
 
 
+def test_the_documented_command_line_is_that_of_the_program() -> None:
+    done = run("tools/tables.py", "--check")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_table_has_every_type_and_says_what_it_can(cli: Callable[..., Run]) -> None:
     rows = {row["type"]: row for row in json.loads(cli("types", "--json").out)}
     assert set(rows) == {codec.name for codec in types.all_codecs()}
@@ -96,6 +101,7 @@ def test_the_tool_for_tables_rewrites_its_parts_and_nothing_else(
         return 0
 
     page, benchmarks, measured = tmp_path / "types.md", tmp_path / "benchmarks.md", tmp_path / "bench.json"
+    (tmp_path / "cli.md").write_text("<!-- cli -->\n<!-- /cli -->\n")
     page.write_text("# A\n<!-- types -->\nold\n<!-- /types -->\nB\n")
     benchmarks.write_text("B\n<!-- bench -->\nkept\n<!-- /bench -->\nC\n")
     assert "types.md is not up to date" in str(rewrite("--check"))

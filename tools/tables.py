@@ -5,6 +5,7 @@
 A generated part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``:
 
 - ``types`` in types.md: the table of ``ggufx types --markdown``.
+- ``cli`` in cli.md: every command with its help, arguments and options.
 - ``recipes`` in quantize.md: sizes of the shipped recipes, planned on the full models (``--recipes``: takes a minute).
 - ``encode`` in encoders.md: the table of ``tools/frontier.py --json FILE`` (``--frontier FILE``).
 - ``bench`` in benchmarks.md: the tables of ``tools/bench.py all --json FILE`` (``--bench FILE ...``).
@@ -15,17 +16,24 @@ A part whose option is not given stays as it is. ``--check`` writes nothing and 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ggufx import catalog
 
-PLACES = {"types": "types.md", "recipes": "quantize.md", "encode": "encoders.md", "bench": "benchmarks.md"}
+PLACES = {
+    "types": "types.md",
+    "cli": "cli.md",
+    "recipes": "quantize.md",
+    "encode": "encoders.md",
+    "bench": "benchmarks.md",
+}
 
 
 def bench(data: Mapping[str, Any]) -> str:
@@ -33,6 +41,37 @@ def bench(data: Mapping[str, Any]) -> str:
     from bench import sections_of
 
     return "\n\n".join(section.markdown() for section in sections_of(data)) + "\n"
+
+
+def cli() -> str:
+    """Return every command's help as Markdown."""
+    import typer
+
+    from ggufx.cli import app
+
+    def commands(group: Any, path: str) -> Iterator[tuple[str, Any]]:
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from commands(command, f"{path} {name}")
+            else:
+                yield f"{path} {name}", command
+
+    sections = []
+    for path, command in commands(typer.main.get_command(app), "ggufx"):
+        # Not parsed: a context is what help is printed in.
+        context = command.context_class(command, info_name=path)
+        usage = " ".join(command.get_usage(context).removeprefix("Usage: ").split())
+        lines = [f"## {path}", "", inspect.cleandoc(command.help or ""), "", "```", usage, "```", ""]
+        records = [parameter.get_help_record(context) for parameter in command.get_params(context)]
+        lines += ["| Argument or option | Meaning |", "|---|---|"]
+        lines += [f"| `{_cell(name, code=True)}` | {_cell(text)} |" for name, text in filter(None, records)]
+        sections.append("\n".join(lines) + "\n")
+    return "\n".join(sections)
+
+
+def _cell(text: str, *, code: bool = False) -> str:
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text if code else text.replace("<", "&lt;")
 
 
 def recipes() -> str:
@@ -90,7 +129,7 @@ def main() -> None:
     parser.add_argument("--frontier", type=Path, metavar="FILE", help="what frontier.py --json wrote")
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when a part is not up to date")
     options = parser.parse_args()
-    generators: dict[str, Callable[[], str]] = {"types": catalog.markdown}
+    generators: dict[str, Callable[[], str]] = {"types": catalog.markdown, "cli": cli}
     if options.recipes:
         generators["recipes"] = recipes
     if options.bench:
