@@ -1540,7 +1540,10 @@ def _print_verdicts(found: dict[str, list[testing.Verdict]]) -> None:
 
 @app.command()
 def warmup(names: Names = None) -> None:
-    """Compile the kernels of quant types now, into the cache on disk, so that no later call waits for it."""
+    """Compile the kernels of quant types now, into the cache on disk, so that no later call waits for it.
+
+    Exit code 1 where they were compiled but cannot be kept.
+    """
     with _progress("warmup", unit="kernels") as progress:
         warmed = list(warmup_module.warm_up(names or None, progress=progress))
     table = make_table("type", "kernel", "seconds", "")
@@ -1550,6 +1553,8 @@ def warmup(names: Names = None) -> None:
         )
     _out.print(table)
     _out.print(f"{len(warmed)} kernels, {sum(kernel.seconds for kernel in warmed):.1f} s")
+    if not warmup_module.kept():
+        _fail("the kernels were compiled, but not kept: set NUMBA_CACHE_DIR to a folder that can be written")
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:

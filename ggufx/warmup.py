@@ -1,8 +1,10 @@
 """Compile kernels ahead of their first use.
 
-Numba compiles a kernel when it is first called and keeps the machine code on disk (``__pycache__`` beside the kernels, or
-``NUMBA_CACHE_DIR``). Warming up calls every verb of a type through the base class, so that the kernels see exactly the
-argument types that they will see later: no call after that compiles. Decoders are compiled for each dtype that they write.
+Numba compiles a kernel when it is first called and keeps the machine code on disk, in the first of these folders that can be
+written: ``NUMBA_CACHE_DIR`` where that is set, ``__pycache__`` beside the kernels, the user's cache folder, and a folder of the
+user's own below that for temporary files. Warming up calls every verb of a type through the base class, so that the kernels see
+exactly the argument types that they will see later: no call after that compiles. Decoders are compiled for each dtype that they
+write.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from ggufx.types import Codec
 from ggufx.types._effort import errors
 from ggufx.types.codec import EFFORTS, OBJECTIVES
 
-__all__ = ["Warmed", "compiling", "kernels_of", "warm_up"]
+__all__ = ["Warmed", "compiling", "kept", "kernels_of", "warm_up"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,13 @@ def warm_up(
         yield Warmed(codec.name, verb, time.perf_counter() - start, bool(compiled))
     if progress is not None:
         progress(len(pairs), len(pairs))
+
+
+def kept() -> bool:
+    """Return whether all kernels that this process compiled are on disk for the next one."""
+    from ggufx.kernels import _cache
+
+    return _cache.kept()
 
 
 @contextmanager
