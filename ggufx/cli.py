@@ -390,7 +390,7 @@ def _print_tensors(plan: Plan) -> None:
 def _how(tensor: Any) -> str:
     words = {
         "copy": "copied", "pack": "packed, exact", "cast": "cast, exact", "encode": "rounded", "codes": "unpacked, exact",
-        "scales": "scales, exact",
+        "scales": "scales, exact", "factor": "factor",
     }  # fmt: skip
     how = "decoded, exact" if tensor.transform.exact else words[tensor.transform.op]
     return f"{tensor.transform.kind} {how}"

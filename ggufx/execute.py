@@ -40,6 +40,7 @@ from ggufx.errors import (
     PlanError,
     SourceCodesError,
 )
+from ggufx.factors import factor_of
 from ggufx.plan import FLOAT_SCALES, Plan, PlannedFile, PlannedTensor, Span, Tile, Transform
 from ggufx.stored import descriptor_limit, scratch
 from ggufx.transforms import ColumnEnergy, Outcome, apply, decode_parts
@@ -409,7 +410,12 @@ def _run_tile(job: _Job, opened: dict[tuple[str, int], int]) -> _Done:
 
     try:
         weights, dead_blocks = _importance(job, read)
-        outcome = apply(job.transform, tile.rows, inputs, out, weights, tile.phase)
+        factor = _factor(job, read) if job.transform.factor else None
+        if job.transform.op == "factor":
+            out.view("<f4")[0] = factor
+            outcome = Outcome()
+        else:
+            outcome = apply(job.transform, tile.rows, inputs, out, weights, tile.phase, factor)
     except BadValueError as error:
         row_nbytes = tile.nbytes // tile.rows
         return _Done(
@@ -431,11 +437,8 @@ def _importance(job: _Job, read: Callable[[Span, npt.NDArray[np.uint8]], None]) 
     row_len = sum(transform.parts)
     codec = types.get(transform.target)
     if transform.importance == "energy":
-        # With the files' states: a process may outlive a source, and another then lie at its path.
-        files = dict.fromkeys(job.sources[span.file] for _, spans in tile.matrix for span in spans)
-        key = (transform.kind, tile.matrix, *((path, _state(path)) for path in files))
         return codec.usable_importance(
-            _energies.get(key, lambda: _column_energy(transform, tile.matrix, tile.phase, read))
+            _energies.get(_matrix_key(job), lambda: _column_energy(transform, tile.matrix, tile.phase, read))
         )
     if tile.weights is None:
         return np.ones(row_len, np.float32), 0
@@ -445,13 +448,26 @@ def _importance(job: _Job, read: Callable[[Span, npt.NDArray[np.uint8]], None]) 
     return codec.usable_importance(found)
 
 
+def _factor(job: _Job, read: Callable[[Span, npt.NDArray[np.uint8]], None]) -> np.float32:
+    """Return the factor of a tile's matrix (:mod:`ggufx.factors`)."""
+    largest = _peaks.get(_matrix_key(job), lambda: _peak(job.transform, job.tile, read))
+    return factor_of(float(largest[0]))
+
+
+def _matrix_key(job: _Job) -> object:
+    """Return what the whole matrix of a tile is known by."""
+    # With the files' states: a process may outlive a source, and another then lie at its path.
+    files = dict.fromkeys(job.sources[span.file] for _, spans in job.tile.matrix for span in spans)
+    return (job.transform.kind, job.tile.matrix, *((path, _state(path)) for path in files))
+
+
 def _state(path: str) -> tuple[int, int, int]:
     status = Path(path).stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-class _Energies:
-    """Mean squares of the columns of matrices, computed once for all of a matrix's tiles, which follow each other."""
+class _OfMatrices:
+    """What whole matrices decide, computed once for all of a matrix's tiles, which follow each other."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -476,7 +492,36 @@ class _Energies:
         return held.result()
 
 
-_energies = _Energies(4 * MAX_WORKERS)
+_energies = _OfMatrices(4 * MAX_WORKERS)
+"""Mean squares of the columns of matrices."""
+_peaks = _OfMatrices(1 << 12)
+"""Largest magnitudes of matrices, float32 [1]; more than a tensor has experts, whose factors come after all of them."""
+
+
+def _decoded(
+    transform: Transform,
+    matrix: Iterable[tuple[int, Sequence[Span]]],
+    phase: int,
+    read: Callable[[Span, npt.NDArray[np.uint8]], None],
+) -> Iterator[F32]:
+    """Decode a whole matrix, some rows at a time."""
+    for rows, spans in matrix:
+        inputs = []
+        for slot, span in enumerate(spans):
+            buffer = scratch(f"whole{slot}", span.nbytes)
+            read(span, buffer)
+            inputs.append(buffer)
+        yield decode_parts(transform, rows, inputs, phase)[0]
+
+
+def _peak(transform: Transform, tile: Tile, read: Callable[[Span, npt.NDArray[np.uint8]], None]) -> F32:
+    """Return the largest magnitude of a tile's whole matrix, float32 [1]; 0 where it is not finite."""
+    pieces = _decoded(transform, tile.matrix, tile.phase, read)
+    peak = max(
+        (np.float32(max(values.max(), -values.min())) for values in pieces if values.size), default=np.float32(0)
+    )
+    # NaN is refused, and named, when its own tile is encoded: what the factor is does not matter then.
+    return np.full(1, peak if np.isfinite(peak) else 0, np.float32)
 
 
 def _column_energy(
@@ -487,13 +532,7 @@ def _column_energy(
 ) -> F32:
     """Decode a whole matrix, some rows at a time, for the mean squares of its columns."""
     energy = ColumnEnergy()
-    for rows, spans in matrix:
-        inputs = []
-        for slot, span in enumerate(spans):
-            buffer = scratch(f"energy{slot}", span.nbytes)
-            read(span, buffer)
-            inputs.append(buffer)
-        values, _, _ = decode_parts(transform, rows, inputs, phase)
+    for values in _decoded(transform, matrix, phase, read):
         try:
             energy.add(values)
         except CodecError:
@@ -1035,9 +1074,8 @@ def _batches(jobs: Iterable[tuple[PlannedTensor, _Job]]) -> Iterator[list[tuple[
 
 def _named(plan: Plan, tensor: PlannedTensor, job: _Job, problem: str) -> GGUFError:
     source = tensor.items[job.tile.item][0]
-    return CheckpointError(
-        f"{plan.source_files[job.tile.spans[0].file]}: tensor {source!r} -> {tensor.name!r}: {problem}"
-    )
+    span = (job.tile.spans or job.tile.matrix[0][1])[0]
+    return CheckpointError(f"{plan.source_files[span.file]}: tensor {source!r} -> {tensor.name!r}: {problem}")
 
 
 def _codes_error(plan: Plan, tensor: PlannedTensor, job: _Job, outcome: Outcome) -> GGUFError:

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from math import prod
@@ -22,7 +21,7 @@ from typing import Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from ggufx import dialects, types
+from ggufx import dialects, factors, types
 from ggufx.container import MAGIC, Container, Entry, KeyValues, align_up, read_container, read_splits
 from ggufx.errors import CodecError, ContainerError, GGUFError, UnknownType, UnsupportedType, quoted
 from ggufx.named_types import NamedType
@@ -43,13 +42,6 @@ _PIECE_NBYTES: Final = 1 << 20
 """Of rows from here and there that are copied at a time."""
 _MAX_FILES: Final = 10_000
 """GGUFs that are counted behind the first one of a file."""
-
-# Weights whose products upstream's loader multiplies by a factor of their own, a tensor NAME.scale beside NAME.weight
-# (llama-model.cpp), whatever the type and the architecture; the head's only where it is NVFP4.
-_HAS_FACTOR = re.compile(
-    r"blk\.\d+\.(attn_(q|k|v|output|qkv|gate)|ffn_(gate|down|up)(_shexp|_exps)?|ssm_(in|out|alpha|beta)"
-    r"|nextn\.(eh_proj|shared_head_head))\.weight"
-)
 
 Index = int | slice | EllipsisType | npt.NDArray[np.integer[Any]] | list[int]
 
@@ -196,12 +188,19 @@ class Tensor:
         codec = self._decodable()
         wanted = np.asarray(numbers, np.int64)
         decoded = codec.decode(self._packed_rows(wanted, codec.layout.row_nbytes(self.shape[-1])))
-        if self.factor is None:
-            return decoded
-        scale = self.factor.numpy(np.float32).reshape(-1)
-        per_scale = prod(self.shape[:-1]) // scale.size
-        decoded *= scale[wanted // max(1, per_scale)][:, None]
+        row_factors = self.row_factors(wanted)
+        if row_factors is not None:
+            decoded *= row_factors
         return decoded
+
+    def row_factors(self, numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32] | None:
+        """Return the factors of rows by their numbers, outer axes flattened: float32 [n, 1]; ``None`` where there is none."""
+        scale = self.scale
+        if scale is None:
+            return None
+        rows_per_scale = max(1, prod(self.shape[:-1]) // scale.size)
+        found: npt.NDArray[np.float32] = scale[np.asarray(numbers) // rows_per_scale][:, None]
+        return found
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         if copy is False:
@@ -509,9 +508,8 @@ class File(Mapping[str, Tensor]):
 
     def _pair(self, tensor: Tensor) -> str:
         """Give a weight its factor, where it has one and upstream's loader applies it; returns its name then."""
-        factor = self._tensors.get(tensor.name.removesuffix("weight") + "scale")
-        head = tensor.name == "output.weight" and tensor.type == "NVFP4"
-        if factor is None or tensor.codec is None or not (head or _HAS_FACTOR.fullmatch(tensor.name)):
+        factor = self._tensors.get(factors.name_of(tensor.name))
+        if factor is None or tensor.codec is None or not factors.is_loaded(tensor.name, tensor.type):
             return ""
         wanted = tensor.shape[:1] if tensor.ndim == 3 else (1,)
         if factor.type != "F32" or factor.shape != wanted or tensor.dtype.kind != "f":

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ggufx import types
 from ggufx.distortion import Quality, quality
 from ggufx.errors import GGUFError, UnsupportedType
+from ggufx.factors import factor_of, is_applied
 from ggufx.file import File, Tensor
 from ggufx.hybrid import ScaledTensor, open
 from ggufx.imatrix import ImportanceMatrix, RowImportance
@@ -99,7 +100,9 @@ def measure(
             rows = _rows(tensor, max_rows)
             weights = None if imatrix is None else imatrix.rows(tensor.name, tensor.shape)
             for codec in codecs:
-                found, note = _measure(rows, tensor, codec, weights, effort, objective, threads)
+                # As quantizing the tensor would; stacked experts, which get one each, have one in common here.
+                factor = factor_of(float(np.abs(rows).max())) if _has_factor(file, tensor, codec) else np.float32(1)
+                found, note = _measure(rows, tensor, codec, weights, effort, objective, threads, float(factor))
                 results.append(Measurement(tensor.name, tensor.shape, tensor.type, codec.name, effort, found, note))
                 done += rows.size
                 if progress is not None:
@@ -145,6 +148,7 @@ def _measure(
     effort: Effort,
     objective: Objective,
     threads: int | None,
+    factor: float,
 ) -> tuple[Quality | None, str]:
     row_len = rows.shape[1]
     if tensor.type == codec.name:
@@ -156,7 +160,11 @@ def _measure(
     if importance is None and codec.needs_importance:
         return None, "needs importance weights (--imatrix)"
     chosen: Effort = effort if effort != "reference" or codec.reproduces else "normal"
-    return quality(rows, codec, importance, effort=chosen, objective=objective, threads=threads), ""
+    return quality(rows, codec, importance, effort=chosen, objective=objective, threads=threads, factor=factor), ""
+
+
+def _has_factor(file: File, tensor: Tensor, codec: Codec) -> bool:
+    return codec.name == "NVFP4" and is_applied(tensor.name, codec.name, "llama.cpp", file.architecture)
 
 
 def summary(measurements: Iterable[Measurement]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
@@ -28,6 +28,8 @@ from ggufx.container import Value
 from ggufx.dialects import Dialect
 from ggufx.errors import FallbackError, PlanError, RecipeError, UnknownType
 from ggufx.execute import Progress, TileDone
+from ggufx.factors import factor_lost, is_applied
+from ggufx.factors import name_of as factor_name
 from ggufx.file import File, Tensor, open
 from ggufx.imatrix import ImportanceMatrix, Place
 from ggufx.plan import FP8_KINDS, Matrix, Plan, PlannedTensor, Span, Transform, Weights
@@ -42,7 +44,6 @@ __all__ = [
     "Tally",
     "codec_name",
     "common_file_type",
-    "factor_lost",
     "mix_recipe",
     "plan_quantize",
     "prepare",
@@ -142,6 +143,8 @@ class Choice:
         The rule that decided, if one did.
     wanted
         The type that was asked for, where rows did not fit it.
+    factor
+        The values are divided by a factor, which a tensor of its own beside this one has (:mod:`ggufx.factors`).
     """
 
     source: Source
@@ -151,6 +154,7 @@ class Choice:
     wanted: str = ""
     weights: tuple[Weights | None, ...] = ()
     importance: Literal["", "matrix", "energy"] = ""
+    factor: bool = False
 
 
 @dataclass
@@ -197,9 +201,23 @@ class Quantization:
 
     @cached_property
     def tensors(self) -> list[PlannedTensor]:
-        """The output's tensors, in the source's order."""
+        """The output's tensors, in the source's order, each new factor behind its weight."""
+        return [tensor for _, tensor in self._members]
+
+    @cached_property
+    def _members(self) -> list[tuple[int, PlannedTensor]]:
+        """The tensors with the number of the source's file that each belongs to."""
         self.check()
-        return [self._planned(choice) for choice in self.choices]
+        found = []
+        for choice in self.choices:
+            planned = self._planned(choice)
+            found.append((choice.source.member, planned))
+            if choice.factor:
+                number = self.dialect.type_id(types.get("F32"))
+                assert number is not None
+                beside = plan.plan_factors(factor_name(planned.name), number, planned)
+                found.append((choice.source.member, beside))
+        return found
 
     def plan(
         self,
@@ -218,7 +236,7 @@ class Quantization:
         if any(not choice.kept for choice in self.choices):
             metadata["general.quantization_version"] = Value.u32(QUANTIZATION_VERSION)
         metadata.update(overrides or {})
-        members = [choice.source.member for choice in self.choices] if self.keep_split else None
+        members = [member for member, _ in self._members] if self.keep_split else None
         return plan.build(
             path,
             metadata,
@@ -253,7 +271,7 @@ class Quantization:
             # BF16 and F32 have the mantissa of FP8 and FP4 and a wider exponent; that every value survives is tested.
             exact=op == "encode" and source.kind in ("FP8", "FP4") and choice.type in ("BF16", "F32"),
             effort=effort if op == "encode" else "", objective=self.objective, importance=choice.importance,
-            measure=self.measure and op == "encode",
+            factor=choice.factor, measure=self.measure and op == "encode",
             device=self.device if op == "encode" and self.device and offload.encodes(codec, effort) else "",
         )  # fmt: skip
         return plan.plan_tensor(source.name, source.shape, codec.name, type_id, transform, source.stack, choice.weights)
@@ -367,8 +385,8 @@ def prepare(
         allow_requantize=allow_requantize, fallback=fallback, tied=all(s.name != "output.weight" for s in sources),
         n_source_files=len(quantization.source_files),
     )  # fmt: skip
-    quantization.choices = [decide(item) for item in sources]
-    quantization.findings += _factors(quantization.choices, chosen, quantization.facts())
+    quantization.choices, findings = _factors([decide(item) for item in sources], chosen, quantization.facts())
+    quantization.findings += findings
     if not sources:
         quantization.findings.append(
             Finding(
@@ -394,40 +412,36 @@ def prepare(
     return quantization
 
 
-def _factors(choices: Sequence[Choice], target: Dialect, facts: Mapping[str, Any]) -> list[Finding]:
-    """Say what becomes of factors beside weights.
+def _factors(
+    choices: Sequence[Choice], target: Dialect, facts: Mapping[str, Any]
+) -> tuple[list[Choice], list[Finding]]:
+    """Give tensors that become NVFP4 a factor where programs apply it, and say what becomes of factors that there are.
 
-    They stay as they are, so the values are quantized without them.
+    Those stay as they are, so the values are quantized without them.
     """
-    findings = []
+    found, findings, bare = [], [], []
     architecture = facts.get("general.architecture")
     for choice in choices:
-        lost = choice.source.scaled and factor_lost(choice.source.name, choice.type, target, architecture)
+        source = choice.source
+        lost = source.scaled and factor_lost(source.name, choice.type, target.name, architecture)
         if lost:
-            findings.append(Finding("error", "factor", lost, (choice.source.name,)))
-    bare = [c.source.name for c in choices if not c.kept and c.type == "NVFP4" and not c.source.scaled]
+            findings.append(Finding("error", "factor", lost, (source.name,)))
+        new = not choice.kept and choice.type == "NVFP4" and not source.scaled
+        applied = new and is_applied(source.name, choice.type, target.name, architecture)
+        if new and not applied:
+            bare.append(source.name)
+        found.append(replace(choice, factor=True) if applied else choice)
     if bare:
+        more = f" and {len(bare) - 1} more tensors become" if len(bare) > 1 else " becomes"
         findings.append(
             Finding(
                 "warning", "factor",
-                f"{bare[0]} and {len(bare) - 1} more become NVFP4 without a factor in a tensor called .scale, which ggufx does "
-                "not write: its own scales go from 2^-9 to 448, so weights of less than about 0.005 lose precision and of less "
-                "than 0.0005 become zeros", tuple(bare),
+                f"{bare[0]}{more} NVFP4 without a factor in a tensor called .scale, as no program for {target.name} is known "
+                f"to multiply by it there (architecture {architecture!r}): NVFP4's own scales go from 2^-9 to 448, so weights "
+                "of less than about 0.005 lose precision and of less than 0.0005 become zeros", tuple(bare),
             )
         )  # fmt: skip
-    return findings
-
-
-def factor_lost(name: str, kind: str, target: Dialect, architecture: object) -> str:
-    """Return why the target's programs would not apply the factor beside a weight of type ``kind``; empty where they do."""
-    # As in llama-load-tensors.cpp there, which reads .scale for BitNet's architectures.
-    if target.name == "ik_llama.cpp" and not str(architecture).startswith("bitnet"):
-        what = "ik_llama.cpp reads such factors for BitNet only"
-    elif name == "output.weight" and kind != "NVFP4":
-        what = f"llama.cpp reads the head's only where the head is NVFP4, here it would be {kind}"
-    else:
-        return ""
-    return f"tensor {name!r} has a factor in {name.removesuffix('weight')}scale, and {what}: its values would be wrong there"
+    return found, findings
 
 
 def mix_recipe(

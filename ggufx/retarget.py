@@ -25,9 +25,10 @@ from ggufx.convert import NISPARKS_GENERAL, fill_file_type
 from ggufx.dialects import Dialect
 from ggufx.errors import CodecError, PlanError
 from ggufx.execute import Progress
+from ggufx.factors import factor_lost
 from ggufx.file import File, Tensor, open
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
-from ggufx.quantize import common_file_type, factor_lost, unreadable
+from ggufx.quantize import common_file_type, unreadable
 from ggufx.version import __version__
 from ggufx.vocabulary import is_named_template
 
@@ -236,7 +237,7 @@ def _tensor(
     kind = tensor.type
     wanted = _wanted(file, move, dialect, dense, plain)
     if tensor.factor is not None:
-        lost = factor_lost(tensor.name, wanted, dialect, file.metadata.get("general.architecture"))
+        lost = factor_lost(tensor.name, wanted, dialect.name, file.metadata.get("general.architecture"))
         if lost:
             raise PlanError(f"{file.path}: {lost}")
     codec = types.get(wanted)

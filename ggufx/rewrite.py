@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ggufx import execute, plan
+from ggufx import execute, factors, plan
 from ggufx.container import SPLIT_PATTERN, Value
 from ggufx.errors import PlanError
 from ggufx.file import File, Tensor, open
@@ -185,7 +185,7 @@ def _check_factors(tensors: Iterable[Tensor], names: Mapping[str, str]) -> None:
     for tensor in tensors:
         if tensor.factor is None or tensor.name not in names:
             continue
-        wanted = names[tensor.name].removesuffix("weight") + "scale"
+        wanted = factors.name_of(names[tensor.name])
         got = names.get(tensor.factor.name)
         if got != wanted:
             state = "be left out" if got is None else f"be called {got!r}"
