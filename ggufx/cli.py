@@ -1368,7 +1368,10 @@ def measure(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON record per tensor and type.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print them as CSV.")] = False,
 ) -> None:
-    """Compare quant types on real tensors: encode, decode, and show the errors."""
+    """Compare quant types on real tensors: encode, decode, and show the errors.
+
+    Tensors with values that are NaN or infinite are left out and named, and the exit code is 1.
+    """
     importance = None if imatrix is None else imatrix_module.load(imatrix)
     names = [name.strip() for name in type_names.split(",") if name.strip()]
     if plot is not None:
@@ -1405,10 +1408,18 @@ def measure(
                 f"{line['mean_sqnr']:.2f}",
             )  # fmt: skip
         _out.print(table)
-        for reason in dict.fromkeys(f"{item.type}: {item.note}" for item in found if item.note):
+        for reason in dict.fromkeys(f"{item.type}: {item.note}" for item in found if item.note and not item.damaged):
             _out.print(f"left out: {reason}", markup=False)
+        for reason in dict.fromkeys(item.note for item in found if item.damaged):
+            _out.print(f"left out: {_text(reason)}", markup=False)
     if plot is not None:
         measure_module.plot(found, plot)
+    damaged = list(dict.fromkeys(item.tensor for item in found if item.damaged))
+    if damaged:
+        _fail(
+            f"{file}: {len(damaged)} of {len({item.tensor for item in found})} tensors hold values that are NaN or infinite, "
+            f"{damaged[0]!r} first"
+        )
 
 
 imatrix_app = typer.Typer(

@@ -76,6 +76,8 @@ _SYNC_FILE_RANGE_WRITE: Final = 2
 _OUTPUT_FLAGS: Final = os.O_RDWR | os.O_NOFOLLOW
 _BATCH_NBYTES: Final = 1 << 24
 _BATCH_LEN: Final = 32
+_MAX_REFUSED: Final = 10
+"""Tensors with values that cannot be written, after which a run ends: one run is to name them all, but not a model's."""
 _BATCH_FILES: Final = 4
 """Descriptors that a batch holds at most: all workers together have to live with those of a process, which may be 256."""
 _PIECE_NBYTES: Final = 1 << 18
@@ -315,7 +317,7 @@ def _start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
 
 
 def _run(jobs: Sequence[_Job]) -> list[_Done]:
-    """Do some tiles; stops after one that is refused. Runs on any thread or process."""
+    """Do some tiles. Runs on any thread or process."""
     opened: dict[tuple[str, int], int] = {}
     try:
         return _run_tiles(jobs, opened)
@@ -325,12 +327,8 @@ def _run(jobs: Sequence[_Job]) -> list[_Done]:
 
 
 def _run_tiles(jobs: Sequence[_Job], opened: dict[tuple[str, int], int]) -> list[_Done]:
-    done: list[_Done] = []
-    for job in jobs:
-        done.append(_run_tile(job, opened))
-        if done[-1].problem or _refused(job.transform, done[-1].outcome):
-            break
-    for output in {job.output for job in jobs[: len(done)]}:
+    done = [_run_tile(job, opened) for job in jobs]
+    for output in {job.output for job in jobs}:
         # The tiles of a batch follow each other in the file.
         ranges = [(job.position, job.position + job.tile.nbytes) for job in jobs if job.output == output]
         start, end = ranges[0][0], ranges[-1][1]
@@ -1027,6 +1025,7 @@ def _fill(
     batches = _batches(_jobs(plan, pending, journal, sync=sync))
     # A bounded window of tasks: neither a hundred thousand futures nor an idle worker.
     waiting: dict[Future[list[_Done]], list[tuple[PlannedTensor, _Job]]] = {}
+    refused: dict[str, tuple[PlannedTensor, _Job, _Done]] = {}
     if progress is not None:
         progress(0, total)
     try:
@@ -1039,10 +1038,13 @@ def _fill(
             for future in finished:
                 batch = waiting.pop(future)
                 for (tensor, job), result in zip(batch, future.result(), strict=False):
-                    if result.problem:
-                        raise _named(plan, tensor, job, result.problem)
-                    if _refused(job.transform, result.outcome):
-                        raise _codes_error(plan, tensor, job, result.outcome)
+                    if result.problem or _refused(job.transform, result.outcome):
+                        held = refused.get(tensor.name)
+                        if held is None or job.number < held[1].number:
+                            refused[tensor.name] = tensor, job, result
+                        if len(refused) == _MAX_REFUSED:
+                            raise _refusal(plan, refused.values())
+                        continue
                     if not result.resumed:
                         journal.add(job.number, result.checksum)
                     done += result.nbytes
@@ -1050,6 +1052,8 @@ def _fill(
                         observer(TileDone(tensor, job.tile, result.outcome, result.resumed, result.dead_blocks))
             if progress is not None:
                 progress(done, total)
+        if refused:
+            raise _refusal(plan, refused.values())
     finally:
         for future in waiting:
             future.cancel()
@@ -1072,10 +1076,23 @@ def _batches(jobs: Iterable[tuple[PlannedTensor, _Job]]) -> Iterator[list[tuple[
         yield batch
 
 
-def _named(plan: Plan, tensor: PlannedTensor, job: _Job, problem: str) -> GGUFError:
-    source = tensor.items[job.tile.item][0]
-    span = (job.tile.spans or job.tile.matrix[0][1])[0]
-    return CheckpointError(f"{plan.source_files[span.file]}: tensor {source!r} -> {tensor.name!r}: {problem}")
+def _refusal(plan: Plan, refused: Iterable[tuple[PlannedTensor, _Job, _Done]]) -> GGUFError:
+    """Return one error for tensors with values that cannot be written: what and where in the first one, the others' names."""
+    (tensor, job, result), *others = sorted(refused, key=lambda held: held[1].number)
+    if result.problem:
+        source = tensor.items[job.tile.item][0]
+        span = (job.tile.spans or job.tile.matrix[0][1])[0]
+        becomes = "" if source == tensor.name else f" -> {tensor.name!r}"
+        error: GGUFError = CheckpointError(
+            f"{plan.source_files[span.file]}: tensor {source!r}{becomes}: {result.problem}"
+        )
+    else:
+        error = _codes_error(plan, tensor, job, result.outcome)
+    if not others:
+        return error
+    least = "at least " if len(others) + 1 == _MAX_REFUSED else ""
+    names = ", ".join(repr(held[0].name) for held in others)
+    return type(error)(f"{error} ({least}{len(others)} more tensors have such values: {names})")
 
 
 def _codes_error(plan: Plan, tensor: PlannedTensor, job: _Job, outcome: Outcome) -> GGUFError:

@@ -25,7 +25,10 @@ __all__ = ["Measurement", "check_plot", "measure", "plot", "summary"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One type on one tensor; ``quality`` is ``None`` where the type cannot hold it, and ``note`` says why."""
+    """One type on one tensor; ``quality`` is ``None`` where there is none, and ``note`` says why.
+
+    ``damaged`` is whether that is for values which are NaN or infinite.
+    """
 
     tensor: str
     shape: tuple[int, ...]
@@ -34,6 +37,7 @@ class Measurement:
     effort: str
     quality: Quality | None
     note: str = ""
+    damaged: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return one flat record of JSON data."""
@@ -44,6 +48,7 @@ class Measurement:
             "type": self.type,
             "effort": self.effort,
             "note": self.note,
+            "damaged": self.damaged,
         }
         return record | ({} if self.quality is None else self.quality.to_json())
 
@@ -82,6 +87,11 @@ def measure(
     progress
         Called with (weights encoded, weights in all).
 
+    Returns
+    -------
+    list of Measurement
+        For every tensor and type. A tensor with values that are NaN or infinite has no quality, and a note that says where.
+
     Raises
     ------
     GGUFError
@@ -97,14 +107,19 @@ def measure(
         total = sum(_n_rows(t, max_rows) * t.shape[-1] for t in chosen) * len(codecs)
         done = 0
         for tensor in chosen:
-            rows = _rows(tensor, max_rows)
+            rows, numbers = _rows(tensor, max_rows)
+            damage = _damage(tensor, rows, numbers)
             weights = None if imatrix is None else imatrix.rows(tensor.name, tensor.shape)
             for codec in codecs:
+                done += rows.size
+                if damage:
+                    about = (tensor.name, tensor.shape, tensor.type, codec.name, effort)
+                    results.append(Measurement(*about, None, damage, damaged=True))
+                    continue
                 # As quantizing the tensor would; stacked experts, which get one each, have one in common here.
                 factor = factor_of(float(np.abs(rows).max())) if _has_factor(file, tensor, codec) else np.float32(1)
                 found, note = _measure(rows, tensor, codec, weights, effort, objective, threads, float(factor))
                 results.append(Measurement(tensor.name, tensor.shape, tensor.type, codec.name, effort, found, note))
-                done += rows.size
                 if progress is not None:
                     progress(done, total)
     return results
@@ -133,11 +148,27 @@ def _n_rows(tensor: Tensor, max_rows: int | None) -> int:
     return n_rows if max_rows is None else min(n_rows, max_rows)
 
 
-def _rows(tensor: Tensor, max_rows: int | None) -> npt.NDArray[np.float32]:
+def _rows(tensor: Tensor, max_rows: int | None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Return rows, and their numbers."""
     n_rows = tensor.size // tensor.shape[-1]
     if max_rows is None or n_rows <= max_rows:
-        return tensor.numpy().reshape(n_rows, -1)
-    return tensor.rows_at(np.linspace(0, n_rows - 1, max_rows).astype(np.int64))
+        return tensor.numpy().reshape(n_rows, -1), np.arange(n_rows)
+    numbers = np.linspace(0, n_rows - 1, max_rows).astype(np.int64)
+    return tensor.rows_at(numbers), numbers
+
+
+def _damage(tensor: Tensor, rows: npt.NDArray[np.float32], numbers: npt.NDArray[np.int64]) -> str:
+    """Return where the first value is that is NaN or infinite, or nothing."""
+    unsound = ~np.isfinite(rows)
+    if not unsound.any():
+        return ""
+    row, column = (int(n) for n in np.argwhere(unsound)[0])
+    place = f"row {numbers[row]}"
+    if tensor.ndim == 3:
+        place = f"expert {numbers[row] // tensor.shape[1]}, row {numbers[row] % tensor.shape[1]}"
+    count = int(np.count_nonzero(unsound))
+    more = f" (and {count - 1} more in the rows that were read)" if count > 1 else ""
+    return f"{tensor.name}: found {rows[row, column]} at {place}, column {column}{more}"
 
 
 def _measure(
