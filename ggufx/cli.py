@@ -442,6 +442,8 @@ def inspect(
         _err.print(f"note: {_text(note)}")
     if failure is not None:
         raise failure
+    if tensors is not None and not found["n_matching"]:
+        _fail(f"{file}: {tensors!r} matches none of the {found['file']['n_tensors']} tensors")
 
 
 def _print_inspected(found: dict[str, Any]) -> None:
@@ -913,6 +915,12 @@ def quantize(
     ] = False,
     split_max_size: SplitMaxSize = None,
     keep_split: Annotated[bool, typer.Option("--keep-split", help="Split as the source is.")] = False,
+    tensors: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Write only tensors of this shell pattern; members of a split that hold none may be missing. Repeatable."
+        ),
+    ] = None,
     mtp: Annotated[
         bool, typer.Option("--mtp", help="Of a checkpoint: the multi-token-prediction block's file.")
     ] = False,
@@ -984,6 +992,7 @@ def quantize(
         allow_requantize=allow_requantize,
         fallback=not no_fallback,
         keep_split=keep_split,
+        only=tensors or (),
         measure=measure_errors,
         device=device,
         dialect=None if dialect is None else dialect.value,

@@ -10,8 +10,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -29,7 +30,7 @@ from ggufx.stored import StoredFile, scratch
 from ggufx.typed import Facts, architecture_of
 from ggufx.types import Codec
 
-__all__ = ["File", "Tensor", "open"]
+__all__ = ["File", "Tensor", "open", "open_parts"]
 
 DIALECT_KEY = "ggufx.dialect"
 _TURNED: Final = frozenset(
@@ -104,6 +105,11 @@ class Tensor:
     def bits_per_weight(self) -> float:
         """Packed bits per element, row headers included."""
         return self.nbytes * 8 / self.size if self.size else 0.0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all bytes are in the file: of one that was opened with ``header_only`` they need not be."""
+        return self._container.data_offset + self._entry.offset + self.nbytes <= self._container.file_nbytes
 
     @property
     def path(self) -> Path:
@@ -570,6 +576,33 @@ class File(Mapping[str, Tensor]):
         """Bytes of all tensors, padding aside."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
+    def matching(self, patterns: Iterable[str]) -> list[Tensor]:
+        """Return the tensors of some shell patterns, in file order; all of their bytes are there.
+
+        Raises
+        ------
+        GGUFError
+            A pattern matches no tensor.
+        ContainerError
+            The bytes of a tensor that matches are missing.
+        """
+        patterns = list(patterns)
+        found = [t for t in self._tensors.values() if any(fnmatch.fnmatchcase(t.name, p) for p in patterns)]
+        for pattern in patterns:
+            if not any(fnmatch.fnmatchcase(tensor.name, pattern) for tensor in found):
+                missing = "" if self.complete else f" that are there ({self.notes[-1]})"
+                raise GGUFError(
+                    f"{self.path}: {quoted(pattern)} matches none of the {len(self)} tensors{missing}; ggufx inspect lists them"
+                )
+        cut = next((tensor for tensor in found if not tensor.is_whole), None)
+        if cut is not None:
+            raise ContainerError(
+                cut.path,
+                "truncated",
+                f"the bytes of tensor {quoted(cut.name)} are not all there; download the file again",
+            )
+        return found
+
     def __getitem__(self, name: str) -> Tensor:
         try:
             return self._tensors[name]
@@ -680,6 +713,35 @@ def open(path: str | Path, *, dialect: str | None = None, splits: bool = True, h
             _refuse_concatenated(path, dialect)
         raise
     return File(containers, dialect, missing=missing, header_only=header_only)
+
+
+def open_parts(path: str | Path, patterns: Iterable[str], *, dialect: str | None = None) -> File:
+    """Open a GGUF for the tensors of some shell patterns: what holds none of them may be missing.
+
+    Parameters
+    ----------
+    path
+        The file; any member of a split, whose other members need not be there.
+    patterns
+        As :meth:`File.matching` takes them.
+    dialect
+        As in :func:`open`.
+
+    Raises
+    ------
+    ContainerError, UnknownDialect, AmbiguousDialect
+        As :func:`open`; what is missing is no error, unless a tensor that matches is.
+    GGUFError
+        As :meth:`File.matching`.
+    """
+    try:
+        file = open(path, dialect=dialect)
+    except ContainerError:
+        file = open(path, dialect=dialect, header_only=True)
+        if file.complete:
+            raise
+    file.matching(patterns)
+    return file
 
 
 def _refuse_concatenated(path: Path, dialect: str | None) -> None:

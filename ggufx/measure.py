@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ggufx import types
 from ggufx.distortion import Quality, quality
 from ggufx.errors import GGUFError, UnsupportedType
 from ggufx.factors import factor_of, is_applied
-from ggufx.file import File, Tensor
+from ggufx.file import File, Tensor, open_parts
 from ggufx.hybrid import ScaledTensor, open
 from ggufx.imatrix import ImportanceMatrix, RowImportance
 from ggufx.types import Codec, Effort, Objective
@@ -54,7 +55,7 @@ class Measurement:
 
 
 def measure(
-    path: str | Path,
+    path: str | Path | File,
     type_names: Sequence[str],
     *,
     pattern: str | None = None,
@@ -71,7 +72,7 @@ def measure(
     Parameters
     ----------
     path
-        The GGUF, or a hybrid's directory.
+        The GGUF, or a hybrid's directory; or one of them opened, which stays open.
     type_names
         Types to compare.
     pattern
@@ -102,7 +103,7 @@ def measure(
         if not codec.can_encode or not codec.can_decode:
             raise UnsupportedType(f"{codec.name} cannot be measured: ggufx does not encode it")
     results: list[Measurement] = []
-    with open(path, dialect=dialect) as file:
+    with _opened(path, pattern, dialect) as file:
         chosen = _chosen(file, pattern)
         total = sum(_n_rows(t, max_rows) * t.shape[-1] for t in chosen) * len(codecs)
         done = 0
@@ -123,6 +124,15 @@ def measure(
                 if progress is not None:
                     progress(done, total)
     return results
+
+
+def _opened(path: str | Path | File, pattern: str | None, dialect: str | None) -> AbstractContextManager[File]:
+    """Open a model; of a GGUF, members of a split without a tensor of the pattern need not be there."""
+    if isinstance(path, File):
+        return nullcontext(path)
+    if pattern is None or Path(path).is_dir():
+        return open(path, dialect=dialect)
+    return open_parts(path, [pattern], dialect=dialect)
 
 
 def _chosen(file: File, pattern: str | None) -> list[Tensor]:

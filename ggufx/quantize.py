@@ -6,6 +6,7 @@ the one engine: streaming, bounded, resumable, atomic.
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ from ggufx.errors import FallbackError, PlanError, RecipeError, UnknownType
 from ggufx.execute import Progress, TileDone
 from ggufx.factors import factor_lost, is_applied
 from ggufx.factors import name_of as factor_name
-from ggufx.file import File, Tensor, open
+from ggufx.file import File, Tensor, open, open_parts
 from ggufx.imatrix import ImportanceMatrix, Place
 from ggufx.plan import FP8_KINDS, Matrix, Plan, PlannedTensor, Span, Transform, Weights
 from ggufx.recipe import NATIVE, Finding, Recipe, Rule
@@ -294,6 +295,7 @@ def prepare(
     allow_requantize: bool = False,
     fallback: bool = True,
     keep_split: bool = False,
+    only: Sequence[str] = (),
     measure: bool = False,
     device: str | None = None,
     dialect: str | None = None,
@@ -335,6 +337,8 @@ def prepare(
         Take the next type of the field's tables where a row's length does not fit a block; otherwise that is an error.
     keep_split
         Split as the source is.
+    only
+        Shell patterns of the tensors to write; none: all. Members of a split that hold no such tensor need not be there.
     measure
         Sum up errors on the way (:class:`Tally` reports them).
     device
@@ -364,7 +368,9 @@ def prepare(
         raise RecipeError("a mix was asked for, but none is named")
     kind = mixed.type if mixed is not None else None if default is None else codec_name(default)
     wanted = [name for name in (kind, *map(_optional_name, (output_type, embedding_type))) if name is not None]
-    opened = source if isinstance(source, File | Checkpoint) else _open(source, dialect)
+    if only and keep_split:
+        raise PlanError("--tensors and --keep-split exclude each other: a member without a tensor is none")
+    opened = source if isinstance(source, File | Checkpoint) else _open(source, dialect, only)
     chosen = target_dialect(rules, wanted, opened, target)
     if isinstance(opened, File):
         sources, quantization = _gguf_sources(opened, chosen, asked=target is not None)
@@ -385,7 +391,8 @@ def prepare(
         allow_requantize=allow_requantize, fallback=fallback, tied=all(s.name != "output.weight" for s in sources),
         n_source_files=len(quantization.source_files),
     )  # fmt: skip
-    quantization.choices, findings = _factors([decide(item) for item in sources], chosen, quantization.facts())
+    taken = _among(sources, only, quantization.path) if only else sources
+    quantization.choices, findings = _factors([decide(item) for item in taken], chosen, quantization.facts())
     quantization.findings += findings
     if not sources:
         quantization.findings.append(
@@ -586,11 +593,22 @@ def _assigned(
     return {name: found[theirs] for name, theirs in names.items() if theirs in found}
 
 
-def _open(source: str | Path, dialect: str | None) -> File | Checkpoint:
+def _open(source: str | Path, dialect: str | None, only: Sequence[str] = ()) -> File | Checkpoint:
     path = Path(source)
     if path.is_dir():
         return Checkpoint(path)
-    return open(path, dialect=dialect)
+    return open_parts(path, only, dialect=dialect) if only else open(path, dialect=dialect)
+
+
+def _among(sources: Sequence[Source], patterns: Sequence[str], path: Path) -> list[Source]:
+    """Return the sources of some shell patterns; raises PlanError for a pattern that matches none."""
+    found = [source for source in sources if any(fnmatch.fnmatchcase(source.name, p) for p in patterns)]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(source.name, pattern) for source in found):
+            raise PlanError(
+                f"{path}: {pattern!r} matches none of the {len(sources)} tensors; --dry-run --verbose lists them"
+            )
+    return found
 
 
 def _matrix(given: ImportanceMatrix | str | Path | None) -> ImportanceMatrix | Literal["energy", "ones"] | None:

@@ -497,9 +497,6 @@ def _tensors(count: int) -> str:
 
 
 def short(value: Value) -> str:
-    """Return a value in a few words; float32 as the shortest number that is the same."""
-    data = value.to_json()
-    if value.type is ValueType.FLOAT32:
-        data = float(str(np.float32(data)))
-    text = str(data)
+    """Return a value in a few words."""
+    text = str(value.to_json())
     return text if len(text) <= 40 else text[:37] + "..."
