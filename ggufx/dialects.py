@@ -39,7 +39,8 @@ class Dialect:
     lacks
         Inherited ids that this fork does not have.
     file_types
-        ``general.file_type`` numbers that differ from the parent's; ``None`` for those that it does not have.
+        ``general.file_type`` numbers that no type is called by and that differ from the parent's; ``None`` for those that it
+        does not have.
     only
         Inherited ids that this program reads, where it is easier to say than :attr:`lacks`; ``None`` for all.
     """
@@ -75,15 +76,27 @@ class Dialect:
             dialect = None if dialect.parent is None else DIALECTS[dialect.parent]
         return None
 
+    def fallback(self, codec: Codec) -> Codec | None:
+        """Return the type for rows that no block of ``codec`` divides, or ``None`` where the dialect's programs have none."""
+        name = codec.fallbacks.get(self.name)
+        if name is not None:
+            return types.get(name)
+        return None if self.parent is None else DIALECTS[self.parent].fallback(codec)
+
     def file_type_name(self, number: int) -> str | None:
         """Return the spelling of a ``general.file_type`` number, such as ``"MXFP4_MOE"``."""
         if number in self.file_types:
             return self.file_types[number]
+        codec = next((codec for codec in types.all_codecs() if codec.file_types.get(self.name) == number), None)
+        if codec is not None:
+            return codec.name
         return None if self.parent is None else DIALECTS[self.parent].file_type_name(number)
 
     def file_type_number(self, name: str) -> int | None:
         """Return the ``general.file_type`` number spelled ``name``, or ``None``."""
         number = next((number for number, spelling in self.file_types.items() if spelling == name), None)
+        if number is None:
+            number = next((c.file_types.get(self.name) for c in types.all_codecs() if c.name == name), None)
         if number is not None or self.parent is None:
             return number
         inherited = DIALECTS[self.parent].file_type_number(name)
@@ -92,29 +105,23 @@ class Dialect:
         return inherited if held == name or (name, held) in _SAME_FILE_TYPE else None
 
 
-# llama.h's llama_ftype; the names are what file names carry.
+# llama.h's llama_ftype, but for those that a type is called by (Codec.file_types); file names carry the names.
 _UPSTREAM_FILE_TYPES = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
-    13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS",
-    21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S",
-    29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4_MOE", 39: "NVFP4",
-    40: "Q1_0", 41: "Q2_0",
+    11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 21: "Q2_K_S", 22:
+    "IQ3_XS", 27: "IQ3_M", 29: "IQ2_M", 38: "MXFP4_MOE",
 }  # fmt: skip
 
 _SAME_FILE_TYPE = {("MXFP4_MOE", "MXFP4")}
 """Upstream's and ik_llama.cpp's names of one number."""
 
-# ik_llama.cpp's llama.h.
+# The same of ik_llama.cpp's llama.h.
 _IK_FILE_TYPES = {
-    33: "Q4_0_4_4", 34: "Q4_0_4_8", 35: "Q4_0_8_8", 36: None, 37: None, 38: "MXFP4", 39: None, 40: None, 41: "Q1_0_G128",
-    135: "Q6_0", 136: "IQ1_BN", 137: "IQ2_BN", 138: "IQ2_K", 139: "IQ3_K", 140: "IQ4_K", 141: "IQ5_K", 142: "IQ6_K",
-    145: "IQ4_KS", 146: "IQ3_KL", 147: "IQ2_KS", 148: "IQ4_KSS", 149: "Q8_KV", 150: "IQ5_KS", 151: "IQ2_KT", 152: "IQ3_KT",
-    153: "IQ4_KT", 154: "IQ3_KS", 155: "IQ2_KL", 156: "IQ1_KT",
-    202: "Q4_0_R8", 207: "Q8_0_R8", 208: "Q5_0_R4", 210: "Q2_K_R4", 211: "Q3_K_R4", 214: "Q4_K_R4", 216: "Q5_K_R4",
-    218: "Q6_K_R4", 219: "IQ2_XXS_R4", 220: "IQ2_XS_R4", 223: "IQ3_XXS_R4", 224: "IQ1_S_R4", 225: "IQ4_NL_R4",
-    226: "IQ3_S_R4", 229: "IQ2_M_R4", 230: "IQ4_XS_R8", 231: "IQ1_M_R4", 232: "BF16_R16", 335: "Q6_0_R4", 337: "IQ2_BN_R4",
-    338: "IQ2_K_R4", 339: "IQ3_K_R4", 340: "IQ4_K_R4", 341: "IQ5_K_R4", 345: "IQ4_KS_R4", 350: "IQ5_KS_R4",
-    351: "MXFP4_R8", 398: "Q8_KV_R8", 399: "Q8_K_R8",
+    33: "Q4_0_4_4", 34: "Q4_0_4_8", 35: "Q4_0_8_8", 36: None, 37: None, 39: None, 40: None, 41: "Q1_0_G128", 136:
+    "IQ1_BN", 137: "IQ2_BN", 146: "IQ3_KL", 149: "Q8_KV", 156: "IQ1_KT", 202: "Q4_0_R8", 207: "Q8_0_R8", 208: "Q5_0_R4",
+    210: "Q2_K_R4", 211: "Q3_K_R4", 214: "Q4_K_R4", 216: "Q5_K_R4", 218: "Q6_K_R4", 219: "IQ2_XXS_R4", 220: "IQ2_XS_R4",
+    223: "IQ3_XXS_R4", 224: "IQ1_S_R4", 225: "IQ4_NL_R4", 226: "IQ3_S_R4", 229: "IQ2_M_R4", 230: "IQ4_XS_R8", 231:
+    "IQ1_M_R4", 232: "BF16_R16", 335: "Q6_0_R4", 337: "IQ2_BN_R4", 338: "IQ2_K_R4", 339: "IQ3_K_R4", 340: "IQ4_K_R4", 341:
+    "IQ5_K_R4", 345: "IQ4_KS_R4", 350: "IQ5_KS_R4", 351: "MXFP4_R8", 398: "Q8_KV_R8", 399: "Q8_K_R8",
 }  # fmt: skip
 
 DIALECTS: Mapping[str, Dialect] = {

@@ -63,26 +63,6 @@ NATIVE_KINDS: Final = frozenset({*FP8_KINDS, "FP4", "F8_E4M3_B128", "MXFP4", "NV
 _EMBEDDINGS: Final = ("token_embd.weight", "per_layer_token_embd.weight")
 _INTEGERS: Final = frozenset({"I8", "I16", "I32", "I64"})
 
-# What a type that does not fit a row's length becomes: upstream's table, and ik_llama.cpp's.
-_UPSTREAM_FALLBACK: Final[Mapping[str, str]] = {
-    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
-    **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
-    "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
-}  # fmt: skip
-_IK_FALLBACK: Final[Mapping[str, str]] = {
-    **_UPSTREAM_FALLBACK,
-    **dict.fromkeys(
-        (
-            "Q2_K", "Q3_K", "IQ2_K", "IQ3_K", "IQ2_KS", "IQ3_KS", "IQ2_KL", "IQ4_KS", "IQ4_KSS", "IQ1_KT", "IQ2_KT", "IQ3_KT",
-            "IQ4_KT",
-        ),
-        "IQ4_NL",
-    ),
-    **dict.fromkeys(("Q4_K", "IQ4_K", "IQ5_KS"), "Q5_0"),
-    **dict.fromkeys(("Q5_K", "IQ5_K"), "Q6_0"),
-    **dict.fromkeys(("Q6_K", "IQ6_K"), "Q8_0"),
-}  # fmt: skip
-
 QUANTIZATION_VERSION: Final = 2  # ggml.h's GGML_QNT_VERSION
 
 # An imatrix is recorded under upstream's names.
@@ -955,16 +935,15 @@ class _Decider:
         return Choice(source, planned.type, True, rule)
 
     def _fitting(self, source: Source, wanted: str) -> str:
-        """Return ``wanted``, or what the field's tables have for rows that it does not fit."""
+        """Return ``wanted``, or the first of its fallbacks that the rows fit."""
         row_len = source.shape[-1] if source.shape else 1
-        table = _IK_FALLBACK if self.target.name == "ik_llama.cpp" else _UPSTREAM_FALLBACK
         # F16 cannot hold every value of BF16, FP8 or FP4; upstream's last resort is F16 whatever the source.
         wide = "F16" if source.kind in ("F16", "F32", "F64") else "BF16"
         fitting = wanted
         while row_len % types.get(fitting).layout.block_len:
-            following = table.get(fitting, wide)
-            held = self.target.type_id(types.get(following)) is not None
-            fitting = following if held else wide
+            following = self.target.fallback(types.get(fitting))
+            held = following is not None and self.target.type_id(following) is not None
+            fitting = following.name if following is not None and held else wide
         if fitting != wanted:
             block_len = types.get(wanted).layout.block_len
             self.say(

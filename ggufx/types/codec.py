@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from types import MappingProxyType
 from typing import Any, ClassVar, Final, Literal, NamedTuple, get_args
 
 import ml_dtypes
@@ -164,6 +165,11 @@ class Codec(ABC):
     layout : Layout
     ids : mapping of str to int
         Dialect name -> type id. A dialect inherits its parent's ids.
+    file_types : mapping of str to int
+        Dialect name -> ``general.file_type`` of a file that is called by this type; inherited, too.
+    fallbacks : mapping of str to str
+        Dialect name -> name of the type that rows take which no block divides, as that program's quantizer has it;
+        inherited, too.
     value_dtype : numpy dtype
         What :meth:`decode` gives by default: float32 for every quant and float type, the stored dtype for integers and
         float64.
@@ -192,6 +198,8 @@ class Codec(ABC):
 
     layout: ClassVar[Layout]
     ids: ClassVar[Mapping[str, int]]
+    file_types: ClassVar[Mapping[str, int]] = MappingProxyType({})
+    fallbacks: ClassVar[Mapping[str, str]] = MappingProxyType({})
     value_dtype: ClassVar[np.dtype[Any]] = np.dtype(np.float32)
     needs_importance: ClassVar[bool] = False
     lossy: ClassVar[bool] = True

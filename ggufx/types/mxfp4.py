@@ -42,6 +42,7 @@ class MXFP4(Codec):
     rms_bound: ClassVar = 0.118
     nested: ClassVar = True
     ids: ClassVar = {"llama.cpp": 39}
+    file_types: ClassVar = {"ik_llama.cpp": 38}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scale doubled table values by half the scale."""

@@ -49,6 +49,7 @@ class NVFP4(Codec):
     safe_magnitude: ClassVar = 2688.0  # 448, the largest scale, times 6
     nested: ClassVar = True
     ids: ClassVar = {"llama.cpp": 40}
+    file_types: ClassVar = {"llama.cpp": 39}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scale doubled table values by half the scale."""
