@@ -35,7 +35,7 @@ from rich.progress import (
 
 import ggufx
 from ggufx import budget as budget_module
-from ggufx import catalog, dialects, execute, mixes, testing, types
+from ggufx import catalog, dialects, execute, kernels, mixes, testing, types
 from ggufx import convert as convert_module
 from ggufx import diff as diff_module
 from ggufx import edit as edit_module
@@ -177,14 +177,49 @@ def _text(name: str) -> str:
     return escape(printable(name, line=True))
 
 
+class _Compiling:
+    """Says when kernels are compiled, and is a clock that stands still meanwhile: what comes after is as quick as what was."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._begun: float | None = None
+        self._seconds = 0.0
+
+    def clock(self) -> float:
+        begun = self._begun
+        return (time.monotonic() if begun is None else begun) - self._seconds
+
+    def __call__(self, kind: str, begins: bool) -> None:
+        if begins:
+            self._begun = time.monotonic()
+            self._say(f"compiling {kind or 'kernels'} (once)")
+        elif self._begun is not None:
+            self._seconds += time.monotonic() - self._begun
+            self._begun = None
+            self._say("")
+
+
 @contextmanager
-def _progress(verb: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
-    """Show a bar of bytes (or another unit) with rate and time left, on the terminal only."""
+def _progress(verb: str, unit: str = "bytes", *, notes: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar of bytes (or another unit) with rate and time left, on the terminal only.
+
+    That a kernel is compiled, which may take longer than all else, the bar says; without a terminal ``notes`` do.
+    """
     rate: tuple[ProgressColumn, ...] = (DownloadColumn(binary_units=True), TransferSpeedColumn())
     if unit != "bytes":
         rate = (MofNCompleteColumn(), TextColumn(unit))
     columns = (TextColumn("{task.description}"), BarColumn(), *rate, TimeRemainingColumn())
-    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
+    noted: set[str] = set()
+
+    def say(what: str) -> None:
+        progress.update(task, description=f"{verb}: {what}" if what else verb)
+        if progress.disable and notes and what and what not in noted:
+            noted.add(what)
+            _err.print(f"note: {what}", markup=False)
+
+    compiling = _Compiling(say)
+    bar = Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal, get_time=compiling.clock)
+    with kernels.compiling_heard(compiling), bar as progress:
         task = progress.add_task(verb, total=None)
 
         def report(done: int, total: int) -> None:
@@ -1463,7 +1498,7 @@ def selftest(
     """Hold quant types, third-party ones too, to the laws of a codec (ggufx.testing). Exit 0 if none is broken."""
     codecs = [types.get(name) for name in names] if names else list(types.all_codecs())
     found: dict[str, list[testing.Verdict]] = {}
-    with _progress("selftest", unit="types") as progress:
+    with _progress("selftest", unit="types", notes=False) as progress:
         for number, codec in enumerate(codecs):
             progress(number, len(codecs))
             found[codec.name] = list(testing.verdicts(codec, seed=seed))
@@ -1502,16 +1537,23 @@ def _print_verdicts(found: dict[str, list[testing.Verdict]]) -> None:
 
 @app.command()
 def warmup(names: Names = None) -> None:
-    """Compile the kernels of quant types now, into the cache on disk, so that no later call waits for it."""
-    with _progress("warmup", unit="kernels") as progress:
+    """Compile the kernels of quant types now, into the cache on disk, so that no later call waits for it.
+
+    Exit 1 if they cannot be kept.
+    """
+    with _progress("warmup", unit="kernels", notes=False) as progress:
         warmed = list(warmup_module.warm_up(names or None, progress=progress))
     table = make_table("type", "kernel", "seconds", "")
     for kernel in warmed:
+        how = "compiled" if kernel.compiled else "from the cache"
         table.add_row(
-            kernel.type, kernel.verb, f"{kernel.seconds:.2f}", "compiled" if kernel.compiled else "from the cache"
+            kernel.type, kernel.verb, f"{kernel.seconds:.2f}", how if kernel.kept else "compiled, but not kept"
         )
     _out.print(table)
     _out.print(f"{len(warmed)} kernels, {sum(kernel.seconds for kernel in warmed):.1f} s")
+    lost = sum(not kernel.kept for kernel in warmed)
+    if lost:
+        _fail(f"{lost} kernels were compiled, but not kept: set NUMBA_CACHE_DIR to a folder that can be written")
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:

@@ -1,8 +1,8 @@
 """Compile kernels ahead of their first use.
 
-Numba compiles a kernel when it is first called and keeps the machine code on disk (``__pycache__`` beside the kernels, or
-``NUMBA_CACHE_DIR``). Warming up calls every verb of a type through the base class, so that the kernels see exactly the
-argument types that they will see later: no call after that compiles. Decoders are compiled for each dtype that they write.
+Numba compiles a kernel when it is first called, and the machine code is kept on disk (:mod:`ggufx.kernels._cache` says where).
+Warming up calls every verb of a type through the base class, so that the kernels see exactly the argument types that they will
+see later: no call after that compiles. Decoders are compiled for each dtype that they write.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ggufx import types
+from ggufx import kernels, types
 from ggufx.types import Codec
 from ggufx.types._effort import errors
 from ggufx.types.codec import EFFORTS, OBJECTIVES
@@ -37,12 +37,15 @@ class Warmed:
         Compiling and storing it, or loading it from the cache.
     compiled
         Whether machine code was made; else the cache had it all.
+    kept
+        Whether other processes find it on disk.
     """
 
     type: str
     verb: str
     seconds: float
     compiled: bool
+    kept: bool = True
 
 
 def kernels_of(names: Iterable[str] | None = None) -> list[tuple[Codec, str]]:
@@ -86,10 +89,10 @@ def warm_up(
     for number, (codec, verb) in enumerate(pairs):
         if progress is not None:
             progress(number, len(pairs))
-        start = time.perf_counter()
+        start, unkept = time.perf_counter(), len(kernels.unkept)
         with compiling() as compiled:
             _CALLS[verb](codec)
-        yield Warmed(codec.name, verb, time.perf_counter() - start, bool(compiled))
+        yield Warmed(codec.name, verb, time.perf_counter() - start, bool(compiled), len(kernels.unkept) == unkept)
     if progress is not None:
         progress(len(pairs), len(pairs))
 

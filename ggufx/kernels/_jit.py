@@ -1,15 +1,13 @@
 """The one decorator of all kernels, and the few intrinsics that plain Numba lacks.
 
 No ``fastmath`` (a fused multiply-add changes bits, NaN checks vanish), no ``parallel`` (threads are the caller's), no
-eager signature (it would compile at import). Compiled code is cached on disk under a stamp of every file of this
-package: Numba's own stamp covers one file only and serves stale code when a helper or table in another file changes.
+eager signature (it would compile at import). Compiled code is kept on disk (:mod:`ggufx.kernels._cache`).
 """
 
 from __future__ import annotations
 
-import hashlib
+import inspect
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,16 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import caching
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
 from numba.core.errors import TypingError
-from numba.core.runtime import rtsys
 from numba.core.typed_passes import InlineOverloads, NativeLowering, NopythonRewrites
 from numba.core.untyped_passes import InlineClosureLikes, InlineInlinables
 from numba.extending import intrinsic
 
-from ggufx.kernels import uncollected
+from ggufx.kernels import compiled, uncollected
+from ggufx.kernels._cache import KNOWN_NUMBA, DiskCache
 from ggufx.kernels._floats import plain_nans, store_floats, widen_brains, widen_halves
 
 __all__ = [
@@ -60,71 +57,6 @@ __all__ = [
 ]
 
 
-_KNOWN_NUMBA = "0.68."
-"""Versions whose insides the shortcuts below were tried with; others go Numba's own, slower way."""
-
-
-@cache
-def _stamp() -> str:
-    digest = hashlib.sha256()
-    here = Path(__file__).parent
-    for path in (here.parent / "tables.py", *sorted(here.glob("*.py"))):
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-class _Stamped:
-    """Mixin for Numba's cache locators: stamp of all kernels, and a folder of its own under bounds checks."""
-
-    def get_source_stamp(self) -> str:
-        return _stamp()
-
-    def get_cache_path(self) -> str:
-        path: str = super().get_cache_path()  # type: ignore[misc]
-        return f"{path}/boundscheck" if numba.config.BOUNDSCHECK else path
-
-
-class _UserProvided(_Stamped, caching.UserProvidedCacheLocator):  # type: ignore[misc]
-    pass
-
-
-class _InTree(_Stamped, caching.InTreeCacheLocator):  # type: ignore[misc]
-    pass
-
-
-class _UserWide(_Stamped, caching.UserWideCacheLocator):  # type: ignore[misc]
-    pass
-
-
-class _Impl(caching.CompileResultCacheImpl):  # type: ignore[misc]
-    _locator_classes = [_UserProvided, _InTree, _UserWide]  # noqa: RUF012 (Numba's own attribute)
-
-
-class _Cache(caching.FunctionCache):  # type: ignore[misc]
-    _impl_class = _Impl
-
-    def __init__(self, function: Callable[..., Any], key: str | None) -> None:
-        super().__init__(function)
-        self._key = key
-
-    def _index_key(self, sig: Any, codegen: Any) -> Any:
-        # Numba pickles what a closure holds, and other compiled functions pickle differently in every process.
-        if self._key is None:
-            return super()._index_key(sig, codegen)
-        return (sig, codegen.magic_tuple(), self._key)
-
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        # Numba registers its whole library of overloads first (0.1 s), which only compiling needs, and compiling does so
-        # itself. Machine code from the cache needs the runtime alone (without it, it crashes): known for the versions that
-        # the tests have run with, so others keep to Numba's own way.
-        if not numba.__version__.startswith(_KNOWN_NUMBA):
-            return super().load_overload(sig, target_context)
-        rtsys.initialize(target_context)
-        with self._guard_against_spurious_io_errors():
-            return self._load_overload(sig, target_context)
-
-
 def kernel(function: Callable[..., Any], key: str | None = None) -> Any:
     """Compile ``function`` on first call: nogil, strict IEEE arithmetic, cached on disk where a folder is writable.
 
@@ -133,12 +65,9 @@ def kernel(function: Callable[..., Any], key: str | None = None) -> Any:
     # Nobody calls kernels from C: the wrapper for that would only be compiled.
     dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, error_model="numpy", **_pipeline(_Compiler))(function)
     if hasattr(dispatcher, "_cache"):  # NUMBA_DISABLE_JIT gives the plain function back
-        dispatcher._compiler.compile = uncollected()(dispatcher._compiler.compile)
-        try:
-            dispatcher._cache = _Cache(function, key)
-        except RuntimeError:
-            # No writable folder at all (read-only install without a home): compile in every process.
-            return dispatcher
+        dispatcher._compiler.compile = compiled(function.__module__)(uncollected()(dispatcher._compiler.compile))
+        if Path(inspect.getfile(function)).is_file():  # else it was typed in
+            dispatcher._cache = DiskCache(function, key)
     return dispatcher
 
 
@@ -213,7 +142,7 @@ class _PartCompiler(_Compiler):
 
 
 def _pipeline(compiler: Any) -> dict[str, Any]:
-    return {"pipeline_class": compiler} if numba.__version__.startswith(_KNOWN_NUMBA) else {}
+    return {"pipeline_class": compiler} if numba.__version__.startswith(KNOWN_NUMBA) else {}
 
 
 _PART = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "no_cpython_wrapper": True}

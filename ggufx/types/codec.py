@@ -688,7 +688,8 @@ class Codec(ABC):
         if function is not None:
             function(part, out, self.layout.block_len)
             return
-        self.encode_rows(part, out, weights, search)
+        with kernels.of_type(self.name):
+            self.encode_rows(part, out, weights, search)
         self.keep_better(part, out, weights, search)
 
     def keep_better(self, values: F32, packed: U8, weights: F32 | None, search: Search) -> None:
