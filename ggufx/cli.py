@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ from rich.progress import (
 
 import ggufx
 from ggufx import budget as budget_module
-from ggufx import catalog, dialects, execute, kernels, mixes, testing, types
+from ggufx import catalog, dialects, execute, kernels, mixes, stopping, testing, types
 from ggufx import convert as convert_module
 from ggufx import diff as diff_module
 from ggufx import edit as edit_module
@@ -54,6 +55,7 @@ from ggufx.assignments import parse_assignments, parse_overrides
 from ggufx.errors import DiskError, FallbackError, GGUFError, PlanError
 from ggufx.file import open as open_gguf
 from ggufx.plan import Plan
+from ggufx.stopping import Stopping
 from ggufx.terminal import Lines, make_table, prepare_streams, printable
 from ggufx.values import as_unicode
 
@@ -343,7 +345,7 @@ def _execute(
             paths = execute.execute(
                 plan, overwrite=overwrite, resume=resume, threads=threads, progress=progress, observer=tally
             )
-        except _Stopped:
+        except (_Stopped, Stopping):
             raise _Stopped("what is done is kept, the same command goes on") from None
     seconds = time.monotonic() - start
     groups = inspect_module.summarise(plan.tensors, lambda t: t.type) if tally is None else tally.by_type()
@@ -845,7 +847,7 @@ def set_command(
         with _progress("set") as progress:
             try:
                 edit_module.set_keys(edit, resume=resume, threads=threads, progress=progress)
-            except _Stopped:
+            except (_Stopped, Stopping):
                 raise _Stopped("what is done is kept, the same command goes on") from None
 
 
@@ -1568,22 +1570,51 @@ class _Stopped(BaseException):
 class _Stopper:
     """What SIGINT and SIGTERM do: the first ends the work in an orderly way, one a second later the process at once.
 
-    Signals in a row are one wish. Leaving at once is safe at any moment, as a power cut is: the next run goes on.
+    Signals in a row are one wish. Leaving at once is safe at any moment, as a power cut is: the next run goes on. Handlers run
+    when the main thread is back in Python, which may be in a compiler for seconds; so another thread hears the signals first.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self._at = 0.0
+        self._heard = threading.Event()
+        self._handled = False
+
+    def __enter__(self) -> _Stopper:
+        descriptor, self._descriptor = os.pipe()
+        os.set_blocking(self._descriptor, False)
+        threading.Thread(target=self._listen, args=(descriptor,), name="ggufx-signals", daemon=True).start()
+        signal.set_wakeup_fd(self._descriptor, warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(-1)
+        os.close(self._descriptor)
+
+    def _listen(self, descriptor: int) -> None:
+        while numbers := os.read(descriptor, 1):
+            number = numbers[0]
+            if number not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            if self.number:
+                if time.monotonic() - self._at > 1:
+                    os._exit(128 + number)
+                continue
+            self.number, self._at = number, time.monotonic()
+            stopping.begin()
+            with suppress(OSError):
+                # Not through sys.stderr, which may be in the middle of a write.
+                os.write(2, b"stopping after what is being done right now; once more ends it at once\n")
+            self._heard.set()
+        os.close(descriptor)
 
     def __call__(self, number: int, frame: object) -> None:
-        if self.number:
-            if time.monotonic() - self._at > 1:
-                os._exit(128 + number)
+        if self._handled:
             return
-        self.number, self._at = number, time.monotonic()
-        with suppress(OSError):
-            # Not through sys.stderr, which may be in the middle of a write.
-            os.write(2, b"stopping after what is being done right now; once more ends it at once\n")
+        self._handled = True
+        self._heard.wait(1)
         raise _Stopped
 
 
@@ -1606,24 +1637,22 @@ def _note(message: Warning | str, *_: object, **__: object) -> None:
 
 def main() -> None:
     """Run the command line: one clear line and exit code 1 for every error that input can cause."""
-    stop = _Stopper()
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
     prepare_streams()
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _note
-            app()
-    except FallbackError as error:
-        _fail(str(error), 3)
-    except GGUFError as error:
-        _fail(str(error))
-    except _Stopped as reason:
-        _fail(f"stopped; {reason}" if str(reason) else "stopped", 128 + stop.number)
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except UnicodeDecodeError as error:
-        _fail(f"a text file is not UTF-8 ({error})")
+    with stopping.possible(), _Stopper() as stop:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _note
+                app()
+        except FallbackError as error:
+            _fail(str(error), 3)
+        except GGUFError as error:
+            _fail(str(error))
+        except (_Stopped, Stopping) as reason:
+            _fail(f"stopped; {reason}" if str(reason) else "stopped", 128 + stop.number)
+        except OSError as error:
+            _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        except UnicodeDecodeError as error:
+            _fail(f"a text file is not UTF-8 ({error})")
 
 
 def run() -> NoReturn:

@@ -31,6 +31,8 @@ from functools import cache
 from types import ModuleType
 from typing import Final
 
+from ggufx import stopping
+
 __all__ = [
     "OUTPUTS",
     "CacheWarning",
@@ -162,6 +164,7 @@ def compiling_heard(listener: Callable[[str, bool], None]) -> Iterator[None]:
 @contextmanager
 def compiled(module: str) -> Iterator[None]:
     """Tell those who listen that a kernel of module ``module`` is compiled meanwhile."""
+    stopping.check()
     if _thread.refuses:
         raise NotCompiledError(module)
     last = module.rpartition(".")[2]

@@ -23,6 +23,7 @@ from numba.core.typed_passes import InlineOverloads, NativeLowering, NopythonRew
 from numba.core.untyped_passes import InlineClosureLikes, InlineInlinables
 from numba.extending import intrinsic
 
+from ggufx import stopping
 from ggufx.kernels import compiled, uncollected
 from ggufx.kernels._cache import KNOWN_NUMBA, DiskCache
 from ggufx.kernels._floats import plain_nans, store_floats, widen_brains, widen_halves
@@ -126,6 +127,7 @@ class _Compiler(CompilerBase):  # type: ignore[misc]
     lowering: Any = NativeLowering
 
     def define_pipelines(self) -> list[Any]:
+        stopping.check()  # once for every function that a kernel calls
         manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
         manager.passes = [
             (self.lowering if found is NativeLowering else found, why)
