@@ -1113,9 +1113,10 @@ def _measured(budget: budget_module.Budget, limit: int, threads: int | None) -> 
 
 
 def _print_budget(budget: budget_module.Budget, limit: int, threads: int | None, *, as_json: bool) -> None:
-    seconds = budget.estimate(threads)
+    estimate = budget.estimate(threads)
     if as_json:
-        _print_json(budget.to_json() | {"limit": limit, "estimated_seconds": seconds})
+        told = {"estimated_seconds": estimate.seconds, "not_compiled": list(estimate.not_compiled)}
+        _print_json(budget.to_json() | {"limit": limit} | told)
         return
     _out.print(
         f"to be chosen: types of {budget.n_tensors} tensors, at most {limit} bytes, dialect {budget.dialect.name}"
@@ -1124,7 +1125,17 @@ def _print_budget(budget: budget_module.Budget, limit: int, threads: int | None,
     for name, count in budget.left_out.items():
         _out.print(f"note: {name} demands importance and is no choice for {count} tensors; --imatrix gives it")
     _out.print(f"reachable: {budget.smallest_nbytes} to {budget.largest_nbytes} bytes")
-    _out.print(f"measuring: {budget.n_sampled} weights in all, about {seconds:.0f} s; `ggufx recipe fit` does it")
+    time_needed = (
+        "how long that takes is not known before a candidate is compiled"
+        if estimate.seconds is None
+        else f"about {estimate.seconds:.0f} s by a short trial of {len(estimate.tried)} candidates"
+    )
+    _out.print(f"measuring: {budget.n_sampled} weights in all, {time_needed}; `ggufx recipe fit` does it")
+    if estimate.not_compiled:
+        _out.print(
+            f"note: {len(estimate.not_compiled)} candidates are not compiled yet, which comes on top, once: some seconds each "
+            "(`ggufx warmup` does it ahead)"
+        )
 
 
 def _print_fit(fit: budget_module.Fit, console: Lines) -> None:

@@ -36,7 +36,6 @@ from ggufx.errors import (
     CodecError,
     DiskError,
     GGUFError,
-    OutputExists,
     PlanError,
     SourceCodesError,
 )
