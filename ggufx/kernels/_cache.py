@@ -114,7 +114,7 @@ class DiskCache(caching.NullCache):  # type: ignore[misc]
     """
 
     def __init__(self, function: Callable[..., Any], key: str | None) -> None:
-        self._code = function.__code__
+        self._code, self._module = function.__code__, function.__module__
         self._source = Path(inspect.getfile(function)).absolute()
         # Numba pickles what a closure holds, and other compiled functions pickle differently in every process.
         self._key = key if key is not None else dumps(tuple(cell.cell_contents for cell in function.__closure__ or ()))
@@ -178,7 +178,8 @@ class DiskCache(caching.NullCache):  # type: ignore[misc]
     def _named(self, sig: Any, codegen: Any) -> tuple[str, Any]:
         """Return the name of a signature's file, the same for all versions of a kernel, and what the file must be of."""
         module, function = self._source.stem, self._code.co_qualname
-        machine = (sig, codegen.magic_tuple(), self._key, numba.config.BOUNDSCHECK)
+        # The module is imported where the code is loaded, which would fail for a file that now is another module.
+        machine = (sig, codegen.magic_tuple(), self._key, self._module, numba.config.BOUNDSCHECK)
         name = f"{module}.{function.replace('<', '').replace('>', '')}.{sys.implementation.cache_tag}"
         digest = hashlib.sha256(repr(machine).encode()).hexdigest()[:16]
         return f"{name}-{digest}.ggufx", (*machine, self._code.co_firstlineno)

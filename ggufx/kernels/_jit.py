@@ -7,6 +7,7 @@ eager signature (it would compile at import). Compiled code is kept on disk (:mo
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def kernel(function: Callable[..., Any], key: str | None = None) -> Any:
     dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, error_model="numpy", **_pipeline(_Compiler))(function)
     if hasattr(dispatcher, "_cache"):  # NUMBA_DISABLE_JIT gives the plain function back
         dispatcher._compiler.compile = compiled(function.__module__)(uncollected()(dispatcher._compiler.compile))
-        if Path(inspect.getfile(function)).is_file():  # else it was typed in
+        # Code is found again by the names of a file and a module: what was typed in has none.
+        if Path(inspect.getfile(function)).is_file() and function.__module__ in sys.modules:
             dispatcher._cache = DiskCache(function, key)
     return dispatcher
 
