@@ -114,6 +114,18 @@ def test_a_folder_that_can_only_be_read_serves(make: Make, tmp_path: Path, monke
     assert kept(tmp_path) == ["source"]
 
 
+def test_a_folder_that_was_named_is_the_only_one(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiles(make())
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "asked"))
+    block(tmp_path / "asked")
+    with pytest.warns(kernels.CacheWarning, match=f"{tmp_path}/asked"):
+        assert compiles(make())
+    (tmp_path / "asked").unlink()
+    assert compiles(make())
+    assert not compiles(make())
+    assert kept(tmp_path) == ["asked", "source"]
+
+
 def test_nothing_can_be_written(make: Make, tmp_path: Path) -> None:
     for folder in (
         tmp_path / "source" / "__pycache__",

@@ -4,10 +4,11 @@ A file holds one signature of one kernel, under a digest of everything that the 
 older sources or of another Numba, a file that a power cut or a full disk has cut, and plain garbage are one case: as if no file
 were there. The kernel is compiled again and the file replaced. Nothing is unpickled before its digest is right.
 
-Folders are tried in turn, for reading and for writing: ``NUMBA_CACHE_DIR``, ``__pycache__`` beside the source, ``ggufx`` in the
-user's cache folder, and a folder of the user's own in ``TMPDIR``. One that can only be read (an image that was warmed up when
-it was made) serves as well. Who can write there can have this process run anything, so the last two must belong to the user
-and be closed to everybody else; the first was named by the user, and who can write to the second can change the sources.
+The folder is ``NUMBA_CACHE_DIR`` where that is set. Else three are tried in turn, for reading and for writing: ``__pycache__``
+beside the source, ``ggufx`` in the user's cache folder (``XDG_CACHE_HOME``), and one of the user's own in ``TMPDIR``. One that
+can only be read (an image that was warmed up when it was made) serves as well. Who can write there can have this process run
+anything, so the last two must belong to the user and be closed to everybody else; who can write to the first can change the
+sources, and ``NUMBA_CACHE_DIR`` was named by the user.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def _folders(source: Path) -> Iterator[tuple[Path, Path | None]]:
     own = f"{folder.name}_{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}"
     if numba.config.CACHE_DIR:
         yield Path(numba.config.CACHE_DIR) / own, None
+        return
     yield folder / "__pycache__", None
     places = []
     with suppress(RuntimeError):  # a user without a home
