@@ -1128,13 +1128,13 @@ def _print_budget(budget: budget_module.Budget, limit: int, threads: int | None,
     time_needed = (
         "how long that takes is not known before a candidate is compiled"
         if estimate.seconds is None
-        else f"about {estimate.seconds:.0f} s by a short trial of {len(estimate.tried)} candidates"
+        else f"about {estimate.seconds:.0f} s (candidates tried for this estimate: {len(estimate.tried)})"
     )
     _out.print(f"measuring: {budget.n_sampled} weights in all, {time_needed}; `ggufx recipe fit` does it")
     if estimate.not_compiled:
+        names = ", ".join(name.lower() for name in estimate.not_compiled)
         _out.print(
-            f"note: {len(estimate.not_compiled)} candidates are not compiled yet, which comes on top, once: some seconds each "
-            "(`ggufx warmup` does it ahead)"
+            f"note: not compiled yet: {names}; measuring compiles them first, some seconds each, unless `ggufx warmup` has"
         )
 
 
