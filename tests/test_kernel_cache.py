@@ -224,6 +224,20 @@ def test_only_the_users_own_folder_is_read(
     assert mark.exists() == (how == "mine")
 
 
+def test_nothing_is_made_in_the_home_of_another(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block(tmp_path / "source" / "__pycache__")
+    (tmp_path / "users").mkdir()
+    uid = os.geteuid()
+    for folder in (tmp_path / "users", tmp_path / "temporary"):
+        if uid == 0:
+            os.chown(folder, 12345, 12345)
+    if uid:
+        monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
+    with pytest.warns(kernels.CacheWarning):
+        assert compiles(make())
+    assert [path for folder in ("users", "temporary") for path in (tmp_path / folder).iterdir()] == []
+
+
 # Damaged --------------------------------------------------------------------------------------------------------
 
 

@@ -86,19 +86,27 @@ def _folders(source: Path) -> Iterator[tuple[Path, Path | None]]:
             yield private / own, private
 
 
+def _keeps(folder: Path) -> bool:
+    """Return whether what this user puts into a folder stays as it is: nobody else can put another in its place."""
+    found = folder.stat()
+    open_to_all = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX
+    return found.st_uid in (0, os.geteuid()) and not open_to_all
+
+
 def _is_private(folder: Path) -> bool:
-    """Return whether a folder belongs to this user, nobody else can write to it, and nobody can put another in its place."""
-    found, above = folder.lstat(), folder.parent.stat()
+    """Return whether a folder belongs to this user, and nobody else can write to it or replace it."""
+    found = folder.lstat()
     mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
-    replaceable = above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX
-    return mine and above.st_uid in (0, os.geteuid()) and not replaceable
+    return mine and _keeps(folder.parent)
 
 
 def _make(folder: Path, private: Path | None) -> None:
     """Make a folder; raises OSError where that fails or somebody else could write there."""
     if private is not None:
         private.parent.mkdir(parents=True, exist_ok=True)
-        private.mkdir(mode=0o700, exist_ok=True)
+        # Looked at first, lest root leave a folder in the home of another.
+        if _keeps(private.parent):
+            private.mkdir(mode=0o700, exist_ok=True)
         if not _is_private(private):
             raise PermissionError(f"{private}: others can write there")
     folder.mkdir(parents=True, exist_ok=True)
