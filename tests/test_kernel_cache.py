@@ -227,6 +227,7 @@ def test_only_the_users_own_folder_is_read(
 def test_nothing_is_made_in_the_home_of_another(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     block(tmp_path / "source" / "__pycache__")
     (tmp_path / "users").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "users" / ".cache"))
     uid = os.geteuid()
     for folder in (tmp_path / "users", tmp_path / "temporary"):
         if uid == 0:

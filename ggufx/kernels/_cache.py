@@ -103,9 +103,9 @@ def _is_private(folder: Path) -> bool:
 def _make(folder: Path, private: Path | None) -> None:
     """Make a folder; raises OSError where that fails or somebody else could write there."""
     if private is not None:
-        private.parent.mkdir(parents=True, exist_ok=True)
-        # Looked at first, lest root leave a folder in the home of another.
-        if _keeps(private.parent):
+        # Looked at first, lest root leave folders in the home of another.
+        if _keeps(next(above for above in private.parents if above.exists())):
+            private.parent.mkdir(parents=True, exist_ok=True)
             private.mkdir(mode=0o700, exist_ok=True)
         if not _is_private(private):
             raise PermissionError(f"{private}: others can write there")
