@@ -1595,13 +1595,14 @@ class _Stopper:
         descriptor, self._descriptor = os.pipe()
         os.set_blocking(self._descriptor, False)
         threading.Thread(target=self._listen, args=(descriptor,), name="ggufx-signals", daemon=True).start()
-        signal.set_wakeup_fd(self._descriptor, warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
+        self._woken = signal.set_wakeup_fd(self._descriptor, warn_on_full_buffer=False)
+        self._handlers = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(-1)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None is what another language has set
+        signal.set_wakeup_fd(self._woken)
         os.close(self._descriptor)
 
     def _listen(self, descriptor: int) -> None:
@@ -1669,6 +1670,7 @@ def main() -> None:
 def run() -> NoReturn:
     """Run :func:`main` and leave at once: taking apart Numba and a large plan at exit takes a tenth of a second."""
     code: int | str | None = 0
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # where the command has none of its own, before and after
     if hasattr(signal, "SIGPIPE"):
         # A reader that goes away (| head) ends the process as it ends others: silently, and not with 0.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
