@@ -21,7 +21,7 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from ggufx import execute, quantize, types
+from ggufx import execute, kernels, quantize, types
 from ggufx import imatrix as imatrix_module
 from ggufx import recipe as recipe_module
 from ggufx.checkpoint import Checkpoint
@@ -37,7 +37,7 @@ from ggufx.recipe import NATIVE, Recipe, Rule
 from ggufx.transforms import ColumnEnergy, decode_source
 from ggufx.types import Codec
 
-__all__ = ["SAMPLE_LEN", "Budget", "Fit", "Per", "choose"]
+__all__ = ["SAMPLE_LEN", "Budget", "Estimate", "Fit", "Per", "choose"]
 
 F32 = npt.NDArray[np.float32]
 Per = Literal["family", "tensor"]
@@ -49,6 +49,8 @@ _SAMPLED_MATRICES: Final = 16
 """Stacked matrices (experts) that a sample is taken from."""
 _LAYER_RUNS: Final = 8
 """Runs that a family's layers are cut into: enough to meet a size, few enough to read."""
+_TRIAL_ROWS: Final = 4
+"""Rows of 4096 weights by which a type's speed is told."""
 _EXCHANGED: Final = 3000
 """Options up to which exchanges of two are tried; with more of them a size is met without."""
 
@@ -249,6 +251,25 @@ class Fit:
             f"# {name}, {self.quantization.dialect.name}: {self.nbytes} bytes, "
             f"{self.bits_per_weight:.4f} bits per weight\n{self.recipe.text()}"
         )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """About how long measuring takes.
+
+    Attributes
+    ----------
+    seconds
+        ``None`` where nothing says.
+    tried
+        Types whose encoders were tried for it.
+    not_compiled
+        Types that are reckoned as the mean of those; compiling them takes some seconds each, once, which comes on top.
+    """
+
+    seconds: float | None
+    tried: tuple[str, ...]
+    not_compiled: tuple[str, ...]
 
 
 class Budget:
@@ -477,23 +498,33 @@ class Budget:
             "largest_nbytes": self.largest_nbytes,
         }
 
-    def estimate(self, threads: int | None = None) -> float:
-        """Return about how many seconds :meth:`measure` takes here, from a short trial of each candidate."""
-        noise = np.random.default_rng(0).standard_normal((16, 4096), np.float32)
-        seconds = {NATIVE: 0.0}
+    def estimate(self, threads: int | None = None) -> Estimate:
+        """Return about how long :meth:`measure` takes here, from a short trial of the candidates that are compiled.
+
+        Nothing is compiled for it: that takes some seconds a type, once, and would be most of the time of a dry run.
+        """
+        noise = np.random.default_rng(0).standard_normal((_TRIAL_ROWS, 4096), np.float32)
+        seconds: dict[str, float] = {}
         for codec in self._codecs:
             values = noise[:, : 4096 // codec.layout.block_len * codec.layout.block_len]
             ones = np.ones(values.shape[1], np.float32)
-            for rows in (values[:1], values):  # the first one compiles, or loads what is compiled
-                start = time.perf_counter()
-                codec.decode(codec.encode(rows, ones, effort="fast", threads=1), threads=1)
-                seconds[codec.name] = (time.perf_counter() - start) / values.size
+            with suppress(kernels.NotCompiledError), kernels.compiling_refused():
+                for rows in (values[:1], values):  # the first one loads the kernels
+                    start = time.perf_counter()
+                    codec.decode(codec.encode(rows, ones, effort="fast", threads=1), dtype=np.float32, threads=1)
+                    taken = (time.perf_counter() - start) / rows.size
+                seconds[codec.name] = taken
+        untried = tuple(codec.name for codec in self._codecs if codec.name not in seconds)
+        if self._codecs and not seconds:
+            return Estimate(None, (), untried)
+        # Those that are not compiled are reckoned as the mean of the others.
+        mean = sum(seconds.values()) / max(1, len(seconds))
         total = sum(
             min(self._sample_len, prod(item.choice.source.shape))
-            * sum(seconds[kind] for kind in item.nbytes if kind != item.choice.source.kind)
+            * sum(seconds.get(kind, mean) for kind in item.nbytes if kind not in (NATIVE, item.choice.source.kind))
             for item in self._free
         )
-        return total / min(threads or execute.default_workers(), len(self._free))
+        return Estimate(total / min(threads or execute.default_workers(), len(self._free)), tuple(seconds), untried)
 
     def measure(self, *, threads: int | None = None, progress: execute.Progress | None = None) -> None:
         """Measure every type that a tensor may become on the tensor's sample; the result does not depend on ``threads``.

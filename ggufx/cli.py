@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -35,7 +36,7 @@ from rich.progress import (
 
 import ggufx
 from ggufx import budget as budget_module
-from ggufx import catalog, dialects, execute, mixes, testing, types
+from ggufx import catalog, dialects, execute, kernels, mixes, stopping, testing, types
 from ggufx import convert as convert_module
 from ggufx import diff as diff_module
 from ggufx import edit as edit_module
@@ -54,6 +55,7 @@ from ggufx.assignments import parse_assignments, parse_overrides
 from ggufx.errors import DiskError, FallbackError, GGUFError, PlanError
 from ggufx.file import open as open_gguf
 from ggufx.plan import Plan
+from ggufx.stopping import Stopping
 from ggufx.terminal import Lines, make_table, prepare_streams, printable
 from ggufx.values import as_unicode
 
@@ -177,14 +179,49 @@ def _text(name: str) -> str:
     return escape(printable(name, line=True))
 
 
+class _Compiling:
+    """Says when kernels are compiled, and is a clock that stands still meanwhile: what comes after is as quick as what was."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._begun: float | None = None
+        self._seconds = 0.0
+
+    def clock(self) -> float:
+        begun = self._begun
+        return (time.monotonic() if begun is None else begun) - self._seconds
+
+    def __call__(self, kind: str, begins: bool) -> None:
+        if begins:
+            self._begun = time.monotonic()
+            self._say(f"compiling {kind or 'kernels'} (once)")
+        elif self._begun is not None:
+            self._seconds += time.monotonic() - self._begun
+            self._begun = None
+            self._say("")
+
+
 @contextmanager
-def _progress(verb: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
-    """Show a bar of bytes (or another unit) with rate and time left, on the terminal only."""
+def _progress(verb: str, unit: str = "bytes", *, notes: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar of bytes (or another unit) with rate and time left, on the terminal only.
+
+    That a kernel is compiled, which may take longer than all else, the bar says; without a terminal ``notes`` do.
+    """
     rate: tuple[ProgressColumn, ...] = (DownloadColumn(binary_units=True), TransferSpeedColumn())
     if unit != "bytes":
         rate = (MofNCompleteColumn(), TextColumn(unit))
     columns = (TextColumn("{task.description}"), BarColumn(), *rate, TimeRemainingColumn())
-    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
+    noted: set[str] = set()
+
+    def say(what: str) -> None:
+        progress.update(task, description=f"{verb}: {what}" if what else verb)
+        if progress.disable and notes and what and what not in noted:
+            noted.add(what)
+            _err.print(f"note: {what}", markup=False)
+
+    compiling = _Compiling(say)
+    bar = Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal, get_time=compiling.clock)
+    with kernels.compiling_heard(compiling), bar as progress:
         task = progress.add_task(verb, total=None)
 
         def report(done: int, total: int) -> None:
@@ -308,7 +345,7 @@ def _execute(
             paths = execute.execute(
                 plan, overwrite=overwrite, resume=resume, threads=threads, progress=progress, observer=tally
             )
-        except _Stopped:
+        except (_Stopped, Stopping):
             raise _Stopped("what is done is kept, the same command goes on") from None
     seconds = time.monotonic() - start
     groups = inspect_module.summarise(plan.tensors, lambda t: t.type) if tally is None else tally.by_type()
@@ -850,7 +887,7 @@ def set_command(
         with _progress("set") as progress:
             try:
                 edit_module.set_keys(edit, resume=resume, threads=threads, progress=progress)
-            except _Stopped:
+            except (_Stopped, Stopping):
                 raise _Stopped("what is done is kept, the same command goes on") from None
 
 
@@ -1123,9 +1160,10 @@ def _measured(budget: budget_module.Budget, limit: int, threads: int | None) -> 
 
 
 def _print_budget(budget: budget_module.Budget, limit: int, threads: int | None, *, as_json: bool) -> None:
-    seconds = budget.estimate(threads)
+    estimate = budget.estimate(threads)
     if as_json:
-        _print_json(budget.to_json() | {"limit": limit, "estimated_seconds": seconds})
+        told = {"estimated_seconds": estimate.seconds, "not_compiled": list(estimate.not_compiled)}
+        _print_json(budget.to_json() | {"limit": limit} | told)
         return
     _out.print(
         f"to be chosen: types of {budget.n_tensors} tensors, at most {limit} bytes, dialect {budget.dialect.name}"
@@ -1134,7 +1172,17 @@ def _print_budget(budget: budget_module.Budget, limit: int, threads: int | None,
     for name, count in budget.left_out.items():
         _out.print(f"note: {name} demands importance and is no choice for {count} tensors; --imatrix gives it")
     _out.print(f"reachable: {budget.smallest_nbytes} to {budget.largest_nbytes} bytes")
-    _out.print(f"measuring: {budget.n_sampled} weights in all, about {seconds:.0f} s; `ggufx recipe fit` does it")
+    time_needed = (
+        "how long that takes is not known before a candidate is compiled"
+        if estimate.seconds is None
+        else f"about {estimate.seconds:.0f} s (candidates tried for this estimate: {len(estimate.tried)})"
+    )
+    _out.print(f"measuring: {budget.n_sampled} weights in all, {time_needed}; `ggufx recipe fit` does it")
+    if estimate.not_compiled:
+        names = ", ".join(name.lower() for name in estimate.not_compiled)
+        _out.print(
+            f"note: not compiled yet: {names}; measuring compiles them first, some seconds each, unless `ggufx warmup` has"
+        )
 
 
 def _print_fit(fit: budget_module.Fit, console: Lines) -> None:
@@ -1521,7 +1569,7 @@ def selftest(
     """Hold quant types, third-party ones too, to the laws of a codec (ggufx.testing). Exit 0 if none is broken."""
     codecs = [types.get(name) for name in names] if names else list(types.all_codecs())
     found: dict[str, list[testing.Verdict]] = {}
-    with _progress("selftest", unit="types") as progress:
+    with _progress("selftest", unit="types", notes=False) as progress:
         for number, codec in enumerate(codecs):
             progress(number, len(codecs))
             found[codec.name] = list(testing.verdicts(codec, seed=seed))
@@ -1562,19 +1610,21 @@ def _print_verdicts(found: dict[str, list[testing.Verdict]]) -> None:
 def warmup(names: Names = None) -> None:
     """Compile the kernels of quant types now, into the cache on disk, so that no later call waits for it.
 
-    Exit code 1 where they were compiled but cannot be kept.
+    Exit 1 if they cannot be kept.
     """
-    with _progress("warmup", unit="kernels") as progress:
+    with _progress("warmup", unit="kernels", notes=False) as progress:
         warmed = list(warmup_module.warm_up(names or None, progress=progress))
     table = make_table("type", "kernel", "seconds", "")
     for kernel in warmed:
+        how = "compiled" if kernel.compiled else "from the cache"
         table.add_row(
-            kernel.type, kernel.verb, f"{kernel.seconds:.2f}", "compiled" if kernel.compiled else "from the cache"
+            kernel.type, kernel.verb, f"{kernel.seconds:.2f}", how if kernel.kept else "compiled, but not kept"
         )
     _out.print(table)
     _out.print(f"{len(warmed)} kernels, {sum(kernel.seconds for kernel in warmed):.1f} s")
-    if not warmup_module.kept():
-        _fail("the kernels were compiled, but not kept: set NUMBA_CACHE_DIR to a folder that can be written")
+    lost = sum(not kernel.kept for kernel in warmed)
+    if lost:
+        _fail(f"{lost} kernels were compiled, but not kept: set NUMBA_CACHE_DIR to a folder that can be written")
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
@@ -1589,22 +1639,52 @@ class _Stopped(BaseException):
 class _Stopper:
     """What SIGINT and SIGTERM do: the first ends the work in an orderly way, one a second later the process at once.
 
-    Signals in a row are one wish. Leaving at once is safe at any moment, as a power cut is: the next run goes on.
+    Signals in a row are one wish. Leaving at once is safe at any moment, as a power cut is: the next run goes on. Handlers run
+    when the main thread is back in Python, which may be in a compiler for seconds; so another thread hears the signals first.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self._at = 0.0
+        self._heard = threading.Event()
+        self._handled = False
+
+    def __enter__(self) -> _Stopper:
+        descriptor, self._descriptor = os.pipe()
+        os.set_blocking(self._descriptor, False)
+        threading.Thread(target=self._listen, args=(descriptor,), name="ggufx-signals", daemon=True).start()
+        self._woken = signal.set_wakeup_fd(self._descriptor, warn_on_full_buffer=False)
+        self._handlers = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None is what another language has set
+        signal.set_wakeup_fd(self._woken)
+        os.close(self._descriptor)
+
+    def _listen(self, descriptor: int) -> None:
+        while numbers := os.read(descriptor, 1):
+            number = numbers[0]
+            if number not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            if self.number:
+                if time.monotonic() - self._at > 1:
+                    os._exit(128 + number)
+                continue
+            self.number, self._at = number, time.monotonic()
+            stopping.begin()
+            with suppress(OSError):
+                # Not through sys.stderr, which may be in the middle of a write.
+                os.write(2, b"stopping after what is being done right now; once more ends it at once\n")
+            self._heard.set()
+        os.close(descriptor)
 
     def __call__(self, number: int, frame: object) -> None:
-        if self.number:
-            if time.monotonic() - self._at > 1:
-                os._exit(128 + number)
+        if self._handled:
             return
-        self.number, self._at = number, time.monotonic()
-        with suppress(OSError):
-            # Not through sys.stderr, which may be in the middle of a write.
-            os.write(2, b"stopping after what is being done right now; once more ends it at once\n")
+        self._handled = True
+        self._heard.wait(1)
         raise _Stopped
 
 
@@ -1627,29 +1707,28 @@ def _note(message: Warning | str, *_: object, **__: object) -> None:
 
 def main() -> None:
     """Run the command line: one clear line and exit code 1 for every error that input can cause."""
-    stop = _Stopper()
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
     prepare_streams()
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _note
-            app()
-    except FallbackError as error:
-        _fail(str(error), 3)
-    except GGUFError as error:
-        _fail(str(error))
-    except _Stopped as reason:
-        _fail(f"stopped; {reason}" if str(reason) else "stopped", 128 + stop.number)
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except UnicodeDecodeError as error:
-        _fail(f"a text file is not UTF-8 ({error})")
+    with stopping.possible(), _Stopper() as stop:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _note
+                app()
+        except FallbackError as error:
+            _fail(str(error), 3)
+        except GGUFError as error:
+            _fail(str(error))
+        except (_Stopped, Stopping) as reason:
+            _fail(f"stopped; {reason}" if str(reason) else "stopped", 128 + stop.number)
+        except OSError as error:
+            _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        except UnicodeDecodeError as error:
+            _fail(f"a text file is not UTF-8 ({error})")
 
 
 def run() -> NoReturn:
     """Run :func:`main` and leave at once: taking apart Numba and a large plan at exit takes a tenth of a second."""
     code: int | str | None = 0
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # where the command has none of its own, before and after
     if hasattr(signal, "SIGPIPE"):
         # A reader that goes away (| head) ends the process as it ends others: silently, and not with 0.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

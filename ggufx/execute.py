@@ -36,7 +36,6 @@ from ggufx.errors import (
     CodecError,
     DiskError,
     GGUFError,
-    OutputExists,
     PlanError,
     SourceCodesError,
 )
@@ -728,14 +727,21 @@ class _Journal:
         try:
             self._load(plan, resume=resume, overwrite=overwrite)
         except OSError as error:
-            os.close(self._descriptor)
+            self._abandon()
             raise DiskError(
                 f"{self.path}: the journal cannot be written ({os.strerror(error.errno or 0)}); free some space, or choose "
                 "another --outfile"
             ) from error
         except BaseException:
-            os.close(self._descriptor)
+            self._abandon()
             raise
+
+    def _abandon(self) -> None:
+        """Leave nothing of a journal that was made in vain: a large plan's digest takes long enough to be stopped in."""
+        if self._created:
+            with suppress(OSError):
+                self.remove()
+        os.close(self._descriptor)
 
     def _open(self, path: Path) -> int:
         while True:
@@ -772,7 +778,6 @@ class _Journal:
         self.resumed = resume and found.startswith(self._header)
         partials = [partial_path(file.path) for file in plan.files if _is_there(partial_path(file.path))]
         if partials and self._created:
-            self.remove()
             raise PlanError(
                 f"{partials[0]}: exists, but the journal of a run that wrote it does not: it may be somebody else's; move it "
                 "away, or choose another output"
@@ -792,12 +797,7 @@ class _Journal:
         if not self.resumed:
             # Before the other plan's journal is lost, without which nobody knows whose its partial output is.
             for file in plan.files:
-                try:
-                    outputs.refuse_existing(file.path, overwrite=overwrite)
-                except OutputExists:
-                    if self._created:
-                        self.remove()
-                    raise
+                outputs.refuse_existing(file.path, overwrite=overwrite)
         end = len(self._header)
         if self.resumed:
             for position in range(end, len(found) - _RECORD.size + 1, _RECORD.size):

@@ -28,17 +28,56 @@ import gc
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Final
 
-__all__ = ["OUTPUTS", "compiles", "exists", "find", "load", "provide", "uncollected"]
+from ggufx import stopping
+
+__all__ = [
+    "OUTPUTS",
+    "CacheWarning",
+    "NotCompiledError",
+    "compiled",
+    "compiles",
+    "compiling_heard",
+    "compiling_refused",
+    "exists",
+    "find",
+    "load",
+    "of_type",
+    "provide",
+    "uncollected",
+    "unkept",
+]
 
 OUTPUTS: Final = {"float32": "float32", "float16": "uint16", "bfloat16": "int16"}
 """Dtypes that kernels decode to, and how they are handed over: Numba knows no 16-bit floats on the CPU, so the dtype of the
 bits tells which they are."""
+
+unkept: Final[list[str]] = []
+"""Names of the compiled code that this process could keep nowhere on disk."""
+
+
+class CacheWarning(UserWarning):
+    """Compiled kernels cannot be kept on disk, so that every process compiles them again."""
+
+
+class NotCompiledError(Exception):
+    """A kernel would have to be compiled, within :func:`compiling_refused`."""
+
+
+class _Thread(threading.local):
+    type = ""
+    """What is worked on: the kernels of a family do not know for which of its types they are compiled."""
+    refuses = False
+
+
+_thread = _Thread()
+_listeners: Final[list[Callable[[str, bool], None]]] = []
 
 
 _provided: dict[tuple[str, bool], str] = {}
@@ -105,3 +144,54 @@ def uncollected() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
+
+
+@contextmanager
+def of_type(name: str) -> Iterator[None]:
+    """Say that what this thread compiles meanwhile is for type ``name``."""
+    before, _thread.type = _thread.type, name
+    try:
+        yield
+    finally:
+        _thread.type = before
+
+
+@contextmanager
+def compiling_refused() -> Iterator[None]:
+    """Raise NotCompiledError in this thread where a kernel is neither loaded nor on disk."""
+    before, _thread.refuses = _thread.refuses, True
+    try:
+        yield
+    finally:
+        _thread.refuses = before
+
+
+@contextmanager
+def compiling_heard(listener: Callable[[str, bool], None]) -> Iterator[None]:
+    """Have ``listener(type, begins)`` called when a kernel begins to be compiled, and when that ends.
+
+    It is called in whichever thread compiles; one does at a time. Of kernels that serve all types, ``type`` is empty.
+    """
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+@contextmanager
+def compiled(module: str) -> Iterator[None]:
+    """Tell those who listen that a kernel of module ``module`` is compiled meanwhile."""
+    stopping.check()
+    if _thread.refuses:
+        raise NotCompiledError(module)
+    last = module.rpartition(".")[2]
+    name = _thread.type if last.startswith("_") else last.upper()
+    told = tuple(_listeners)
+    for listener in told:
+        listener(name, True)
+    try:
+        yield
+    finally:
+        for listener in told:
+            listener(name, False)

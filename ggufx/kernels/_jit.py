@@ -1,12 +1,15 @@
 """The one decorator of all kernels, and the few intrinsics that plain Numba lacks.
 
 No ``fastmath`` (a fused multiply-add changes bits, NaN checks vanish), no ``parallel`` (threads are the caller's), no
-eager signature (it would compile at import). Compiled code is kept on disk, see :mod:`ggufx.kernels._cache`.
+eager signature (it would compile at import). Compiled code is kept on disk (:mod:`ggufx.kernels._cache`).
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -21,8 +24,9 @@ from numba.core.typed_passes import InlineOverloads, NativeLowering, NopythonRew
 from numba.core.untyped_passes import InlineClosureLikes, InlineInlinables
 from numba.extending import intrinsic
 
-from ggufx.kernels import uncollected
-from ggufx.kernels._cache import KNOWN_NUMBA, KernelCache
+from ggufx import stopping
+from ggufx.kernels import compiled, uncollected
+from ggufx.kernels._cache import KNOWN_NUMBA, DiskCache
 from ggufx.kernels._floats import plain_nans, store_floats, widen_brains, widen_halves
 
 __all__ = [
@@ -63,8 +67,10 @@ def kernel(function: Callable[..., Any], key: str | None = None) -> Any:
     # Nobody calls kernels from C: the wrapper for that would only be compiled.
     dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, error_model="numpy", **_pipeline(_Compiler))(function)
     if hasattr(dispatcher, "_cache"):  # NUMBA_DISABLE_JIT gives the plain function back
-        dispatcher._compiler.compile = uncollected()(dispatcher._compiler.compile)
-        dispatcher._cache = KernelCache(function, key)
+        dispatcher._compiler.compile = compiled(function.__module__)(uncollected()(dispatcher._compiler.compile))
+        # Code is found again by the names of a file and a module: what was typed in has none.
+        if Path(inspect.getfile(function)).is_file() and function.__module__ in sys.modules:
+            dispatcher._cache = DiskCache(function, key)
     return dispatcher
 
 
@@ -123,6 +129,7 @@ class _Compiler(CompilerBase):  # type: ignore[misc]
     lowering: Any = NativeLowering
 
     def define_pipelines(self) -> list[Any]:
+        stopping.check()  # once for every function that a kernel calls
         manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
         manager.passes = [
             (self.lowering if found is NativeLowering else found, why)

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from ggufx import kernels
+from ggufx import kernels, stopping
 from ggufx.errors import CodecError, NonFiniteError, OutOfRangeError, UnsupportedType
 from ggufx.types._effort import Weighting, errors, unusual
 from ggufx.types.words import Array, Fields, NumpyWords, Words
@@ -710,7 +710,8 @@ class Codec(ABC):
         if function is not None:
             function(part, out, self.layout.block_len)
             return
-        self.encode_rows(part, out, weights, search)
+        with kernels.of_type(self.name):
+            self.encode_rows(part, out, weights, search)
         self.keep_better(part, out, weights, search)
 
     def keep_better(self, values: F32, packed: U8, weights: F32 | None, search: Search) -> None:
@@ -795,13 +796,18 @@ class Codec(ABC):
         step = max(1, _CHUNK_NBYTES // max(1, row_cost))
         starts = range(0, n_rows, step)
         workers = min(len(starts), threads or os.cpu_count() or 1)
+
+        def work_from(start: int) -> None:
+            stopping.check()
+            work(start, min(start + step, n_rows))
+
         if workers <= 1:
             # One call would do for a kernel, but chunks keep the scratch of specifications and casts small.
             for start in starts:
-                work(start, min(start + step, n_rows))
+                work_from(start)
             return
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(lambda start: work(start, min(start + step, n_rows)), starts))
+            list(pool.map(work_from, starts))
 
 
 def _readonly(array: U8) -> U8:
