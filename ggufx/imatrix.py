@@ -509,7 +509,7 @@ def _write_gguf(matrix: ImportanceMatrix, file: BinaryIO) -> list[str]:
         "imatrix.chunk_count": Value.u32(matrix.chunk_count),
         "imatrix.chunk_size": Value.u32(chunk_size),
     }
-    names = sorted(matrix, key=str.encode)
+    names = list(matrix)
     directory: list[tuple[str, tuple[int, ...], int, int]] = []
     offset = 0
     for name in names:
@@ -548,7 +548,7 @@ def _pad(file: BinaryIO, nbytes: int) -> None:
 
 def _write_legacy(matrix: ImportanceMatrix, file: BinaryIO) -> list[str]:
     chunk_size = 1 if matrix.format == "dat" else matrix.chunk_size or _DEFAULT_CHUNK_SIZE
-    names = [name for name in sorted(matrix, key=str.encode) if matrix.counts(name).any()]
+    names = [name for name in matrix if matrix.counts(name).any()]
     empty = rounded = unequal = 0
     if not names:
         raise GGUFError(f"{matrix.path}: no entry has data; a legacy file cannot be empty")

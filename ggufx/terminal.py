@@ -10,13 +10,13 @@ import os
 import re
 import sys
 from io import TextIOWrapper
-from typing import Any, Final
+from typing import Any, ClassVar, Final, NoReturn
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Lines", "make_table", "prepare_streams", "printable"]
+__all__ = ["Lines", "err", "fail", "hush", "make_table", "out", "prepare_streams", "printable"]
 
 _HARMFUL: Final = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tabs and newlines: escape sequences begin with one
@@ -53,7 +53,15 @@ def printable(text: str, *, line: bool = False) -> str:
 
 
 class Lines(Console):
-    """A console that prints every text harmless; lines for a pipe are not wrapped and have no blanks at their end."""
+    """A console that prints every text harmless; lines for a pipe are not wrapped and have no blanks at their end.
+
+    Attributes
+    ----------
+    hushed
+        Of all consoles: nothing goes to standard output, and no notes to standard error.
+    """
+
+    hushed: ClassVar[bool] = False
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, soft_wrap=True, highlight=False)
@@ -66,6 +74,8 @@ class Lines(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print as every console does."""
+        if self.hushed and (not self.stderr or str(objects[0] if objects else "").startswith("note: ")):
+            return
         if self.is_terminal or not any(isinstance(item, Table) for item in objects):
             super().print(*objects, **options)
             return
@@ -106,3 +116,18 @@ def prepare_streams() -> None:
         stream = getattr(sys, name)
         if number and isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+out = Lines()
+err = Lines(stderr=True)
+
+
+def hush(asked: bool) -> None:
+    """Print errors and warnings only, or everything again."""
+    Lines.hushed = asked
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Print an error as one line, and end with an exit code."""
+    err.print(f"error: {printable(message, line=True)}", markup=False, style="red")
+    raise SystemExit(code)
