@@ -429,6 +429,10 @@ def inspect(
         raise failure
 
 
+_LONGEST = 1000
+"""Characters of a value that are laid out for a terminal, which is narrower."""
+
+
 def _print_inspected(found: dict[str, Any]) -> None:
     about = found["file"]
     for key in ("path", "format", "version", "dialect", "file_type", "alignment", "data_offset", "nbytes"):
@@ -442,7 +446,8 @@ def _print_inspected(found: dict[str, Any]) -> None:
     table = make_table("key", "type", "value")
     for key, value in found["metadata"].items():
         text = json.dumps(value["value"], ensure_ascii=False)
-        shown = text if len(text) <= 100 else text[:97] + "..."
+        # A table cuts what does not fit the terminal; a pipe gets all of it.
+        shown = text[:_LONGEST] if _out.is_terminal else text
         kind = value["type"] + (f" x {value['length']}" if "length" in value else "")
         table.add_row(_text(key), _text(kind), _text(shown))
     _out.print(table)
@@ -650,6 +655,15 @@ def export(
         )  # fmt: skip
 
 
+def _no_splits(words: list[str] | None) -> None:
+    """Tell who means the merge of llama-gguf-split, which takes files without options, before options are missed."""
+    if words:
+        raise PlanError(
+            f"{words[0]}: this command merges a checkpoint with a GGUF's experts, and takes options only; "
+            f"`ggufx merge-splits {' '.join(words)}` merges the members of a split GGUF"
+        )
+
+
 @app.command()
 def merge(
     safetensor_path: Annotated[
@@ -692,8 +706,10 @@ def merge(
     dry_run: DryRun = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
+    others: Annotated[list[str] | None, typer.Argument(hidden=True, is_eager=True, callback=_no_splits)] = None,
 ) -> None:
     """Merge an FP8 checkpoint with a GGUF's routed experts: KTransformers' hybrid, or one GGUF. (Splits: merge-splits.)"""
+    del others  # refused
     plan = merge_module.plan_merge(
         safetensor_path,
         gguf_path,
@@ -1422,7 +1438,7 @@ def imatrix_convert(
 ) -> None:
     """Convert an importance matrix between GGUF and the legacy format; says what the format cannot hold."""
     chosen = format.value if format is not None else "dat" if outfile.endswith(".dat") else "gguf"
-    path = Path(outfile) / f"{file.stem}.{chosen}" if is_directory(outfile) else fill_file_type(outfile, "imatrix")
+    path = Path(outfile) / f"{file.stem}.{chosen}" if is_directory(outfile) else fill_file_type(outfile, chosen)
     matrix = imatrix_module.load(file)
     for note in imatrix_module.save(matrix, path, chosen, overwrite=overwrite):  # type: ignore[arg-type]
         _err.print(f"note: {note}", markup=False)

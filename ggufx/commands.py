@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ggufx import options, terminal
+from ggufx import options, terminal, types
 from ggufx.errors import GGUFError, OptionError, PlanError
 
 __all__ = ["COMMANDS", "EXAMPLES", "EXIT_CODES", "OPTIONS", "App", "Command", "Group", "explain"]
@@ -247,14 +247,43 @@ class App(typer.Typer):
         register = super().command(name, cls=Command, **settings)
 
         def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-            register(_hushable(function))
+            register(_completed(function))
             return function
 
         return decorate
 
 
-def _hushable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a function that is a command the option ``--quiet``."""
+def _type_names(incomplete: str) -> list[str]:
+    """Complete the last of types separated by commas, in the case that was begun with."""
+    before, comma, begun = incomplete.rpartition(",")
+    names = [codec.name for codec in types.all_codecs()]
+    if not begun.isupper():
+        names = [name.lower() for name in names]
+    return [f"{before}{comma}{name}" for name in names if name.startswith(begun)]
+
+
+def _types_and_mixes(incomplete: str) -> list[str]:
+    from ggufx import mixes
+
+    found = dict.fromkeys([*(codec.name for codec in types.all_codecs()), *mixes.MIXES])
+    return [name for name in found if name.startswith(incomplete.upper())]
+
+
+def _recipes(incomplete: str) -> list[str]:
+    from ggufx import recipe
+
+    return [name for name in recipe.shipped() if name.startswith(incomplete)]
+
+
+_COMPLETIONS: Final[Mapping[str, Callable[[str], list[str]]]] = {
+    "names": _type_names, "type_names": _type_names, "candidates": _type_names, "output_tensor_type": _type_names,
+    "token_embedding_type": _type_names, "first": _types_and_mixes, "second": _types_and_mixes, "recipe": _recipes,
+}  # fmt: skip
+"""What a shell offers for the values of parameters; choices offer themselves, and a shell its files where nothing fits."""
+
+
+def _completed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a function that is a command what all have: ``--quiet``, choices in any case, completion of names."""
 
     def run(*arguments: Any, quiet: bool, **keywords: Any) -> Any:
         if quiet:
@@ -264,6 +293,10 @@ def _hushable(function: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(function, eval_str=True)
     added = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet)
     parameters = [*signature.parameters.values(), added]
+    for parameter in parameters:
+        for info in getattr(parameter.annotation, "__metadata__", ()):
+            info.case_sensitive = False
+            info.autocompletion = info.autocompletion or _COMPLETIONS.get(parameter.name)
     functools.update_wrapper(run, function)
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

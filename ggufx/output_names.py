@@ -82,5 +82,6 @@ def output_path(
 def directory(outfile: str | Path, *, parameter: str = "outfile") -> Path:
     """Return the directory that an output is; raises OptionError for ``-`` and for placeholders, which it has no use for."""
     if str(outfile) == "-" or "{ftype}" in str(outfile):
-        raise OptionError(f"{{{parameter}}} {{0}}: name a directory; its name has no placeholders", outfile)
+        what = "an output is a directory, so it cannot go through a pipe" if str(outfile) == "-" else "is no file"
+        raise OptionError(f"{{{parameter}}} {{0}}: {what}; name a directory, without placeholders", outfile)
     return Path(outfile)

@@ -12,8 +12,9 @@ import sys
 from io import TextIOWrapper
 from typing import Any, ClassVar, Final, NoReturn
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 __all__ = ["Lines", "err", "fail", "hush", "make_table", "out", "prepare_streams", "printable"]
@@ -76,12 +77,28 @@ class Lines(Console):
         """Print as every console does."""
         if self.hushed and (not self.stderr or str(objects[0] if objects else "").startswith("note: ")):
             return
-        if self.is_terminal or not any(isinstance(item, Table) for item in objects):
+        tables = [item for item in objects if isinstance(item, _Harmless)]
+        if self.is_terminal or not tables:
+            left_out = [name for table in tables for name in table.fit(self.width)]
             super().print(*objects, **options)
+            if left_out:
+                super().print(f"(too narrow for: {', '.join(left_out)}; a pipe shows all)", style="dim", markup=False)
             return
         with self.capture() as captured:
             super().print(*objects, **options)
         self.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+
+
+_GAP: Final = 2
+_LEAST: Final = 12
+_LEAST_NAME: Final = 24
+"""Columns are this far apart; a last column, and a name before others, that is cut keeps so many characters at least."""
+
+
+def _width(column: Column) -> int:
+    """Return the characters that a column takes."""
+    texts = [str(column.header), *map(str, column._cells)]
+    return max(cell_len(Text.from_markup(text).plain if "[" in text or "\\" in text else text) for text in texts)
 
 
 class _Harmless(Table):
@@ -90,6 +107,27 @@ class _Harmless(Table):
     def add_row(self, *cells: Any, **options: Any) -> None:
         """Add a row."""
         super().add_row(*(printable(c, line=True) if isinstance(c, str) else c for c in cells), **options)
+
+    def fit(self, width: int) -> list[str]:
+        """Make the table as narrow as a terminal, and return the headings of columns that had to go.
+
+        What gives way is the last column, if it is text; then the widest text, as names of tensors are; numbers never.
+        """
+        widths = {id(column): _width(column) for column in self.columns}
+        gone: list[str] = []
+        while self.columns:
+            over = sum(widths[id(column)] + _GAP for column in self.columns) - _GAP - width
+            last, texts = self.columns[-1], [column for column in self.columns if column.justify == "left"]
+            widest = max(texts, key=lambda column: widths[id(column)], default=last)
+            for column, least in ((last, _LEAST), (widest, _LEAST_NAME)):
+                if column.justify == "left" and over > 0 and widths[id(column)] - over >= least:
+                    column.width = widths[id(column)] - over
+                    over = 0
+            if over <= 0 or len(self.columns) == 1:
+                break
+            gone.insert(0, str(last.header))
+            self.columns.remove(last)
+        return gone
 
 
 def make_table(*columns: str) -> Table:
