@@ -644,7 +644,10 @@ class Budget:
         return self._fixed + recipe_module.from_tensors((name, shapes[name], kind) for name, kind in found.items())
 
     def _prepared(self, found: Mapping[str, str]) -> Quantization:
-        return quantize.prepare(self._source, recipe=self._recipe(found), **self._options)
+        prepared = quantize.prepare(self._source, recipe=self._recipe(found), **self._options)
+        # The options had an effect: on the choice.
+        prepared.findings = [finding for finding in prepared.findings if finding.code != "no-effect"]
+        return prepared
 
     def _planned(self, prepared: Quantization) -> Plan:
         beside = prepared.path if prepared.path.is_dir() else prepared.path.parent

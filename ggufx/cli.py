@@ -148,6 +148,10 @@ def _nbytes(count: float) -> str:
     return f"{count:.2f} TiB"
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _json(data: Any) -> str:
     """Return JSON that every parser takes: numbers that are not finite become null."""
 
@@ -304,7 +308,7 @@ def _execute(
     rate = f"{plan.nbytes / seconds / 1e9:.2f} GB/s" if seconds else ""
     for path in paths:
         _out.print(_text(str(path)))
-    _out.print(f"{len(plan.tensors)} tensors, {plan.nbytes} bytes in {seconds:.1f} s ({rate})")
+    _out.print(f"{_count(len(plan.tensors), 'tensor')}, {plan.nbytes} bytes in {seconds:.1f} s ({rate})")
 
 
 def _print_plan(plan: Plan, threads: int | None, *, verbose: bool) -> None:
@@ -320,8 +324,8 @@ def _print_plan(plan: Plan, threads: int | None, *, verbose: bool) -> None:
     for file in plan.files:
         _out.print(f"output: {_text(str(file.path))} ({file.nbytes} bytes)")
     _out.print(
-        f"{data['n_tensors']} tensors, {data['n_weights']} weights, {plan.data_nbytes} bytes of data, "
-        f"{data['bits_per_weight']:.4f} bits per weight, {len(plan.metadata)} keys, dialect {plan.dialect}, "
+        f"{_count(data['n_tensors'], 'tensor')}, {data['n_weights']} weights, {plan.data_nbytes} bytes of data, "
+        f"{data['bits_per_weight']:.4f} bits per weight, {_count(len(plan.metadata), 'key')}, dialect {plan.dialect}, "
         f"file type {plan.file_type}"
     )
     _out.print(
@@ -336,7 +340,7 @@ def _print_skipped(plan: Plan, console: Lines, *, verbose: bool) -> None:
     for name, reason in plan.skipped:
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
-        console.print(f"note: left out: {len(names)} tensors: {reason}", markup=False)
+        console.print(f"note: left out: {_count(len(names), 'tensor')}: {reason}", markup=False)
         for name in names if verbose else ():
             console.print(f"note:   {_text(name)}")
     for note in plan.notes:
@@ -461,7 +465,7 @@ def _print_inspected(found: dict[str, Any]) -> None:
     _print_groups(found["by_type"], "type")
     _print_groups(found["by_role"], "role")
     _out.print(
-        f"{about['n_tensors']} tensors, {about['n_weights']} weights, {about['data_nbytes']} bytes, "
+        f"{_count(about['n_tensors'], 'tensor')}, {about['n_weights']} weights, {about['data_nbytes']} bytes, "
         f"{about['bits_per_weight']:.4f} bits per weight"
     )
 
@@ -826,8 +830,7 @@ def set_command(
         _out.print("nothing changes")
         return
     how = "in place" if edit.plan is None else f"writing {edit.plan.nbytes} bytes anew"
-    count = "1 key" if len(edit.lines) == 1 else f"{len(edit.lines)} keys"
-    _out.print(f"{edit.path}: {count}, {how}{' (dry run)' if dry_run else ''}", markup=False)
+    _out.print(f"{edit.path}: {_count(len(edit.lines), 'key')}, {how}{' (dry run)' if dry_run else ''}", markup=False)
     if not dry_run:
         with _progress("set") as progress:
             try:
@@ -1126,7 +1129,7 @@ def _refuse(prepared: quantize_module.Quantization, *, as_json: bool) -> NoRetur
         _print_json({"findings": [asdict(finding) for finding in prepared.findings]})
     else:
         _print_findings(prepared.findings, _err)
-    _err.print(f"nothing is written: {len(prepared.errors)} errors", style="red")
+    _err.print(f"nothing is written: {_count(len(prepared.errors), 'error')}", style="red")
     raise SystemExit(prepared.exit_code)
 
 
@@ -1260,7 +1263,7 @@ def recipe_lint(
         kept = sum(choice.kept for choice in prepared.choices)
         _out.print(
             f"target {prepared.dialect.name}: {len(prepared.choices) - kept} tensors change, {kept} stay; "
-            + ", ".join(f"{count} {severity}s" for severity, count in counts.items())
+            + ", ".join(_count(count, severity) for severity, count in counts.items())
         )
     if prepared.errors:
         raise typer.Exit(prepared.exit_code)

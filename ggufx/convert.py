@@ -91,11 +91,13 @@ class Conversion:
         if mtp and target == "nisparks":
             raise OptionError("the nisparks dialect has no form for the MTP block; use {target} llama.cpp for {mtp}")
         self.architecture = architectures.find(self.checkpoint)
-        for pattern in skip:
-            if not any(map(re.compile(fnmatch.translate(pattern)).match, self.checkpoint)):
-                raise OptionError("{skip} {0}: {1} has no tensor of such a name", pattern, self.checkpoint.path)
+        idle = [pattern for pattern in skip if not any(map(_matcher([pattern]), self.checkpoint))]
+        if skip and len(idle) == len(skip):
+            raise OptionError("{skip} {0}: {1} has no tensor of such a name", " ".join(idle), self.checkpoint.path)
         self.outputs, self.skipped = self.architecture.outputs(target, mtp=mtp, skip=_matcher(skip))
-        self.notes: list[str] = []
+        self.notes: list[str] = [
+            f"no tensor has a name such as {pattern}: nothing is left out by it" for pattern in idle
+        ]
         self._mtp, self._strict = mtp, not allow_nan
         self.choice = _Choice(self.architecture, self.dialect, dense)
         self._model_name, self._template = model_name, chat_template

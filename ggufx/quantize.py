@@ -196,7 +196,8 @@ class Quantization:
         """Raise RecipeError if there is an error among the findings."""
         if self.errors:
             kind = FallbackError if self.exit_code == 3 else RecipeError
-            more = f" ({len(self.errors) - 1} more errors)" if len(self.errors) > 1 else ""
+            left = len(self.errors) - 1
+            more = f" (and {left} more error{'s' if left > 1 else ''})" if left else ""
             raise kind(f"{self.errors[0].message}{more}")
 
     @cached_property
