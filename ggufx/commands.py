@@ -282,6 +282,16 @@ _COMPLETIONS: Final[Mapping[str, Callable[[str], list[str]]]] = {
 """What a shell offers for the values of parameters; choices offer themselves, and a shell its files where nothing fits."""
 
 
+_METAVARS: Final[Mapping[str, str]] = {
+    "skip": "GLOB", "allow_key": "GLOB", "tensors": "GLOB", "custom_q": "RE=TYPE,...", "tensor_type": "RE=TYPE",
+    "tensor_type_file": "FILE", "candidates": "TYPE,...", "type_names": "TYPE,...", "output_tensor_type": "TYPE",
+    "token_embedding_type": "TYPE", "recipe": "RECIPE", "imatrix": "FILE", "report": "FILE", "chat_template_file": "FILE",
+    "remove": "KEY", "model_name": "NAME", "device": "DEVICE", "split_max_size": "N(M|G|MiB|GiB)", "split_max_tensors": "N",
+    "target_bpw": "N", "sample_len": "N", "max_rows": "N", "limit": "N", "seed": "N", "threads": "N",
+}  # fmt: skip
+"""What stands for the value of an option in the help, where it is not a path or a choice."""
+
+
 def _completed(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a function that is a command what all have: ``--quiet``, choices in any case, completion of names."""
 
@@ -296,6 +306,7 @@ def _completed(function: Callable[..., Any]) -> Callable[..., Any]:
     for parameter in parameters:
         for info in getattr(parameter.annotation, "__metadata__", ()):
             info.case_sensitive = False
+            info.metavar = info.metavar or _METAVARS.get(parameter.name)
             info.autocompletion = info.autocompletion or _COMPLETIONS.get(parameter.name)
     functools.update_wrapper(run, function)
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

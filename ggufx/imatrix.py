@@ -466,7 +466,8 @@ def save(matrix: ImportanceMatrix, path: str | Path, format: Format = "gguf", *,
     """Write an importance matrix in either format, as ``llama-imatrix`` would; one row at a time in memory.
 
     Between files of one format all is kept, and from legacy to GGUF too (sums and counts times the tokens of a chunk, a
-    power of two, so that the way back gives the same bytes). The legacy format has one count for all experts.
+    power of two, so that the way back gives the same bytes: entries keep their order). The legacy format has one count for
+    all experts.
 
     Parameters
     ----------

@@ -58,8 +58,8 @@ LINES = {
     },
     ("quantize", "skip"): ("quantize M o.gguf q8_0 --skip blk.0*", "--skip leaves tensors of a checkpoint out, and the sourc"),
     ("quantize", "model_name"): (
-        "quantize M o.gguf q8_0 --model-name X", "--model-name is for a checkpoint, and the source is a GGUF, whose keys are kept; "
-        "--override-kv sets others",
+        "quantize M o.gguf q8_0 --model-name X",
+        "--model-name is for a checkpoint, and the source is a GGUF, whose keys are kept; --override-kv sets others",
     ),
     ("quantize", "mtp"): ("quantize M o.gguf q8_0 --mtp", "--mtp is for a checkpoint, and the source is a GGUF"),
     ("quantize", "dialect"): (
