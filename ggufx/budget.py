@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, prod, sqrt
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, TypedDict, Unpack, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -31,13 +31,14 @@ from ggufx.errors import CodecError, GGUFError, PlanError, RecipeError
 from ggufx.factors import factor_of, is_applied
 from ggufx.file import File, open
 from ggufx.imatrix import ImportanceMatrix
+from ggufx.options import given, refuse
 from ggufx.plan import Matrix, Plan
 from ggufx.quantize import Choice, Quantization, Source
 from ggufx.recipe import NATIVE, Recipe, Rule
 from ggufx.transforms import ColumnEnergy, decode_source
 from ggufx.types import Codec
 
-__all__ = ["SAMPLE_LEN", "Budget", "Estimate", "Fit", "Per", "choose"]
+__all__ = ["SAMPLE_LEN", "Budget", "BudgetOptions", "Estimate", "Fit", "Per", "choose"]
 
 F32 = npt.NDArray[np.float32]
 Per = Literal["family", "tensor"]
@@ -272,6 +273,25 @@ class Estimate:
     not_compiled: tuple[str, ...]
 
 
+class BudgetOptions(TypedDict, total=False):
+    """Further keywords of :class:`Budget`."""
+
+    effort: types.Effort
+    objective: types.Objective
+    allow_requantize: bool
+    fallback: bool
+    keep_split: bool
+    only: Sequence[str]
+    measure: bool
+    device: str | None
+    dialect: str | None
+    mtp: bool
+    model_name: str | None
+    chat_template: str | None
+    skip: Sequence[str]
+    allow_nan: bool
+
+
 class Budget:
     """What can be chosen for a model, and what every choice costs.
 
@@ -341,35 +361,36 @@ class Budget:
         leave_output: bool = False,
         split_max_nbytes: int | None = None,
         overrides: Mapping[str, Value] | None = None,
-        **options: Any,
+        **options: Unpack[BudgetOptions],
     ) -> None:
         if per not in get_args(Per):
             raise PlanError(f"{per!r} is no way to group tensors; choose {' or '.join(get_args(Per))}")
         if isinstance(source, str | Path):
             path = Path(source)
             source = Checkpoint(path) if path.is_dir() else open(path, dialect=options.get("dialect"))
-        given = rules or Recipe()
+            refuse("quantize", given({"dialect": options.pop("dialect", None)}), quantize.kind_of(source))
+        fixed = rules or Recipe()
         asked = None if type_names is None else [quantize.codec_name(name, "--types") for name in type_names]
         if asked is not None and not asked:
             raise RecipeError("--types names no type")
-        self.dialect = quantize.target_dialect(given, [n for n in asked or () if n != NATIVE], source, target)
+        self.dialect = quantize.target_dialect(fixed, [n for n in asked or () if n != NATIVE], source, target)
         self._codecs = _codecs(asked, self.dialect)
         self._native = asked is None or NATIVE in asked
         self.candidates = [*(codec.name for codec in self._codecs), *([NATIVE] if self._native else [])]
         self._matrix: Any = imatrix
         if imatrix is not None and not isinstance(imatrix, ImportanceMatrix) and str(imatrix) not in _MAKESHIFTS:
             self._matrix = imatrix_module.load(imatrix)
-        self._options = options | {"pure": True, "imatrix": self._matrix, "target": self.dialect.name}
+        self._options: dict[str, Any] = {**options, "imatrix": self._matrix, "target": self.dialect.name}
         self._source, self._sample_len = source, sample_len
         self._split_max_nbytes, self._overrides = split_max_nbytes, overrides
         # What takes part and how its columns are weighed is what quantizing all of it to one type would find.
         probe = quantize.prepare(
-            source, recipe=given, default=_probe(source, self.dialect),
-            **self._options | {"allow_requantize": True},
+            source, recipe=fixed, default=_probe(source, self.dialect),
+            **self._options | {"allow_requantize": True, "pure": True},
         )  # fmt: skip
         self._source_files, alignment = probe.source_files, probe.alignment
         self._architecture = probe.facts().get("general.architecture")
-        self._fixed = given + _ends([c.source.name for c in probe.choices], output_type, embedding_type, leave_output)
+        self._fixed = fixed + _ends([c.source.name for c in probe.choices], output_type, embedding_type, leave_output)
         self.left_out: Counter[str] = Counter()
         self._free = self._take_part(probe, per, alignment)
         smallest = self._prepared({item.name: item.smallest for item in self._free})
@@ -673,7 +694,10 @@ class Budget:
         return self._fixed + recipe_module.from_tensors((name, shapes[name], kind) for name, kind in found.items())
 
     def _prepared(self, found: Mapping[str, str]) -> Quantization:
-        return quantize.prepare(self._source, recipe=self._recipe(found), **self._options)
+        prepared = quantize.prepare(self._source, recipe=self._recipe(found), **self._options)
+        # The options had an effect: on the choice.
+        prepared.findings = [finding for finding in prepared.findings if finding.code != "no-effect"]
+        return prepared
 
     def _planned(self, prepared: Quantization) -> Plan:
         beside = prepared.path if prepared.path.is_dir() else prepared.path.parent

@@ -90,6 +90,8 @@ class Checkpoint(Mapping[str, SourceTensor]):
         self.path = _snapshot(Path(path))
         if not self.path.is_dir():
             hint = "; pass the directory that holds config.json" if self.path.exists() else ": it does not exist"
+            if _is_gguf(self.path):
+                hint = ", but a GGUF: `ggufx quantize` gives it other types, `ggufx retarget` another dialect"
             raise CheckpointError(f"{self.path}: not a checkpoint directory{hint}")
         self.config: dict[str, Any] = read_object(self.path / "config.json", needed="a checkpoint directory has one")
         self.shards, weight_map = self._find_shards()
@@ -217,6 +219,14 @@ class Checkpoint(Mapping[str, SourceTensor]):
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.path.name}: {len(self)} tensors in {len(self.shards)} shards>"
+
+
+def _is_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return path.is_file() and file.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def _snapshot(path: Path) -> Path:

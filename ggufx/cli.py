@@ -52,22 +52,24 @@ from ggufx import rewrite as rewrite_module
 from ggufx import verify as verify_module
 from ggufx import warmup as warmup_module
 from ggufx.assignments import parse_assignments, parse_overrides
+from ggufx.commands import App, Quiet, explain
 from ggufx.errors import DiskError, FallbackError, GGUFError, PlanError
 from ggufx.file import open as open_gguf
+from ggufx.options import given, refuse
+from ggufx.output_names import fill_file_type, is_directory
 from ggufx.plan import Plan
 from ggufx.stopping import Stopping
-from ggufx.terminal import Lines, make_table, prepare_streams, printable
+from ggufx.terminal import Lines, fail, hush, make_table, prepare_streams, printable
+from ggufx.terminal import err as _err
+from ggufx.terminal import out as _out
 from ggufx.values import as_unicode
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
+app = App(
     name="ggufx",
     help="Native FP8/FP4 checkpoints to GGUF without losing a bit; every fork's GGUF, readable.",
-    no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
 )
 
 Per = StrEnum("Per", {name: name for name in get_args(budget_module.Per)})  # type: ignore[misc]
@@ -88,9 +90,6 @@ _REFERENCE = ObjectiveChoice("reference")
 _NISPARKS = Target("nisparks")
 _FOLDER = MergeForm("safetensors")
 
-_out = Lines()
-_err = Lines(stderr=True)
-
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 Threads = Annotated[
@@ -101,15 +100,11 @@ DialectOption = Annotated[
 ]
 
 
-def _file(text: str) -> Path:
-    # Path drops the slash at the end, which says that a directory is meant: a file of that name would be a surprise.
-    if text.endswith("/") or Path(text).is_dir():
-        raise PlanError(f"--outfile {text}: is a directory; name a file in it")
-    return Path(text)
-
-
-OutFile = Annotated[Path, typer.Option("--outfile", parser=_file, metavar="FILE", help="Output.")]
-
+# Not a Path, here and elsewhere: that drops the slash at the end, which says that a directory is meant.
+OutFile = Annotated[
+    str,
+    typer.Option("--outfile", "-o", metavar="FILE", help="Output; may hold {ftype}. A directory gets a name in it."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output, at the end.")]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a partial output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")]
@@ -153,6 +148,10 @@ def _nbytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1024
     return f"{count:.2f} TiB"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _json(data: Any) -> str:
@@ -220,7 +219,9 @@ def _progress(verb: str, unit: str = "bytes", *, notes: bool = True) -> Iterator
             _err.print(f"note: {what}", markup=False)
 
     compiling = _Compiling(say)
-    bar = Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal, get_time=compiling.clock)
+    bar = Progress(
+        *columns, console=_err, transient=True, disable=not _err.is_terminal or Lines.hushed, get_time=compiling.clock
+    )
     with kernels.compiling_heard(compiling), bar as progress:
         task = progress.add_task(verb, total=None)
 
@@ -239,20 +240,23 @@ def _version(show: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    quiet: Quiet = False,
 ) -> None:
-    pass
+    hush(quiet)
 
 
 @app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="Directory with config.json, safetensors shards and tokenizer.")],
-    # Not a Path: that drops the slash at the end, which says that a directory is meant.
     outfile: Annotated[
         str | None,
         typer.Option(
-            help="Output; may hold {ftype}. A directory gets a name by the GGUF convention. Default: CHECKPOINT."
+            "--outfile",
+            "-o",
+            metavar="FILE",
+            help="Output; may hold {ftype}. A directory gets a name by the GGUF convention. Default: CHECKPOINT.",
         ),
     ] = None,
     target: Annotated[Target, typer.Option(help="Dialect to write.")] = _NISPARKS,
@@ -285,8 +289,6 @@ def convert(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")] = False,
 ) -> None:
     """Convert a Hugging Face checkpoint to GGUF, keeping its native FP8 and FP4 bits."""
-    if as_json and not dry_run:
-        raise PlanError("--json goes with --dry-run")
     template = None if chat_template_file is None else chat_template_file.read_text(encoding="utf-8")
     plan = convert_module.plan_convert(
         checkpoint,
@@ -302,16 +304,10 @@ def convert(
         skip=skip or (),
         allow_nan=allow_nan,
     )
-    if dry_run:
-        if as_json:
-            _print_json(plan.to_json())
-        else:
-            _print_plan(plan, threads, verbose=verbose)
-        return
-    _print_skipped(plan, _err, verbose=verbose)
-    if verbose:
-        _print_tensors(plan)
-    _execute(plan, "convert", overwrite=overwrite, resume=resume, threads=threads)
+    _show_or_execute(
+        plan, "convert", dry_run=dry_run, as_json=as_json, verbose=verbose, overwrite=overwrite, resume=resume,
+        threads=threads,
+    )  # fmt: skip
 
 
 def _show_or_execute(
@@ -319,8 +315,6 @@ def _show_or_execute(
     threads: int | None,
 ) -> None:  # fmt: skip
     """Do what every command that writes a model does with its plan."""
-    if as_json and not dry_run:
-        raise PlanError("--json goes with --dry-run")
     if dry_run:
         _print_json(plan.to_json()) if as_json else _print_plan(plan, threads, verbose=verbose)
         return
@@ -353,7 +347,7 @@ def _execute(
     rate = f"{plan.nbytes / seconds / 1e9:.2f} GB/s" if seconds else ""
     for path in paths:
         _out.print(_text(str(path)))
-    _out.print(f"{len(plan.tensors)} tensors, {plan.nbytes} bytes in {seconds:.1f} s ({rate})")
+    _out.print(f"{_count(len(plan.tensors), 'tensor')}, {plan.nbytes} bytes in {seconds:.1f} s ({rate})")
 
 
 def _print_plan(plan: Plan, threads: int | None, *, verbose: bool) -> None:
@@ -369,8 +363,8 @@ def _print_plan(plan: Plan, threads: int | None, *, verbose: bool) -> None:
     for file in plan.files:
         _out.print(f"output: {_text(str(file.path))} ({file.nbytes} bytes)")
     _out.print(
-        f"{data['n_tensors']} tensors, {data['n_weights']} weights, {plan.data_nbytes} bytes of data, "
-        f"{data['bits_per_weight']:.4f} bits per weight, {len(plan.metadata)} keys, dialect {plan.dialect}, "
+        f"{_count(data['n_tensors'], 'tensor')}, {data['n_weights']} weights, {plan.data_nbytes} bytes of data, "
+        f"{data['bits_per_weight']:.4f} bits per weight, {_count(len(plan.metadata), 'key')}, dialect {plan.dialect}, "
         f"file type {plan.file_type}"
     )
     _out.print(
@@ -385,7 +379,7 @@ def _print_skipped(plan: Plan, console: Lines, *, verbose: bool) -> None:
     for name, reason in plan.skipped:
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
-        console.print(f"note: left out: {len(names)} tensors: {reason}", markup=False)
+        console.print(f"note: left out: {_count(len(names), 'tensor')}: {reason}", markup=False)
         for name in names if verbose else ():
             console.print(f"note:   {_text(name)}")
     for note in plan.notes:
@@ -480,7 +474,11 @@ def inspect(
     if failure is not None:
         raise failure
     if tensors is not None and not found["n_matching"]:
-        _fail(f"{file}: {tensors!r} matches none of the {found['file']['n_tensors']} tensors")
+        fail(f"{file}: {tensors!r} matches none of the {found['file']['n_tensors']} tensors")
+
+
+_LONGEST = 1000
+"""Characters of a value that are laid out for a terminal, which is narrower."""
 
 
 def _print_inspected(found: dict[str, Any]) -> None:
@@ -496,7 +494,8 @@ def _print_inspected(found: dict[str, Any]) -> None:
     table = make_table("key", "type", "value")
     for key, value in found["metadata"].items():
         text = json.dumps(value["value"], ensure_ascii=False)
-        shown = text if len(text) <= 100 else text[:97] + "..."
+        # A table cuts what does not fit the terminal; a pipe gets all of it.
+        shown = text[:_LONGEST] if _out.is_terminal else text
         kind = value["type"] + (f" x {value['length']}" if "length" in value else "")
         table.add_row(_text(key), _text(kind), _text(shown))
     if table.row_count:
@@ -515,7 +514,7 @@ def _print_inspected(found: dict[str, Any]) -> None:
     _print_groups(found["by_type"], "type")
     _print_groups(found["by_role"], "role")
     _out.print(
-        f"{about['n_tensors']} tensors, {about['n_weights']} weights, {about['data_nbytes']} bytes, "
+        f"{_count(about['n_tensors'], 'tensor')}, {about['n_weights']} weights, {about['data_nbytes']} bytes, "
         f"{about['bits_per_weight']:.4f} bits per weight"
     )
 
@@ -547,7 +546,7 @@ def verify(
     the source. Exit code 0: verified, or rounded within bounds; 1: not verified; 2: trouble, such as a missing or broken file,
     or one that is not of this source at all.
     """
-    with _trouble(), _progress("verify") as progress:
+    with _progress("verify") as progress:
         report = verify_module.verify(
             file,
             against,
@@ -602,7 +601,7 @@ def diff(
     Relative errors are relative to the first file. Exit code 0: the same; 1: different; 2: trouble, such as a missing or
     broken file.
     """
-    with _trouble(), _progress("diff") as progress:
+    with _progress("diff") as progress:
         found = diff_module.diff(first, second, dialect=None if dialect is None else dialect.value, progress=progress)
     if as_json:
         _print_json(found.to_json())
@@ -721,7 +720,7 @@ def retarget(
 @app.command()
 def export(
     file: Annotated[Path, typer.Argument(help="A native DeepSeek-V4 GGUF; any member of a split.")],
-    outfile: Annotated[Path, typer.Option(help="Directory of the checkpoint.")],
+    outfile: Annotated[str, typer.Option("--outfile", "-o", metavar="DIR", help="Directory of the checkpoint.")],
     dialect: DialectOption = None,
     threads: Threads = None,
     overwrite: Overwrite = False,
@@ -739,6 +738,15 @@ def export(
         )  # fmt: skip
 
 
+def _no_splits(words: list[str] | None) -> None:
+    """Tell who means the merge of llama-gguf-split, which takes files without options, before options are missed."""
+    if words:
+        raise PlanError(
+            f"{words[0]}: this command merges a checkpoint with a GGUF's experts, and takes options only; "
+            f"`ggufx merge-splits {' '.join(words)}` merges the members of a split GGUF"
+        )
+
+
 @app.command()
 def merge(
     safetensor_path: Annotated[
@@ -750,9 +758,15 @@ def merge(
             "--gguf-path", "--gguf_path", help="GGUF with the routed experts; any member of a split, or a directory."
         ),
     ],
-    # Not a Path, as convert's outfile.
     output_path: Annotated[
-        str, typer.Option("--output-path", "--output_path", help="Directory to write; with --format gguf also a file.")
+        str,
+        typer.Option(
+            "--output-path",
+            "--output_path",
+            "--outfile",
+            "-o",
+            help="Directory to write; with --format gguf also a file.",
+        ),
     ],
     form: Annotated[
         MergeForm, typer.Option("--format", help="safetensors: what KTransformers loads. gguf: one GGUF.")
@@ -775,8 +789,10 @@ def merge(
     dry_run: DryRun = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
+    others: Annotated[list[str] | None, typer.Argument(hidden=True, is_eager=True, callback=_no_splits)] = None,
 ) -> None:
     """Merge an FP8 checkpoint with a GGUF's routed experts: KTransformers' hybrid, or one GGUF. (Splits: merge-splits.)"""
+    del others  # refused
     plan = merge_module.plan_merge(
         safetensor_path,
         gguf_path,
@@ -794,12 +810,22 @@ def merge(
     )  # fmt: skip
 
 
+def _one_output(out: str | None, outfile: str | None) -> str | None:
+    if out is not None and outfile is not None:
+        raise PlanError(f"the output is given twice: {out} and --outfile {outfile}")
+    return outfile if out is None else out
+
+
 @app.command()
 def split(
     file: Annotated[Path, typer.Argument(help="A GGUF.")],
+    # llama-gguf-split's order.
+    out: Annotated[str | None, typer.Argument(metavar="[PREFIX]", help="As --outfile.")] = None,
     outfile: Annotated[
-        Path | None,
-        typer.Option(parser=_file, metavar="PREFIX", help="PREFIX-00001-of-0000N.gguf are written. Default: FILE."),
+        str | None,
+        typer.Option(
+            "--outfile", "-o", metavar="PREFIX", help="PREFIX-00001-of-0000N.gguf are written. Default: FILE."
+        ),
     ] = None,
     split_max_size: SplitMaxSize = None,
     split_max_tensors: Annotated[
@@ -819,7 +845,7 @@ def split(
     with open_gguf(file, dialect=None if dialect is None else dialect.value) as source:
         plan = rewrite_module.plan_split(
             source,
-            outfile,
+            _one_output(out, outfile),
             split_max_nbytes=_parse_nbytes(split_max_size),
             split_max_tensors=split_max_tensors,
             tensor_first=not no_tensor_first_split,
@@ -832,8 +858,10 @@ def split(
 @app.command()
 def merge_splits(
     file: Annotated[Path, typer.Argument(help="Any member of a split GGUF.")],
+    # llama-gguf-split's order.
+    out: Annotated[str | None, typer.Argument(metavar="[OUT.gguf]", help="As --outfile.")] = None,
     outfile: Annotated[
-        Path | None, typer.Option(parser=_file, metavar="FILE", help="Output. Default: the members' common name.")
+        str | None, typer.Option("--outfile", "-o", metavar="FILE", help="Output. Default: the members' common name.")
     ] = None,
     dialect: DialectOption = None,
     threads: Threads = None,
@@ -844,7 +872,7 @@ def merge_splits(
 ) -> None:
     """Merge the members of a split GGUF into one file."""
     with open_gguf(file, dialect=None if dialect is None else dialect.value) as source:
-        plan = rewrite_module.plan_merge(source, outfile)
+        plan = rewrite_module.plan_merge(source, _one_output(out, outfile))
         _show_or_execute(
             plan, "merge", dry_run=dry_run, as_json=as_json, overwrite=overwrite, resume=resume, threads=threads
         )
@@ -881,8 +909,7 @@ def set_command(
         _out.print("nothing changes")
         return
     how = "in place" if edit.plan is None else f"writing {edit.plan.nbytes} bytes anew"
-    count = "1 key" if len(edit.lines) == 1 else f"{len(edit.lines)} keys"
-    _out.print(f"{edit.path}: {count}, {how}{' (dry run)' if dry_run else ''}", markup=False)
+    _out.print(f"{edit.path}: {_count(len(edit.lines), 'key')}, {how}{' (dry run)' if dry_run else ''}", markup=False)
     if not dry_run:
         with _progress("set") as progress:
             try:
@@ -904,7 +931,15 @@ def quantize(
         ),
     ] = None,
     third: Annotated[str | None, typer.Argument(metavar="NTHREADS", help="As --threads.")] = None,
-    outfile: Annotated[Path | None, typer.Option(help="Output; may hold {ftype}. Needed but with --dry-run.")] = None,
+    outfile: Annotated[
+        str | None,
+        typer.Option(
+            "--outfile",
+            "-o",
+            metavar="FILE",
+            help="Output; may hold {ftype}. A directory gets a name in it. Needed but with --dry-run.",
+        ),
+    ] = None,
     mix: Annotated[
         bool, typer.Option("--mix", help="TYPE is llama-quantize's mix where the name is a type's, too: Q2_K, IQ2_XXS.")
     ] = False,
@@ -983,30 +1018,17 @@ def quantize(
 ) -> None:
     """Quantize a GGUF or a checkpoint by a recipe, a mix such as Q4_K_M, or to a type, in one pass."""
     default, outfile, threads = _quantize_words([w for w in (first, second, third) if w is not None], outfile, threads)
-    if as_json and not dry_run:
-        raise PlanError("--json goes with --dry-run")
     sized = target_size is not None or target_bpw is not None
-    if sized and default is not None:
-        raise PlanError(
-            f"TYPE {default} and a size exclude each other; --types names the types to choose from, --outfile the output"
-        )
-    if sized and (mix or pure):
-        raise PlanError(
-            f"{'--mix' if mix else '--pure'} and a size exclude each other; `ggufx recipe show MIX --for MODEL` gives a mix's "
-            "rules"
-        )
-    if not sized and (candidates is not None or per is not _FAMILY or sample_len != budget_module.SAMPLE_LEN):
-        raise PlanError("--types, --per and --sample-len go with --target-size or --target-bpw")
+    refuse("quantize", given({"default": default, "target_size": target_size, "target_bpw": target_bpw}))
     if outfile is None and not dry_run:
         raise PlanError("--outfile is missing; --dry-run does without")
-    if split_max_size is not None and keep_split:
-        raise PlanError("--split-max-size and --keep-split exclude each other")
     rules = _recipe(recipe, custom_q, tensor_type, tensor_type_file)
     prepare: Callable[..., quantize_module.Quantization] = quantize_module.prepare
     overrides = parse_overrides(override_kv or ())
     if sized:
-        if outfile is not None and not (dry_run or split_max_size or keep_split):
-            execute.check_output(outfile, overwrite=overwrite)
+        known = outfile is not None and "{" not in outfile and not is_directory(outfile)
+        if outfile is not None and known and not (dry_run or split_max_size or keep_split):
+            execute.check_output(Path(outfile), overwrite=overwrite)
         prepare = partial(
             _fitted, asked=_Asked(target_size, target_bpw, candidates, per.value, sample_len), threads=threads,
             split_max_nbytes=_parse_nbytes(split_max_size), overrides=overrides, dry_run=dry_run, as_json=as_json,
@@ -1068,8 +1090,8 @@ def quantize(
 
 
 def _quantize_words(
-    words: list[str], outfile: Path | None, threads: int | None
-) -> tuple[str | None, Path | None, int | None]:
+    words: list[str], outfile: str | None, threads: int | None
+) -> tuple[str | None, str | None, int | None]:
     """Read ``[OUT.gguf] [TYPE] [NTHREADS]``; return (type, output, threads), which options may have given, too."""
     left = list(words)
     if left and left[-1].isdecimal():
@@ -1087,9 +1109,7 @@ def _quantize_words(
     if len(left) > 1 or (left and _is_file_name(left[0])):
         raise PlanError(f"{' '.join(words)}: expected [OUT.gguf] [TYPE] [NTHREADS] after the source, in this order")
     if out is not None:
-        if outfile is not None:
-            raise PlanError(f"the output is given twice: {out} and --outfile {outfile}")
-        outfile = Path(out)
+        outfile = _one_output(out, outfile)
     return (left[0] if left else None), outfile, threads
 
 
@@ -1206,7 +1226,7 @@ def _refuse(prepared: quantize_module.Quantization, *, as_json: bool) -> NoRetur
         _print_json({"findings": [asdict(finding) for finding in prepared.findings]})
     else:
         _print_findings(prepared.findings, _err)
-    _err.print(f"nothing is written: {len(prepared.errors)} errors", style="red")
+    _err.print(f"nothing is written: {_count(len(prepared.errors), 'error')}", style="red")
     raise SystemExit(prepared.exit_code)
 
 
@@ -1253,7 +1273,7 @@ def _print_findings(findings: list[recipe_module.Finding], console: Lines) -> No
         console.print(f"{finding.severity}: {_text(finding.message)}", style=style)
 
 
-recipe_app = typer.Typer(no_args_is_help=True, help="Recipes: list, show, check, convert, or read one off a file.")
+recipe_app = App(help="Recipes: list, show, check, convert, or read one off a file.")
 app.add_typer(recipe_app, name="recipe")
 
 
@@ -1293,8 +1313,6 @@ def recipe_show(
             target=None if target is None else target.value,
             dialect=None if dialect is None else dialect.value,
         )
-    elif imatrix is not None:
-        raise PlanError("--imatrix goes with --for")
     elif mixes.find(recipe) is not None and not Path(recipe).is_file():
         raise PlanError(f"{recipe} is a mix: which types it has hangs on the model, so name one with --for MODEL")
     else:
@@ -1342,7 +1360,7 @@ def recipe_lint(
         kept = sum(choice.kept for choice in prepared.choices)
         _out.print(
             f"target {prepared.dialect.name}: {len(prepared.choices) - kept} tensors change, {kept} stay; "
-            + ", ".join(f"{count} {severity}s" for severity, count in counts.items())
+            + ", ".join(_count(count, severity) for severity, count in counts.items())
         )
     if prepared.errors:
         raise typer.Exit(prepared.exit_code)
@@ -1377,8 +1395,6 @@ def recipe_fit(
     as_json: AsJson = False,
 ) -> None:
     """Choose the types for a size and print the recipe: measures every candidate on a sample of every tensor's rows."""
-    if as_json and not dry_run:
-        raise PlanError("--json goes with --dry-run")
     budget, limit = _Asked(target_size, target_bpw, candidates, per.value, sample_len).budget(
         source,
         rules=_recipe(recipe, custom_q, tensor_type, None),
@@ -1473,15 +1489,13 @@ def measure(
         measure_module.plot(found, plot)
     damaged = list(dict.fromkeys(item.tensor for item in found if item.damaged))
     if damaged:
-        _fail(
+        fail(
             f"{file}: {len(damaged)} of {len({item.tensor for item in found})} tensors hold values that are NaN or infinite, "
             f"{damaged[0]!r} first"
         )
 
 
-imatrix_app = typer.Typer(
-    name="imatrix", help="Look into importance matrices and convert them.", no_args_is_help=True, rich_markup_mode=None
-)
+imatrix_app = App(name="imatrix", help="Look into importance matrices and convert them.")
 app.add_typer(imatrix_app)
 
 MatrixFile = Annotated[Path, typer.Argument(help="Importance matrix, .gguf or legacy .dat; the content decides.")]
@@ -1524,18 +1538,22 @@ def imatrix_info(
 @imatrix_app.command(name="convert")
 def imatrix_convert(
     file: MatrixFile,
-    outfile: Annotated[Path, typer.Option(help="Output.")],
+    outfile: Annotated[
+        str,
+        typer.Option("--outfile", "-o", metavar="FILE", help="Output. In a directory it gets FILE's name."),
+    ],
     format: Annotated[
         MatrixFormat | None, typer.Option("--format", help="Default: dat if OUTFILE ends in .dat, else gguf.")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Convert an importance matrix between GGUF and the legacy format; says what the format cannot hold."""
-    chosen = format.value if format is not None else "dat" if outfile.suffix == ".dat" else "gguf"
+    chosen = format.value if format is not None else "dat" if outfile.endswith(".dat") else "gguf"
+    path = Path(outfile) / f"{file.stem}.{chosen}" if is_directory(outfile) else fill_file_type(outfile, chosen)
     matrix = imatrix_module.load(file)
-    for note in imatrix_module.save(matrix, outfile, chosen, overwrite=overwrite):  # type: ignore[arg-type]
+    for note in imatrix_module.save(matrix, path, chosen, overwrite=overwrite):  # type: ignore[arg-type]
         _err.print(f"note: {note}", markup=False)
-    _out.print(f"{outfile}: {len(matrix)} entries read, written as {chosen}", markup=False)
+    _out.print(f"{path}: {len(matrix)} entries read, written as {chosen}", markup=False)
 
 
 @app.command(name="types")
@@ -1624,12 +1642,7 @@ def warmup(names: Names = None) -> None:
     _out.print(f"{len(warmed)} kernels, {sum(kernel.seconds for kernel in warmed):.1f} s")
     lost = sum(not kernel.kept for kernel in warmed)
     if lost:
-        _fail(f"{lost} kernels were compiled, but not kept: set NUMBA_CACHE_DIR to a folder that can be written")
-
-
-def _fail(message: str, code: int = 1) -> NoReturn:
-    _err.print(f"error: {printable(message, line=True)}", markup=False, style="red")
-    raise SystemExit(code)
+        fail(f"{lost} kernels were compiled, but not kept: set NUMBA_CACHE_DIR to a folder that can be written")
 
 
 class _Stopped(BaseException):
@@ -1688,19 +1701,6 @@ class _Stopper:
         raise _Stopped
 
 
-@contextmanager
-def _trouble() -> Iterator[None]:
-    """End with 2 where a file cannot be read, in commands whose exit code 1 says that files differ, as cmp and diff do."""
-    try:
-        yield
-    except GGUFError as error:
-        _fail(str(error), 2)
-    except UnicodeDecodeError as error:
-        _fail(f"a text file is not UTF-8 ({error})", 2)
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
-
-
 def _note(message: Warning | str, *_: object, **__: object) -> None:
     _err.print(f"note: {message}", markup=False)
 
@@ -1708,21 +1708,16 @@ def _note(message: Warning | str, *_: object, **__: object) -> None:
 def main() -> None:
     """Run the command line: one clear line and exit code 1 for every error that input can cause."""
     prepare_streams()
+    hush(False)
     with stopping.possible(), _Stopper() as stop:
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _note
-                app()
-        except FallbackError as error:
-            _fail(str(error), 3)
-        except GGUFError as error:
-            _fail(str(error))
+                app(prog_name="ggufx")
         except (_Stopped, Stopping) as reason:
-            _fail(f"stopped; {reason}" if str(reason) else "stopped", 128 + stop.number)
-        except OSError as error:
-            _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-        except UnicodeDecodeError as error:
-            _fail(f"a text file is not UTF-8 ({error})")
+            fail(f"stopped; {reason}" if str(reason) else "stopped", 128 + stop.number)
+        except (GGUFError, OSError, UnicodeDecodeError) as error:
+            fail(explain(error), 3 if isinstance(error, FallbackError) else 1)
 
 
 def run() -> NoReturn:

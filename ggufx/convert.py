@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal, TypedDict, Unpack
 
 from ggufx import architectures, companions, dialects, execute, model_card, plan, types, vocabulary
 from ggufx.architectures import Architecture, Output, Part
 from ggufx.architectures.base import FP8_TILE
 from ggufx.checkpoint import Checkpoint
 from ggufx.container import Value
-from ggufx.errors import CheckpointError, CodecError, PlanError
+from ggufx.errors import CheckpointError, CodecError, OptionError, PlanError
 from ggufx.execute import Progress
+from ggufx.output_names import output_path
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
 from ggufx.types.f8_e4m3_b128 import exponents, widened
 from ggufx.version import __version__
@@ -27,10 +28,9 @@ __all__ = [
     "OUTTYPES",
     "TARGETS",
     "Conversion",
+    "ConvertOptions",
     "convert",
-    "fill_file_type",
     "operation",
-    "output_path",
     "plan_convert",
     "plan_output",
 ]
@@ -85,14 +85,19 @@ class Conversion:
         self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
         self.dialect = dialects.get(target)
         if outtype.lower() not in OUTTYPES:
-            raise PlanError(f"--outtype {outtype} is not supported; supported: {', '.join(OUTTYPES)}")
+            raise OptionError("{outtype} {0} is not supported; supported: {1}", outtype, ", ".join(OUTTYPES))
         if dense is not None and dense.lower() not in DENSE_TYPES:
-            raise PlanError(f"--dense {dense} is not supported; supported: {', '.join(DENSE_TYPES)}")
+            raise OptionError("{dense} {0} is not supported; supported: {1}", dense, ", ".join(DENSE_TYPES))
         if mtp and target == "nisparks":
-            raise PlanError("the nisparks dialect has no form for the MTP block; use --target llama.cpp for --mtp")
+            raise OptionError("the nisparks dialect has no form for the MTP block; use {target} llama.cpp for {mtp}")
         self.architecture = architectures.find(self.checkpoint)
+        idle = [pattern for pattern in skip if not any(map(_matcher([pattern]), self.checkpoint))]
+        if skip and len(idle) == len(skip):
+            raise OptionError("{skip} {0}: {1} has no tensor of such a name", " ".join(idle), self.checkpoint.path)
         self.outputs, self.skipped = self.architecture.outputs(target, mtp=mtp, skip=_matcher(skip))
-        self.notes: list[str] = []
+        self.notes: list[str] = [
+            f"no tensor has a name such as {pattern}: nothing is left out by it" for pattern in idle
+        ]
         self._mtp, self._strict = mtp, not allow_nan
         self.choice = _Choice(self.architecture, self.dialect, dense)
         self._model_name, self._template = model_name, chat_template
@@ -108,6 +113,14 @@ class Conversion:
     def packs(self, output: Output) -> bool:
         """Return whether F8_E4M3_B128 holds the very codes and scales of an FP8 tensor; reads float32 scales for it."""
         return self.choice.packs(output)
+
+    def check_dense(self) -> None:
+        """Raise OptionError for a ``dense`` type that none of the tensors planned so far has a use for."""
+        if self.choice.requested is not None and not self.choice.taken:
+            raise OptionError(
+                "{dense} {0} has no effect: {1} keeps every tensor of {2} as it is; leave it out, or choose another {target}",
+                self.choice.requested, self.dialect.name, self.checkpoint.path,
+            )  # fmt: skip
 
     def all_notes(self) -> list[str]:
         """Return the notes and what there is to say of the FP8 tensors planned so far, each once."""
@@ -182,6 +195,7 @@ def plan_convert(
     )  # fmt: skip
     source, dialect = conversion.checkpoint, conversion.dialect
     tensors = [conversion.tensor(output) for output in conversion.outputs]
+    conversion.check_dense()
     file_type = _file_type(tensors, conversion.architecture, target, conversion.choice.dense)
     metadata = conversion.metadata(tensors, file_type)
     if stamp:
@@ -189,7 +203,7 @@ def plan_convert(
         metadata["ggufx.dialect"] = Value.string(target)
     ftype_name = dialect.file_type_name(file_type) or ""
     built = plan.build(
-        output_path(outfile, source, metadata, ftype_name, mtp=mtp),
+        _output_path(outfile, source, metadata, ftype_name, mtp=mtp),
         metadata,
         tensors,
         source_files=source.shards,
@@ -211,6 +225,21 @@ def plan_convert(
     return built
 
 
+class ConvertOptions(TypedDict, total=False):
+    """Keywords of :func:`plan_convert`."""
+
+    target: str
+    outtype: str
+    dense: str | None
+    mtp: bool
+    model_name: str | None
+    chat_template: str | None
+    split_max_nbytes: int | None
+    stamp: bool
+    skip: Sequence[str]
+    allow_nan: bool
+
+
 def convert(
     checkpoint: str | Path | Checkpoint,
     outfile: str | Path | None = None,
@@ -220,7 +249,7 @@ def convert(
     threads: int | None = None,
     executor: Executor | None = None,
     progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[ConvertOptions],
 ) -> list[Path]:
     """Convert a checkpoint: :func:`plan_convert` (which takes ``options``) and :func:`ggufx.execute.execute`.
 
@@ -261,11 +290,18 @@ class _Choice:
     """By family, tensors that are no F8_E4M3_B128: as their scales are no powers of two, and as no tile ends with a head."""
     unread: dict[str, str] = field(default_factory=dict)
     """By output, the types that products with float32 scales are rounded to which nobody had to look at."""
+    taken: bool = False
+    """Whether a tensor has become of the type asked for, or would have if that divided its rows."""
 
     @property
     def dense(self) -> str:
         """What FP8 becomes where it cannot stay, in upper case."""
         return (self.requested or self.architecture.dense).upper()
+
+    def take_dense(self) -> str:
+        """Return :attr:`dense` for a tensor that will have this type."""
+        self.taken = True
+        return self.dense
 
     @property
     def holds_fp8(self) -> bool:
@@ -418,7 +454,7 @@ def _target_type(output: Output, first: Part, choice: _Choice, notes: list[str],
     if kind == "FP4":
         return "MXFP4"
     if kind in plan.FP8_KINDS:
-        wanted = "F8_E4M3_B128" if choice.holds_fp8 and exact_scales else choice.dense
+        wanted = "F8_E4M3_B128" if choice.holds_fp8 and exact_scales else choice.take_dense()
         if wanted == "F8_E4M3_B128" and first.transposed and not _squarely(output):
             choice.turned.setdefault(_family(output.name), {})[output.name] = None
             return "BF16"
@@ -429,7 +465,7 @@ def _target_type(output: Output, first: Part, choice: _Choice, notes: list[str],
     ):
         return "F32"
     elif choice.requested is not None and architecture.dense_is_outtype:
-        wanted = choice.dense
+        wanted = choice.take_dense()
     else:
         return kind
     block_len = types.get(wanted).layout.block_len
@@ -539,39 +575,11 @@ def _general_keys(checkpoint: Checkpoint, tensors: Sequence[PlannedTensor], mode
     return model_card.general_keys(checkpoint, total, label, model_name)
 
 
-def fill_file_type(outfile: str, file_type: str) -> str:
-    """Return a path with ``{ftype}`` of its last part replaced; raises PlanError for another placeholder."""
-    import gguf
-
-    path = Path(outfile)
-    if not path.name:
-        raise PlanError(f"--outfile {outfile}: is a directory; name a file")
-    try:
-        return str(path.with_name(gguf.fill_templated_filename(path.name, file_type)))
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise PlanError(f"--outfile {outfile}: {error!r} is no placeholder; {{ftype}} is") from None
-
-
-def output_path(
-    outfile: str | Path | None, checkpoint: Checkpoint, metadata: dict[str, Value], file_type: str, *, mtp: bool
+def _output_path(
+    outfile: str | Path | None, checkpoint: Checkpoint, metadata: Mapping[str, Value], file_type: str, *, mtp: bool
 ) -> Path:
-    """Return where a file goes: ``outfile``, or, of a directory, a name in it by the GGUF convention.
-
-    Parameters
-    ----------
-    outfile
-        A file, with ``{ftype}`` filled in; or a directory, which exists or is spelled with a slash at its end. ``None`` is
-        the checkpoint's, or the working directory for a snapshot in Hugging Face's cache, which is not ours to write to.
-    metadata
-        The name's words come from its ``general.*``.
-    """
-    text = str((checkpoint.path if checkpoint.cache_folder is None else Path()) if outfile is None else outfile)
-    if outfile is not None and not Path(text).is_dir() and not text.endswith("/"):
-        return Path(fill_file_type(text, file_type))
-    keys = ("basename", "size_label", "finetune", "version")
-    label = {key: metadata[f"general.{key}"].data for key in keys if f"general.{key}" in metadata}
-    if mtp:
-        label.pop("size_label", None)
-    words = [label.get(key) for key in keys[1:]]
-    name = model_card.file_name(label.get("basename", metadata["general.name"].data), *words, file_type.upper())
-    return Path(text) / f"{'mtp-' if mtp else ''}{name}.gguf"
+    if outfile is None:
+        # Hugging Face's cache is not ours to write to.
+        outfile = f"{checkpoint.path if checkpoint.cache_folder is None else Path()}/"
+    prefix = "mtp-" if mtp else ""
+    return output_path(outfile, metadata, file_type, named=checkpoint.path.name, prefix=prefix, with_size=not mtp)

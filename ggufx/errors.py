@@ -7,6 +7,8 @@ rule that was broken, the numbers, and what to do. The command line prints that 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from string import Formatter
 from typing import Final
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "GGUFError",
     "MissingExtra",
     "NonFiniteError",
+    "OptionError",
     "OutOfRangeError",
     "OutputExists",
     "PlanError",
@@ -165,6 +168,33 @@ class SourceCodesError(CheckpointError):
 
 class PlanError(GGUFError):
     """The requested output cannot be planned."""
+
+
+class OptionError(PlanError):
+    """Options exclude each other, or one of them would have no effect.
+
+    Parameters
+    ----------
+    text
+        The sentence, with options as ``{dense}`` and further texts as ``{0}``. The message has a function's parameters there;
+        the command line, where they have other names, asks for :meth:`told`.
+    details
+        The further texts.
+    """
+
+    def __init__(self, text: str, *details: object) -> None:
+        self.text, self.details = text, details
+        super().__init__(self.told(str))
+
+    def told(self, spell: Callable[[str], str]) -> str:
+        """Return the message with options as ``spell`` writes a parameter's name."""
+        formatter = Formatter()
+        names = {field for _, field, _, _ in formatter.parse(self.text) if field and not field.isdigit()}
+        return formatter.vformat(self.text, self.details, {name: spell(name) for name in names})
+
+    def __reduce__(self) -> tuple[type[OptionError], tuple[object, ...]]:
+        # Worker processes send errors as pickles, which call the class with what is in args otherwise.
+        return type(self), (self.text, *self.details)
 
 
 class OutputExists(PlanError):

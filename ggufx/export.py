@@ -15,11 +15,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from ggufx import chat_templates, companions, execute, plan
+from ggufx import chat_templates, companions, execute, output_names, plan
 from ggufx.architectures.deepseek_v4_file import DeepSeekV4File, Member
 from ggufx.checkpoint import INDEX_NAME, SourceTensor
 from ggufx.container import Value, ValueType
-from ggufx.errors import PlanError
+from ggufx.errors import OptionError, PlanError
 from ggufx.execute import Progress
 from ggufx.file import File, open
 from ggufx.plan import Matrix, Plan, PlannedFile, PlannedShard, PlannedTensor, PlannedText, Span, Transform
@@ -49,9 +49,9 @@ def plan_export(file: File, outfile: str | Path) -> Plan:
         The model is of another architecture, a tensor has a type that the checkpoint format lacks, or the metadata
         contradicts the tensors.
     """
-    directory = Path(outfile)
+    directory = output_names.directory(outfile)
     if directory.exists() and not directory.is_dir():
-        raise PlanError(f"{directory}: is a file; --outfile names the checkpoint's directory")
+        raise OptionError("{0}: is a file; {outfile} names the checkpoint's directory", directory)
     if not DeepSeekV4File.recognises(file):
         architecture = file.architecture
         raise PlanError(

@@ -466,7 +466,8 @@ def save(matrix: ImportanceMatrix, path: str | Path, format: Format = "gguf", *,
     """Write an importance matrix in either format, as ``llama-imatrix`` would; one row at a time in memory.
 
     Between files of one format all is kept, and from legacy to GGUF too (sums and counts times the tokens of a chunk, a
-    power of two, so that the way back gives the same bytes). The legacy format has one count for all experts.
+    power of two, so that the way back gives the same bytes: entries keep their order). The legacy format has one count for
+    all experts.
 
     Parameters
     ----------
@@ -509,7 +510,7 @@ def _write_gguf(matrix: ImportanceMatrix, file: BinaryIO) -> list[str]:
         "imatrix.chunk_count": Value.u32(matrix.chunk_count),
         "imatrix.chunk_size": Value.u32(chunk_size),
     }
-    names = sorted(matrix, key=str.encode)
+    names = list(matrix)
     directory: list[tuple[str, tuple[int, ...], int, int]] = []
     offset = 0
     for name in names:
@@ -548,7 +549,7 @@ def _pad(file: BinaryIO, nbytes: int) -> None:
 
 def _write_legacy(matrix: ImportanceMatrix, file: BinaryIO) -> list[str]:
     chunk_size = 1 if matrix.format == "dat" else matrix.chunk_size or _DEFAULT_CHUNK_SIZE
-    names = [name for name in sorted(matrix, key=str.encode) if matrix.counts(name).any()]
+    names = [name for name in matrix if matrix.counts(name).any()]
     empty = rounded = unequal = 0
     if not names:
         raise GGUFError(f"{matrix.path}: no entry has data; a legacy file cannot be empty")

@@ -14,20 +14,22 @@ from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple, TypedDict, Unpack
 
 from ggufx import convert, dialects, execute, plan
 from ggufx.architectures import DeepSeekV3, Output
 from ggufx.checkpoint import INDEX_NAME, Checkpoint, SourceTensor
 from ggufx.dialects import Dialect
-from ggufx.errors import PlanError
+from ggufx.errors import OptionError, PlanError
 from ggufx.execute import Progress
 from ggufx.file import File, Tensor, open
+from ggufx.options import given, refuse
+from ggufx.output_names import directory, output_path
 from ggufx.plan import Plan, PlannedFile, PlannedShard, PlannedTensor, PlannedText, Span
 from ggufx.quantize import common_file_type
 from ggufx.typed import open_regular
 
-__all__ = ["FORMATS", "RoutedExperts", "merge", "open_all", "plan_merge", "routed_experts", "unchanged"]
+__all__ = ["FORMATS", "MergeOptions", "RoutedExperts", "merge", "open_all", "plan_merge", "routed_experts", "unchanged"]
 
 FORMATS: Final = ("safetensors", "gguf")
 
@@ -42,6 +44,18 @@ _EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight")
 _LAYER = re.compile(r"blk\.(\d+)\.")
 _COMPANIONS: Final = ("*.json", "*.jinja", "*.model", "*.py", "*.txt", "LICENSE*", "README*")
 _COMPANION_NBYTES: Final = 64 << 20
+
+
+class MergeOptions(TypedDict, total=False):
+    """Keywords of :func:`plan_merge`."""
+
+    form: str
+    target: str | None
+    dense: str | None
+    model_name: str | None
+    chat_template: str | None
+    split_max_nbytes: int | None
+    dialect: str | None
 
 
 class RoutedExperts(NamedTuple):
@@ -95,11 +109,12 @@ def plan_merge(
         dialect holds all types, or the output is a source.
     """
     if form not in FORMATS:
-        raise PlanError(f"--format {form} is not supported; supported: {', '.join(FORMATS)}")
-    if form == "safetensors" and (target or dense or split_max_nbytes or model_name or chat_template):
-        raise PlanError(
-            "--target, --dense, --model-name and --split-max-size go with --format gguf; safetensors keep what they are"
-        )
+        raise OptionError("{form} {0} is not supported; supported: {1}", form, ", ".join(FORMATS))
+    asked = {
+        "target": target, "dense": dense, "split_max_nbytes": split_max_nbytes, "model_name": model_name,
+        "chat_template": chat_template,
+    }  # fmt: skip
+    refuse("merge", given(asked), form)
     checkpoint = safetensor_path if isinstance(safetensor_path, Checkpoint) else Checkpoint(safetensor_path)
     with ExitStack() as opened:
         files = [opened.enter_context(file) for file in open_all(Path(gguf_path), dialect)]
@@ -122,7 +137,9 @@ def plan_merge(
                 f"that of {DeepSeekV3.name} (DeepSeek V3, R1, V3.1); --format gguf takes others"
             )
         skipped = _checked(conversion, Path(gguf_path), files, experts)
-        return _as_safetensors(conversion, experts, Path(output_path), sources, states, skipped)
+        return _as_safetensors(
+            conversion, experts, directory(output_path, parameter="output_path"), sources, states, skipped
+        )
 
 
 def merge(
@@ -135,7 +152,7 @@ def merge(
     threads: int | None = None,
     executor: Executor | None = None,
     progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[MergeOptions],
 ) -> list[Path]:
     """Merge: :func:`plan_merge` (which takes ``options``) and :func:`ggufx.execute.execute`; returns the files written."""
     return execute.execute(
@@ -263,7 +280,7 @@ def _dialect(path: Path, experts: Mapping[str, RoutedExperts], target: str | Non
 def _as_gguf(
     conversion: convert.Conversion,
     experts: Mapping[str, RoutedExperts],
-    output_path: str | Path,
+    outfile: str | Path,
     sources: Sequence[Path],
     states: Sequence[tuple[int, int]],
     skipped: Sequence[tuple[str, str]],
@@ -280,15 +297,16 @@ def _as_gguf(
         type_id = dialect.type_id(expert.tensor.codec)
         assert type_id is not None
         tensors.append(_expert_tensor(output.name, expert, type_id))
+    conversion.check_dense()
     # A file is called by its experts: they are most of a model, if not of a small one.
     file_type = common_file_type([tensor for tensor in tensors if tensor.name in experts], dialect)
     metadata = conversion.metadata(tensors, file_type)
     label = "" if file_type is None else dialect.file_type_name(file_type) or ""
-    text = str(output_path)
-    if not text.endswith((".gguf", "/")):
+    text = str(outfile)
+    if not text.endswith((".gguf", "/")) and text != "-":
         text += "/"  # KTransformers' flag names a directory
     return plan.build(
-        convert.output_path(text, conversion.checkpoint, metadata, label, mtp=False),
+        output_path(text, metadata, label, named=conversion.checkpoint.path.name, parameter="output_path"),
         metadata,
         tensors,
         source_files=sources,

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ggufx import kernels, types
-from ggufx.errors import MissingExtra, NonFiniteError, PlanError
+from ggufx.errors import MissingExtra, NonFiniteError, OptionError
 from ggufx.types import Codec, Effort, Objective, Search
 from ggufx.types._effort import HEAD, unlike_weights
 
@@ -44,21 +44,23 @@ def check(device: str) -> None:
     try:
         found = torch.device(device)
     except RuntimeError:
-        raise PlanError(f"--device {device}: is no device of torch's; cpu, cuda and cuda:1 are such") from None
+        raise OptionError("{device} {0}: is no device of torch's; cpu, cuda and cuda:1 are such", device) from None
     if found.type == "cpu" and _interpreted():
         return  # Triton's interpreter: for tests
     if found.type != "cuda":
-        raise PlanError(f"--device {device}: encoders run on cpu and cuda")
+        raise OptionError("{device} {0}: encoders run on cpu and cuda", device)
     if not torch.cuda.is_available():
-        raise PlanError(f"--device {device}: torch sees no CUDA GPU here (torch {torch.__version__})")
+        raise OptionError("{device} {0}: torch sees no CUDA GPU here (torch {1})", device, torch.__version__)
     if (found.index or 0) >= torch.cuda.device_count():
-        raise PlanError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+        raise OptionError("{device} {0}: there are {1} GPUs, counted from 0", device, torch.cuda.device_count())
     if not kernels.exists("encode", cuda=True):
-        raise PlanError(f"--device {device}: this ggufx has no encoders for it")
+        raise OptionError("{device} {0}: this ggufx has no encoders for it", device)
     try:
         kernels.find("encode", cuda=True)
     except ImportError as error:
-        raise PlanError(f"--device {device}: Triton cannot be loaded ({error}); torch's CUDA builds bring it") from None
+        raise OptionError(
+            "{device} {0}: Triton cannot be loaded ({1}); torch's CUDA builds bring it", device, error
+        ) from None
 
 
 def _interpreted() -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypedDict, Unpack
 
 from ggufx import convert, dialects, execute, mixes, offload, plan, types
 from ggufx import imatrix as imatrix_module
@@ -33,14 +33,18 @@ from ggufx.factors import factor_lost, is_applied
 from ggufx.factors import name_of as factor_name
 from ggufx.file import File, Tensor, open, open_parts
 from ggufx.imatrix import ImportanceMatrix, Place
-from ggufx.plan import FP8_KINDS, Matrix, Plan, PlannedTensor, Span, Transform, Weights
+from ggufx.options import given, refuse
+from ggufx.output_names import output_path
+from ggufx.plan import FLOAT_SCALES, FP8_KINDS, Matrix, Plan, PlannedTensor, Span, Transform, Weights
 from ggufx.recipe import NATIVE, Finding, Recipe, Rule
 
 __all__ = [
     "ENERGY",
     "ONES",
     "Choice",
+    "PrepareOptions",
     "Quantization",
+    "QuantizeOptions",
     "Source",
     "Tally",
     "codec_name",
@@ -177,7 +181,8 @@ class Quantization:
         """Raise RecipeError if there is an error among the findings."""
         if self.errors:
             kind = FallbackError if self.exit_code == 3 else RecipeError
-            more = f" ({len(self.errors) - 1} more errors)" if len(self.errors) > 1 else ""
+            left = len(self.errors) - 1
+            more = f" (and {left} more error{'s' if left > 1 else ''})" if left else ""
             raise kind(f"{self.errors[0].message}{more}")
 
     @cached_property
@@ -210,10 +215,12 @@ class Quantization:
         """Return the plan; raises RecipeError for findings that are errors, PlanError for an output that is a source."""
         number = common_file_type(self.tensors, self.dialect, self.asked)
         named = (self.dialect.file_type_name(number) if number is not None else None) or ""
-        path = Path(convert.fill_file_type(str(outfile), self.label or named or "mixed"))
+        if split_max_nbytes is not None and self.keep_split:
+            refuse("quantize", ["split_max_nbytes", "keep_split"])
+        metadata = self.metadata(self.tensors, number)
+        path = output_path(outfile, metadata, self.label or named or "mixed", named=self.path.stem)
         if any(path.exists() and path.samefile(source) for source in self.source_files):
             raise PlanError(f"{path}: is the source itself; choose another --outfile")
-        metadata = self.metadata(self.tensors, number)
         if any(not choice.kept for choice in self.choices):
             metadata["general.quantization_version"] = Value.u32(QUANTIZATION_VERSION)
         metadata.update(overrides or {})
@@ -233,6 +240,14 @@ class Quantization:
             file_type=named,
         )
 
+    def _effort(self, codec: types.Codec) -> types.Effort:
+        return self.effort if self.effort != "reference" or codec.reproduces else "normal"
+
+    def uses_device(self) -> bool:
+        """Return whether a tensor becomes of a type that the device has an encoder for."""
+        codecs = {choice.type: types.get(choice.type) for choice in self.choices if not choice.kept}
+        return any(offload.encodes(codec, self._effort(codec)) for codec in codecs.values())
+
     def _planned(self, choice: Choice) -> PlannedTensor:
         if choice.kept:
             return choice.source.keep()
@@ -245,12 +260,16 @@ class Quantization:
         # FP8 that F8_E4M3_B128 holds as it is was kept; this is the rest.
         if source.kind in FP8_KINDS and op == "pack":
             op = "encode"
-        effort = self.effort if self.effort != "reference" or codec.reproduces else "normal"
+        effort = self._effort(codec)
         transform = Transform(
             op, source.kind, choice.type, tuple(part.rows if part.transposed else part.row_len for part in source.stack[0]),
             first.rows_per_scale, step=first.step, transposed=first.transposed,
-            # BF16 and F32 have the mantissa of FP8 and FP4 and a wider exponent; that every value survives is tested.
-            exact=op == "encode" and source.kind in ("FP8", "FP4") and choice.type in ("BF16", "F32"),
+            # BF16 and F32 have the mantissa of FP8 and FP4 and a wider exponent, and F32 holds what any type decodes to; that
+            # every value survives is tested.
+            exact=op == "encode" and (
+                (choice.type == "F32" and source.kind not in ("F64", *FLOAT_SCALES))
+                or (choice.type == "BF16" and source.kind in ("FP8", "FP4"))
+            ),
             effort=effort if op == "encode" else "", objective=self.objective, importance=choice.importance,
             factor=choice.factor, measure=self.measure and op == "encode",
             device=self.device if op == "encode" and self.device and offload.encodes(codec, effort) else "",
@@ -312,7 +331,7 @@ def prepare(
         Types of ``output.weight`` and of the embeddings where no rule decides (embeddings that are the head, too, take
         ``embedding_type`` where both are given); leave the head as it is.
     allow_requantize
-        Let lossy types be quantized again.
+        Let lossy types be quantized again. To F32, which holds their values, they may always go.
     fallback
         Take the next type of the field's tables where a row's length does not fit a block; otherwise that is an error.
     keep_split
@@ -342,15 +361,23 @@ def prepare(
     on_device = device is not None and device != "cpu"
     if on_device:
         offload.check(str(device))
+    alone = {
+        "default": default, "mix": mix, "pure": pure, "output_type": output_type, "leave_output": leave_output,
+        "keep_split": keep_split, "only": only,
+    }  # fmt: skip
+    refuse("prepare", given(alone))
     rules = _loaded(recipe)
     mixed = None if default is None else _mix(default, asked=mix)
-    if default is None and mix:
-        raise RecipeError("a mix was asked for, but none is named")
-    kind = mixed.type if mixed is not None else None if default is None else codec_name(default)
+    kind = mixed.type if mixed is not None else None if default is None else codec_name(default, others=[*mixes.MIXES])
     wanted = [name for name in (kind, *map(_optional_name, (output_type, embedding_type))) if name is not None]
-    if only and keep_split:
-        raise PlanError("--tensors and --keep-split exclude each other: a member without a tensor is none")
     opened = source if isinstance(source, File | Checkpoint) else _open(source, dialect, only)
+    asked = {
+        "dialect": dialect, "keep_split": keep_split, "mtp": mtp, "model_name": model_name, "chat_template": chat_template,
+        "skip": skip, "allow_nan": allow_nan,
+    }  # fmt: skip
+    refuse("quantize", given(asked), kind_of(opened))
+    if isinstance(source, File):
+        refuse("quantize", given({"dialect": dialect}), "open")
     chosen = target_dialect(rules, wanted, opened, target)
     if isinstance(opened, File):
         sources, quantization = _gguf_sources(opened, chosen, asked=target is not None)
@@ -383,6 +410,31 @@ def prepare(
     quantization.findings += recipe_module.lint(rules, {s.name: s.stays for s in sources}) + decide.findings()
     if isinstance(matrix, ImportanceMatrix):
         _add_matrix(quantization, matrix, decide)
+    elif matrix is not None and not any(choice.importance for choice in quantization.choices):
+        quantization.findings.append(
+            Finding(
+                "note", "no-effect", f"importance by {matrix!r} changes nothing: no type that is made here demands it"
+            )
+        )
+    if on_device and not quantization.uses_device():
+        quantization.findings.append(
+            Finding("note", "no-effect", f"{device} is not used: it has no encoder of these types at effort {effort}")
+        )
+    for parameter, wish, what in (
+        ("output_type", output_type, "output.weight"), ("embedding_type", embedding_type, "the embeddings")
+    ):  # fmt: skip
+        if wish is not None and parameter not in decide.taken:
+            quantization.findings.append(
+                Finding(
+                    "warning",
+                    "no-effect",
+                    f"no tensor takes the type {wish} asked for {what}: a rule decides, or none is there",
+                )
+            )
+    if leave_output and "leave_output" not in decide.taken:
+        quantization.findings.append(
+            Finding("warning", "no-effect", "no output.weight is left as it is: a rule decides, or none is there")
+        )
     if default is not None and mixed is None and not pure:
         # The mix is what the name means to users of llama-quantize.
         other = mixes.find(default)
@@ -462,6 +514,7 @@ def mix_recipe(
     mixed = _mix(name, asked=True)
     assert mixed is not None
     opened = source if isinstance(source, File | Checkpoint) else _open(source, dialect)
+    refuse("recipe show", given({"dialect": dialect}), "open" if isinstance(source, File) else kind_of(opened))
     chosen = target_dialect(Recipe(), [mixed.type], opened, target)
     if isinstance(opened, File):
         sources, quantization = _gguf_sources(opened, chosen, asked=target is not None)
@@ -474,20 +527,56 @@ def mix_recipe(
     return recipe_module.from_tensors((s.name, s.shape, taken[s.name]) for s in sources if s.name in taken)
 
 
+class PrepareOptions(TypedDict, total=False):
+    """Keywords of :func:`prepare`."""
+
+    recipe: Recipe | str | Path | None
+    default: str | None
+    imatrix: ImportanceMatrix | str | Path | None
+    target: str | None
+    effort: types.Effort
+    objective: types.Objective
+    mix: bool
+    pure: bool
+    output_type: str | None
+    embedding_type: str | None
+    leave_output: bool
+    allow_requantize: bool
+    fallback: bool
+    keep_split: bool
+    only: Sequence[str]
+    measure: bool
+    device: str | None
+    dialect: str | None
+    mtp: bool
+    model_name: str | None
+    chat_template: str | None
+    skip: Sequence[str]
+    allow_nan: bool
+
+
+class QuantizeOptions(PrepareOptions, total=False):
+    """Keywords of :func:`plan_quantize`."""
+
+    split_max_nbytes: int | None
+    overrides: Mapping[str, Value] | None
+
+
 def plan_quantize(
     source: str | Path | Checkpoint | File,
     outfile: str | Path,
     *,
     split_max_nbytes: int | None = None,
     overrides: Mapping[str, Value] | None = None,
-    **options: Any,
+    **options: Unpack[PrepareOptions],
 ) -> Plan:
     """Plan a quantization: :func:`prepare` (which takes ``options``), refusing its errors, and its plan.
 
     Parameters
     ----------
     outfile
-        Output; ``{ftype}`` becomes the recipe's name, else the default type, else the file type.
+        Output; ``{ftype}`` becomes the recipe's name, else the default type, else the file type. In a directory it gets a
+        name by the GGUF naming convention.
     split_max_nbytes
         Bytes of tensor data per file.
     overrides
@@ -507,7 +596,7 @@ def quantize(
     executor: Executor | None = None,
     progress: Progress | None = None,
     observer: execute.Observer | None = None,
-    **options: Any,
+    **options: Unpack[QuantizeOptions],
 ) -> list[Path]:
     """Quantize: :func:`plan_quantize` (which takes ``options``) and :func:`ggufx.execute.execute`.
 
@@ -530,17 +619,20 @@ def quantize(
 # Sources --------------------------------------------------------------------------------------------------------
 
 
-def _loaded(given: Recipe | str | Path | None) -> Recipe:
-    if given is None:
+def _loaded(rules: Recipe | str | Path | None) -> Recipe:
+    if rules is None:
         return Recipe()
-    return given if isinstance(given, Recipe) else recipe_module.load(given)
+    return rules if isinstance(rules, Recipe) else recipe_module.load(rules)
 
 
-def codec_name(name: str, origin: str = "TYPE") -> str:
-    """Return upstream's spelling of a type, or ``native``; raises RecipeError, which says where the name was given."""
+def codec_name(name: str, origin: str = "TYPE", others: Sequence[str] = ()) -> str:
+    """Return upstream's spelling of a type, or ``native``; raises RecipeError, which says where the name was given.
+
+    ``others`` are names that could stand there, too.
+    """
     if set(name) & set("=,|"):
         raise RecipeError(f"{origin}: {name!r} is no type; rules go to --custom-q, --tensor-type or --recipe")
-    return recipe_module.type_named(name, origin)
+    return recipe_module.type_named(name, origin, others=others)
 
 
 def _optional_name(name: str | None) -> str | None:
@@ -591,12 +683,17 @@ def _among(sources: Sequence[Source], patterns: Sequence[str], path: Path) -> li
     return found
 
 
-def _matrix(given: ImportanceMatrix | str | Path | None) -> ImportanceMatrix | Literal["energy", "ones"] | None:
-    if given is None or isinstance(given, ImportanceMatrix):
-        return given
-    if str(given) in (ENERGY, ONES):
-        return "energy" if str(given) == ENERGY else "ones"
-    return imatrix_module.load(given)
+def kind_of(source: File | Checkpoint) -> str:
+    """Return what kind of source it is, as :mod:`ggufx.options` calls it."""
+    return "gguf" if isinstance(source, File) else "checkpoint"
+
+
+def _matrix(source: ImportanceMatrix | str | Path | None) -> ImportanceMatrix | Literal["energy", "ones"] | None:
+    if source is None or isinstance(source, ImportanceMatrix):
+        return source
+    if str(source) in (ENERGY, ONES):
+        return "energy" if str(source) == ENERGY else "ones"
+    return imatrix_module.load(source)
 
 
 def target_dialect(rules: Recipe, wanted: Sequence[str], source: File | Checkpoint, target: str | None) -> Dialect:
@@ -825,6 +922,7 @@ class _Decider:
         self.allow_requantize, self.fallback, self.n_source_files = allow_requantize, fallback, n_source_files
         self.matrix_files: dict[str, int] = {}
         self.used: set[str] = set()
+        self.taken: set[str] = set()
         self.missing: dict[str, int] = {}
         self._said: dict[tuple[str, str, str], list[str]] = {}
 
@@ -877,11 +975,18 @@ class _Decider:
                 source.name,
             )
             return self._kept(source, rule)
-        if source.kind not in NATIVE_KINDS and not self.allow_requantize:
+        if source.kind not in NATIVE_KINDS and fitting == "F32":
+            pass  # what a type decodes to are float32 values: nothing is lost again
+        elif source.kind not in NATIVE_KINDS and not self.allow_requantize:
+            instead = (
+                "F32 holds its decoded values exactly"
+                if fitting in ("BF16", "F16")
+                else "start from the original weights"
+            )
             self.say(
                 "error", "requantize",
-                f"{{}}: requantizing from type {source.kind} is disabled, it would lose twice; start from the original "
-                "weights, or pass --allow-requantize", source.name,
+                f"{{}}: requantizing from type {source.kind} is disabled, it would lose twice; {instead}, or pass "
+                "--allow-requantize", source.name,
             )  # fmt: skip
         elif source.kind not in NATIVE_KINDS:
             self.say(
@@ -899,10 +1004,13 @@ class _Decider:
             return None
         head = source.name == "output.weight" or (self.tied and source.name == "token_embd.weight")
         if head and self.leave_output:
+            self.taken.add("leave_output")
             return None
         if source.name in _EMBEDDINGS and self.embedding_type is not None:
+            self.taken.add("embedding_type")
             return self.embedding_type
         if (head or (self.tied and source.name in _EMBEDDINGS)) and self.output_type is not None:
+            self.taken.add("output_type")
             return self.output_type
         if self.mixed is not None:
             its = self.mixed.get(source.name)

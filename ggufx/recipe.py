@@ -328,8 +328,8 @@ def _rule(text: str, origin: str) -> Rule:
     return rule
 
 
-def type_named(text: str, origin: str, rule: str = "") -> str:
-    """Return upstream's spelling of a type, or :data:`NATIVE`.
+def type_named(text: str, origin: str, rule: str = "", others: Iterable[str] = ()) -> str:
+    """Return upstream's spelling of a type, or :data:`NATIVE`; ``others`` are names that could stand there, too.
 
     Raises RecipeError, told where the name stands and, if in one, the rule; it also knows mixes and interleaved types.
     """
@@ -344,23 +344,20 @@ def type_named(text: str, origin: str, rule: str = "") -> str:
     try:
         return types.get(name).name
     except UnknownType:
-        close = _close(name)
+        close = _close(name, others)
         raise RecipeError(
             f"{origin}: Invalid quantization type {name!r}{where}"
             + (f"; did you mean {close}?" if close else "; see `ggufx types`")
         ) from None
 
 
-def _close(name: str) -> str:
-    import difflib
-
+def _close(name: str, others: Iterable[str] = ()) -> str:
     mix = mixes.find(name)
     if mix is not None:
         return (
             f"{mix.type} ({name} is a mix of types: `ggufx recipe show {mix.name} --for MODEL` writes it out as rules)"
         )
-    known = [codec.name for codec in types.all_codecs()]
-    return next(iter(difflib.get_close_matches(name.upper(), known, 1)), "")
+    return types.close(name, others)
 
 
 # Files ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from math import prod
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 
@@ -21,12 +21,13 @@ from ggufx import chat_templates, dialects, execute, plan, types
 from ggufx.architectures.deepseek_v3 import foreign_latent
 from ggufx.architectures.deepseek_v4_file import DeepSeekV4File
 from ggufx.container import DEFAULT_ALIGNMENT, Value, ValueType
-from ggufx.convert import NISPARKS_GENERAL, fill_file_type
+from ggufx.convert import NISPARKS_GENERAL
 from ggufx.dialects import Dialect
-from ggufx.errors import CodecError, PlanError
+from ggufx.errors import CodecError, OptionError, PlanError
 from ggufx.execute import Progress
 from ggufx.factors import factor_lost
 from ggufx.file import File, Tensor, open
+from ggufx.output_names import output_path
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
 from ggufx.quantize import common_file_type, unreadable
 from ggufx.version import __version__
@@ -70,6 +71,14 @@ _DS4_FORMS: Final = tuple(
         (r"\.weight$", _DS4_QUANT),
     )
 )
+
+
+class RetargetOptions(TypedDict, total=False):
+    """Keywords of :func:`plan_retarget`."""
+
+    dense: str | None
+    plain: str | None
+    split_max_nbytes: int | None
 
 
 class Move(NamedTuple):
@@ -139,7 +148,7 @@ def plan_retarget(
     file
         The source; all members of a split.
     outfile
-        Where to write.
+        Where to write; may hold ``{ftype}``. In a directory it gets a name by the GGUF naming convention.
     target
         ``llama.cpp``, ``ik_llama.cpp``, ``nisparks`` or ``ds4``.
     dense
@@ -157,18 +166,27 @@ def plan_retarget(
         The output is one of the sources, or the target has no form for the file.
     """
     if target not in dialects.TARGETS:
-        raise PlanError(f"--target {target}: no such target; known: {', '.join(TARGETS)}")
+        raise OptionError("{target} {0}: no such target; known: {1}", target, ", ".join(TARGETS))
     dialect = dialects.TARGETS[target]
     if (dense or DENSE_TYPES[0]) not in DENSE_TYPES or (plain or PLAIN_TYPES[0]) not in PLAIN_TYPES:
-        raise PlanError(
-            f"--dense {dense}, --plain {plain}: supported are {', '.join(DENSE_TYPES)}, and {', '.join(PLAIN_TYPES)}"
-        )
+        raise OptionError(
+            "{dense} {0}, {plain} {1}: supported are {2}, and {3}", dense, plain, ", ".join(DENSE_TYPES),
+            ", ".join(PLAIN_TYPES),
+        )  # fmt: skip
     if target == dialects.DS4.name and dense not in (None, "q8_0"):
-        raise PlanError(f"--dense {dense}: ds4 loads neither BF16 nor F32 projections; q8_0 is what it takes")
+        raise OptionError("{dense} {0}: ds4 loads neither BF16 nor F32 projections; q8_0 is what it takes", dense)
     if plain is not None and target != dialects.DS4.name:
-        raise PlanError(f"--plain {plain}: is a choice that ds4's readers need; leave it out for --target {target}")
+        raise OptionError(
+            "{plain} {0}: is a choice that ds4's readers need; leave it out for {target} {1}", plain, target
+        )
     paths = [str(p) for p in file.paths]
     moves, skipped, model = moves_for(file, target)
+    held = all(move.tensor.codec is None or dialect.type_id(move.tensor.codec) is not None for move in moves)
+    if dense is not None and target != dialects.DS4.name and held:
+        raise OptionError(
+            "{dense} {0} has no effect: {1} holds the types of all tensors of {2}; leave it out, or quantize the file",
+            dense, target, file.path,
+        )  # fmt: skip
     with execute.open_files():
         tensors = [_tensor(file, move, dialect, dense, plain, paths) for move in moves]
     # Of other models, only what the file has is kept right.
@@ -180,7 +198,7 @@ def plan_retarget(
         notes.append(f"{file.path}: {latent}")
     metadata = keys_for(file, model, target, number, notes)
     label = ("" if number is None else dialect.file_type_name(number)) or ""
-    path = Path(fill_file_type(str(outfile), label or "mixed"))
+    path = output_path(outfile, metadata, label or "mixed", named=file.path.stem)
     if path.exists() and any(path.samefile(p) for p in paths):
         raise PlanError(f"{path}: is the source itself; choose another --outfile")
     return plan.build(
@@ -208,7 +226,7 @@ def retarget(
     executor: Executor | None = None,
     progress: Progress | None = None,
     dialect: str | None = None,
-    **options: Any,
+    **options: Unpack[RetargetOptions],
 ) -> list[Path]:
     """Move a GGUF: :func:`plan_retarget` (which takes ``options``) and :func:`ggufx.execute.execute`."""
     with open(path, dialect=dialect) as file:

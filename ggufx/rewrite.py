@@ -14,6 +14,8 @@ from ggufx import execute, factors, plan
 from ggufx.container import SPLIT_PATTERN, Value
 from ggufx.errors import PlanError
 from ggufx.file import File, Tensor, open
+from ggufx.options import given, refuse
+from ggufx.output_names import fill_file_type, is_directory
 from ggufx.plan import Plan
 
 __all__ = ["SPLIT_MAX_TENSORS", "plan_merge", "plan_rewrite", "plan_split", "renamed", "rewrite"]
@@ -41,7 +43,8 @@ def plan_rewrite(
     file
         The source; all members of a split are merged.
     outfile
-        Where to write; with ``split_max_nbytes`` the members get ``-NNNNN-of-NNNNN`` names.
+        Where to write; may hold ``{ftype}``. In a directory it has the source's name. With ``split_max_nbytes`` the members
+        get ``-NNNNN-of-NNNNN`` names.
     split_max_nbytes, split_max_tensors
         Bytes of tensor data, and tensors, per member.
     tensor_first
@@ -61,7 +64,7 @@ def plan_rewrite(
         The output is one of the sources; a pattern matches no tensor, no tensor is left, two would get the same name, or
         a weight would be parted from its factor (:attr:`ggufx.file.Tensor.factor`).
     """
-    path = Path(outfile)
+    path = _named(file, outfile)
     paths = [str(p) for p in file.paths]
     if not source_allowed and path.exists() and any(path.samefile(p) for p in paths):
         raise PlanError(f"{path}: is the source itself; choose another --outfile")
@@ -221,11 +224,10 @@ def plan_split(
     PlanError
         Both limits are given, or an output is one of the sources.
     """
-    if split_max_nbytes is not None and split_max_tensors is not None:
-        raise PlanError("--split-max-size and --split-max-tensors: one of them at a time")
+    refuse("split", given({"split_max_nbytes": split_max_nbytes, "split_max_tensors": split_max_tensors}))
     if split_max_nbytes is None and split_max_tensors is None:
         split_max_tensors = SPLIT_MAX_TENSORS
-    prefix = _unsplit_name(file.path) if outfile is None else Path(outfile)
+    prefix = _unsplit_name(file.path) if outfile is None else _named(file, outfile)
     built = plan_rewrite(
         file,
         prefix if prefix.suffix == ".gguf" else prefix.with_name(prefix.name + ".gguf"),
@@ -250,7 +252,14 @@ def plan_merge(file: File, outfile: str | Path | None = None) -> Plan:
     """
     if "split.count" not in file.metadata:  # a split may have one member only
         raise PlanError(f"{file.path}: is not split; there is nothing to merge")
-    return plan_rewrite(file, _unsplit_name(file.path) if outfile is None else outfile)
+    return plan_rewrite(file, _unsplit_name(file.path) if outfile is None else _named(file, outfile))
+
+
+def _named(file: File, outfile: str | Path) -> Path:
+    """Return where a copy goes: in a directory it has the source's own name."""
+    if is_directory(outfile):
+        return Path(outfile) / _unsplit_name(file.path).name
+    return fill_file_type(outfile, file.file_type or "mixed")
 
 
 def _unsplit_name(path: Path) -> Path:

@@ -10,13 +10,14 @@ import os
 import re
 import sys
 from io import TextIOWrapper
-from typing import Any, Final
+from typing import Any, ClassVar, Final, NoReturn
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-__all__ = ["Lines", "make_table", "prepare_streams", "printable"]
+__all__ = ["Lines", "err", "fail", "hush", "make_table", "out", "prepare_streams", "printable"]
 
 _HARMFUL: Final = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tabs and newlines: escape sequences begin with one
@@ -53,7 +54,15 @@ def printable(text: str, *, line: bool = False) -> str:
 
 
 class Lines(Console):
-    """A console that prints every text harmless; lines for a pipe are not wrapped and have no blanks at their end."""
+    """A console that prints every text harmless; lines for a pipe are not wrapped and have no blanks at their end.
+
+    Attributes
+    ----------
+    hushed
+        Of all consoles: nothing goes to standard output, and no notes to standard error.
+    """
+
+    hushed: ClassVar[bool] = False
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, soft_wrap=True, highlight=False)
@@ -66,12 +75,30 @@ class Lines(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print as every console does."""
-        if self.is_terminal or not any(isinstance(item, Table) for item in objects):
+        if self.hushed and (not self.stderr or str(objects[0] if objects else "").startswith("note: ")):
+            return
+        tables = [item for item in objects if isinstance(item, _Harmless)]
+        if self.is_terminal or not tables:
+            left_out = [name for table in tables for name in table.fit(self.width)]
             super().print(*objects, **options)
+            if left_out:
+                super().print(f"(too narrow for: {', '.join(left_out)}; a pipe shows all)", style="dim", markup=False)
             return
         with self.capture() as captured:
             super().print(*objects, **options)
         self.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+
+
+_GAP: Final = 2
+_LEAST: Final = 12
+_LEAST_NAME: Final = 24
+"""Columns are this far apart; a last column, and a name before others, that is cut keeps so many characters at least."""
+
+
+def _width(column: Column) -> int:
+    """Return the characters that a column takes."""
+    texts = [str(column.header), *map(str, column._cells)]
+    return max(cell_len(Text.from_markup(text).plain if "[" in text or "\\" in text else text) for text in texts)
 
 
 class _Harmless(Table):
@@ -80,6 +107,27 @@ class _Harmless(Table):
     def add_row(self, *cells: Any, **options: Any) -> None:
         """Add a row."""
         super().add_row(*(printable(c, line=True) if isinstance(c, str) else c for c in cells), **options)
+
+    def fit(self, width: int) -> list[str]:
+        """Make the table as narrow as a terminal, and return the headings of columns that had to go.
+
+        What gives way is the last column, if it is text; then the widest text, as names of tensors are; numbers never.
+        """
+        widths = {id(column): _width(column) for column in self.columns}
+        gone: list[str] = []
+        while self.columns:
+            over = sum(widths[id(column)] + _GAP for column in self.columns) - _GAP - width
+            last, texts = self.columns[-1], [column for column in self.columns if column.justify == "left"]
+            widest = max(texts, key=lambda column: widths[id(column)], default=last)
+            for column, least in ((last, _LEAST), (widest, _LEAST_NAME)):
+                if column.justify == "left" and over > 0 and widths[id(column)] - over >= least:
+                    column.width = widths[id(column)] - over
+                    over = 0
+            if over <= 0 or len(self.columns) == 1:
+                break
+            gone.insert(0, str(last.header))
+            self.columns.remove(last)
+        return gone
 
 
 def make_table(*columns: str) -> Table:
@@ -106,3 +154,18 @@ def prepare_streams() -> None:
         stream = getattr(sys, name)
         if number and isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+out = Lines()
+err = Lines(stderr=True)
+
+
+def hush(asked: bool) -> None:
+    """Print errors and warnings only, or everything again."""
+    Lines.hushed = asked
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Print an error as one line, and end with an exit code."""
+    err.print(f"error: {printable(message, line=True)}", markup=False, style="red")
+    raise SystemExit(code)

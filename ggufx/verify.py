@@ -26,10 +26,11 @@ from ggufx.architectures.base import FLOATS
 from ggufx.checkpoint import Checkpoint, SourceTensor
 from ggufx.container import Value, ValueType
 from ggufx.convert import QUANTIZATION_VERSION, Conversion, plan_convert
-from ggufx.errors import GGUFError, PlanError
+from ggufx.errors import GGUFError, OptionError, PlanError
 from ggufx.execute import Progress
 from ggufx.file import DIALECT_KEY, File, Tensor
 from ggufx.hybrid import HybridFile, open
+from ggufx.options import given, refuse
 from ggufx.plan import FLOAT_SCALES, FP8_KINDS, Matrix, Plan, PlannedTensor, Span, Tile, Transform
 from ggufx.transforms import decode_parts, native_codes
 from ggufx.values import as_unicode
@@ -197,12 +198,14 @@ def verify(
     GGUFError
         A file cannot be read, or the GGUF's names are not those of this checkpoint at all.
     """
+    refuse("verify", given({"allow_keys": allow_keys, "ignore_metadata": ignore_metadata}))
     if Path(against).is_file():
-        if experts is not None or Path(path).is_dir():
-            raise PlanError(
-                f"{against}: is a file; what ggufx merge made is compared with a checkpoint's directory, and its experts with "
-                "the GGUF of --experts"
-            )
+        if Path(path).is_dir():
+            raise OptionError(
+                "{0}: is a file; what ggufx merge made is compared with a checkpoint's directory, and its experts with the "
+                "GGUF of {experts}", against,
+            )  # fmt: skip
+        refuse("verify", given({"experts": experts, "skip": skip}), "gguf")
         return _verify_moved(
             path, against, dialect=dialect, allow_keys=allow_keys, ignore_metadata=ignore_metadata, threads=threads,
             progress=progress,
@@ -212,7 +215,12 @@ def verify(
         lacking = [name for name in file if packed and name.endswith("_exps.weight") and name not in packed]
         if lacking:
             raise PlanError(f"{experts}: has no {lacking[0]} ({len(lacking)} such tensors); it is not what was merged")
+        if packed and not any(name in packed for name in file):
+            raise OptionError(
+                "{experts} {0}: {1} has no routed experts to compare with them; it is no merge", experts, file.path
+            )
         if isinstance(file, HybridFile):
+            refuse("verify", given({"allow_keys": allow_keys, "ignore_metadata": ignore_metadata}), "hybrid")
             return _verify_hybrid(file, checkpoint, packed, skip=skip, threads=threads, progress=progress)
         plan, target = _matching_plan(file, checkpoint, skip)
         report = Report(str(path), str(against), target, skipped=len(plan.skipped))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from ggufx import kernels
@@ -32,6 +33,7 @@ __all__ = [
     "Words",
     "all_codecs",
     "by_id",
+    "close",
     "get",
     "register",
 ]
@@ -118,10 +120,28 @@ def _load_plugin(entry_point: EntryPoint) -> None:
 def get(name: str) -> Codec:
     """Return the codec of type ``name`` (any case); raises UnknownType."""
     _load_plugins()
+    if not isinstance(name, str):
+        raise UnknownType(
+            f"{name!r} is not the name of a type, such as 'Q4_K'; what a type's number means hangs on the dialect: "
+            "ggufx.types.by_id('llama.cpp', 12)"
+        )
     codec = _by_name.get(name.upper())
     if codec is None:
-        raise UnknownType(f"{name!r} is not a known type; known: {', '.join(sorted(c.name for c in all_codecs()))}")
+        near = close(name)
+        hint = f"did you mean {near}?" if near else f"known: {', '.join(sorted(c.name for c in all_codecs()))}"
+        raise UnknownType(f"{name!r} is not a known type; {hint}")
     return codec
+
+
+def close(name: str, others: Iterable[str] = ()) -> str:
+    """Return what somebody may have meant who wrote ``name``: a type or one of ``others``; empty for nothing near."""
+    import difflib
+
+    def bare(text: str) -> str:
+        return re.sub(r"[^A-Z0-9]", "", text.upper())
+
+    known = {bare(known): known for known in (*others, *(codec.name for codec in all_codecs()))}
+    return known.get(next(iter(difflib.get_close_matches(bare(name), known, 1)), ""), "")
 
 
 def by_id(dialect: str, type_id: int) -> Codec | None:

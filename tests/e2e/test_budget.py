@@ -136,7 +136,7 @@ def test_sizes_are_met_and_more_room_is_less_error(per: str, model: Path) -> Non
         # What is printed is what quantize takes.
         read = Recipe.parse(fit.text())
         again = quantize.prepare(model, recipe=read, target="ik_llama.cpp", imatrix="ones")
-        assert not again.findings
+        assert {finding.code for finding in again.findings} <= {"no-effect"}  # that of the makeshift, which only chose
         assert again.plan("out.gguf").nbytes == fit.nbytes
         # The embeddings count four times for each of the four layers, being the head, too: they get the bits first.
         bits = {record["family"]: record["bits_per_weight"] for record in fit.families()}
@@ -270,11 +270,11 @@ def test_commands(model: Path, tmp_path: Path, cli: Cli) -> None:
         (["q4_0", "--per", "tensor"], "go with --target-size"), (["q4_0", "--sample-len", "9"], "go with --target-size"),
         (["--target-size", "1K"], "1000 bytes cannot be reached"), (["--target-bpw", "0.5"], "bits per weight) to"),
         (["--target-size", "1G", "--target-bpw", "3"], "give one of --target-size and --target-bpw"),
-        (["--target-size", "1G", "q4_0"], "TYPE q4_0 and a size exclude each other"),
+        (["--target-size", "1G", "q4_0"], "TYPE and a size exclude each other; --types names"),
     ):  # fmt: skip
         assert_one_line(cli("quantize", model, *wrong, "--outfile", tmp_path / "never.gguf"), message)
     assert_one_line(cli("recipe", "fit", model), "give one of")
     # A word beside a size, and an output that is there, are told before anything is measured.
-    assert_one_line(cli("quantize", model, "word", "--target-size", "1G"), "TYPE word and a size exclude each other")
-    for taken, message in ((out, "exists; choose another"), (tmp_path, "is a directory")):
-        assert_one_line(cli("quantize", model, "--target-size", size, *choice, "--outfile", taken), message)
+    assert_one_line(cli("quantize", model, "word", "--target-size", "1G"), "TYPE and a size exclude each other")
+    run = cli("quantize", model, "--target-size", size, *choice, "--outfile", out)
+    assert_one_line(run, "exists; choose another")

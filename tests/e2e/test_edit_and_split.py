@@ -21,7 +21,7 @@ from ggufx.assignments import parse_assignments
 from ggufx.container import Value, ValueType
 from ggufx.edit import plan_edit, set_keys
 from ggufx.errors import ContainerError, PlanError
-from ggufx.rewrite import plan_rewrite, rewrite
+from ggufx.rewrite import rewrite
 from ggufx.verify import verify
 
 from .conftest import Run, assert_one_line
@@ -299,14 +299,15 @@ def test_outputs_that_are_directories(command: str, path: Path, cli: Cli, monkey
     source = path.with_name("m-00001-of-00003.gguf") if command == "merge-splits" else path
     folder = path.parent / "folder"
     folder.mkdir()
-    before = sorted(path.parent.rglob("*"))
     monkeypatch.chdir(folder)
     flags = ("--target", "llama.cpp") if command == "retarget" else ()
-    for out in (folder, f"{folder}/", ".", f"{path.parent}/to-be/"):
-        assert_one_line(cli(command, source, "--outfile", out, *flags), f"--outfile {out}: is a directory")
-    assert sorted(path.parent.rglob("*")) == before
-    with ggufx.open(path) as file, pytest.raises(PlanError, match="is a directory"):
-        plan_rewrite(file, ".")
+    name = {"split": "m-00001-of-00001.gguf", "retarget": "Tiny-mini-MXFP4_MOE.gguf"}.get(command, "m.gguf")
+    for out, where in ((folder, folder), (f"{folder}/", folder), (".", folder), (f"{path.parent}/to-be/", "to-be")):
+        assert cli(command, source, "--outfile", out, *flags).code == 0
+        (made,) = (path.parent / where).iterdir()
+        assert made.name == name
+        made.unlink()
+    assert_one_line(cli(command, source, "--outfile", "-", *flags), "--outfile -: an output is written at many places")
 
 
 def test_a_split_of_one_merges_too(path: Path, cli: Cli) -> None:

@@ -642,7 +642,7 @@ def test_recipe_commands(model: Path, tmp_path: Path, cli: Cli) -> None:
     run = cli("recipe", "lint", path, model)
     assert run.code == 0
     assert "matches no tensor" in run.out
-    assert "target ik_llama.cpp: 2 tensors change, 9 stay; 0 errors, 1 warnings" in run.out
+    assert "target ik_llama.cpp: 2 tensors change, 9 stay; 0 errors, 1 warning, " in run.out
     assert cli("recipe", "lint", path, model, "--target", "llama.cpp").code == 1
     path.write_text("attn_output=q4_k\n")
     assert cli("recipe", "lint", path, model, "--no-fallback").code == 3
@@ -665,7 +665,7 @@ def test_recipe_commands(model: Path, tmp_path: Path, cli: Cli) -> None:
         ([], "nothing to do"), (["q4_0"], "--outfile is missing"),
         (["--tensor-type", ".=q4_k_m", "--dry-run"], "Q4_K (q4_k_m is a mix of types"),
         (["zzz", "--dry-run"], "Invalid quantization type 'zzz'"),
-        (["q4_0", "--outfile", ".", "--dry-run"], "--outfile .: is a directory"),
+        (["q4_0", "--outfile", "-", "--dry-run"], "--outfile -: an output is written at many places"),
         (["attn=q4_0", "--dry-run"], "'attn=q4_0' is no type"), (["iq2_ks|q2_k", "--dry-run"], "is no type"),
         (["--recipe", "nope", "--dry-run"], "no recipe of that name"),
         (["--custom-q", "(=q4_0", "--dry-run"], "not a regular expression"), (["q4_0", "--json"], "--json goes with --dry-run"),
