@@ -54,7 +54,8 @@ USELESS: Final = (
     ),
     Useless(
         ("quantize",), ("skip",),
-        "{option} leaves tensors of a checkpoint out, and the source is a GGUF; {only} says which of its tensors are written", "gguf",
+        "{option} leaves tensors of a checkpoint out, and the source is a GGUF; {only} says which of its tensors are written",
+        "gguf",
     ),
     Useless(
         ("quantize",), ("model_name", "chat_template"),
