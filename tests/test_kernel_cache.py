@@ -239,6 +239,33 @@ def test_nothing_is_made_in_the_home_of_another(make: Make, tmp_path: Path, monk
     assert [path for folder in ("users", "temporary") for path in (tmp_path / folder).iterdir()] == []
 
 
+# Triton's -------------------------------------------------------------------------------------------------------
+
+
+def test_triton_is_given_a_folder_where_it_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.setenv(variable, "")  # what is unset afterwards is brought back
+        monkeypatch.delenv(variable)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("HOME", "/dev/null")
+    kernels._folders.give_triton_one()
+    private = tmp_path / f"ggufx-{os.geteuid()}"
+    assert os.environ["TRITON_CACHE_DIR"] == str(private / "triton")
+    assert private.stat().st_mode & 0o777 == 0o700
+    # Not a folder in which others can plant code, and not instead of one that was named or can be written.
+    for mode, variable, value, given in (
+        (0o777, "HOME", "/dev/null", None),
+        (0o700, "TRITON_CACHE_DIR", "/somewhere", "/somewhere"),
+        (0o700, "HOME", str(tmp_path), None),
+    ):
+        private.chmod(mode)
+        monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+        monkeypatch.setenv(variable, value)
+        kernels._folders.give_triton_one()
+        assert os.environ.get("TRITON_CACHE_DIR") == given
+
+
 # Damaged --------------------------------------------------------------------------------------------------------
 
 

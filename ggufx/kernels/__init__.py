@@ -32,6 +32,7 @@ from types import ModuleType
 from typing import Final
 
 from ggufx import stopping
+from ggufx.kernels import _folders
 
 __all__ = [
     "OUTPUTS",
@@ -109,6 +110,8 @@ def compiles() -> bool:
 @cache
 def load(name: str) -> ModuleType:
     """Return module ``name`` of this package; the first call imports what it needs: Numba or Triton."""
+    if name.startswith("cuda."):
+        _folders.give_triton_one()
     with uncollected():
         return importlib.import_module(f"{__name__}.{name}")
 
