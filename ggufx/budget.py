@@ -28,6 +28,7 @@ from ggufx.checkpoint import Checkpoint
 from ggufx.container import Value, align_up
 from ggufx.dialects import Dialect
 from ggufx.errors import CodecError, GGUFError, PlanError, RecipeError
+from ggufx.factors import factor_of, is_applied
 from ggufx.file import File, open
 from ggufx.imatrix import ImportanceMatrix
 from ggufx.plan import Matrix, Plan
@@ -367,6 +368,7 @@ class Budget:
             **self._options | {"allow_requantize": True},
         )  # fmt: skip
         self._source_files, alignment = probe.source_files, probe.alignment
+        self._architecture = probe.facts().get("general.architecture")
         self._fixed = given + _ends([c.source.name for c in probe.choices], output_type, embedding_type, leave_output)
         self.left_out: Counter[str] = Counter()
         self._free = self._take_part(probe, per, alignment)
@@ -420,6 +422,8 @@ class Budget:
             if source.shape[-1] % codec.layout.block_len:
                 continue
             nbytes = align_up(codec.layout.nbytes(source.shape), alignment)
+            if self._has_factor(source, codec.name):
+                nbytes += align_up(4 * len(source.stack), alignment)
             if codec.name == source.kind:  # its own bits, called by their type
                 if nbytes != found.get(NATIVE):
                     found[codec.name] = nbytes
@@ -434,6 +438,14 @@ class Budget:
                 "as q8_0 or native, or decide the tensor by a rule"
             )
         return found
+
+    def _has_factor(self, source: Source, kind: str) -> bool:
+        """Return whether a tensor of this type gets a factor beside it, as :func:`ggufx.quantize.prepare` gives it."""
+        return (
+            kind == "NVFP4"
+            and not source.scaled
+            and is_applied(source.name, kind, self.dialect.name, self._architecture)
+        )
 
     # Sizes ------------------------------------------------------------------------------------------------------
 
@@ -555,8 +567,14 @@ class Budget:
                     weights = makeshift if recorded is None and codec.needs_importance else recorded
                     if weights is not None:
                         weights, _ = codec.usable_importance(weights)
-                    packed = codec.encode(rows, weights, effort="fast", threads=1)
-                    error = rows - codec.decode(packed, dtype=np.float32, threads=1)
+                    values, factor = rows, None
+                    if self._has_factor(source, kind):
+                        # The sample's own: the whole matrix is not read.
+                        factor = factor_of(float(np.abs(rows).max()))
+                        values = rows / factor
+                    packed = codec.encode(values, weights, effort="fast", threads=1)
+                    decoded = codec.decode(packed, dtype=np.float32, threads=1)
+                    error = rows - (decoded if factor is None else decoded * factor)
                     sums[kind] += _weighed(error, m) / signal
         except CodecError as error:
             raise GGUFError(f"{source.name}: cannot be measured: {error}") from None

@@ -1,4 +1,4 @@
-"""The table of types, as ``ggufx types`` and the README have it."""
+"""The table of types, as ``ggufx types`` and the documentation have it."""
 
 from __future__ import annotations
 

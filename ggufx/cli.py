@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from decimal import Decimal
@@ -427,7 +427,7 @@ def _print_tensors(plan: Plan) -> None:
 def _how(tensor: Any) -> str:
     words = {
         "copy": "copied", "pack": "packed, exact", "cast": "cast, exact", "encode": "rounded", "codes": "unpacked, exact",
-        "scales": "scales, exact",
+        "scales": "scales, exact", "factor": "factor",
     }  # fmt: skip
     how = "decoded, exact" if tensor.transform.exact else words[tensor.transform.op]
     return f"{tensor.transform.kind} {how}"
@@ -436,7 +436,10 @@ def _how(tensor: Any) -> str:
 @app.command()
 def inspect(
     file: Annotated[
-        Path, typer.Argument(help="A GGUF; any member of a split; or the directory of a hybrid (ggufx merge).")
+        Path,
+        typer.Argument(
+            help="A GGUF; any member of a split; the directory of a checkpoint or of a hybrid (ggufx merge)."
+        ),
     ],
     tensors: Annotated[str | None, typer.Option(help="Shell pattern of the tensors to list.")] = None,
     limit: Annotated[int | None, typer.Option(min=0, help="List at most N tensors and array elements.")] = None,
@@ -447,7 +450,7 @@ def inspect(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show a GGUF's dialect, metadata, tensors, and bytes by type and by role.
+    """Show a GGUF's dialect, metadata, tensors, and bytes by type and by role; or a checkpoint's.
 
     Of a file that is incomplete it shows what is there, says what is missing, and exits with 1 (with --header-only: 0).
     """
@@ -476,12 +479,14 @@ def inspect(
         _err.print(f"note: {_text(note)}")
     if failure is not None:
         raise failure
+    if tensors is not None and not found["n_matching"]:
+        _fail(f"{file}: {tensors!r} matches none of the {found['file']['n_tensors']} tensors")
 
 
 def _print_inspected(found: dict[str, Any]) -> None:
     about = found["file"]
     for key in ("path", "format", "version", "dialect", "file_type", "alignment", "data_offset", "nbytes"):
-        # A hybrid has no header, so no version and no alignment.
+        # A hybrid and a checkpoint have no header, so no version and no alignment.
         if about["format"] == "gguf" or about[key] is not None:
             _out.print(f"{key}: {about[key]}", markup=False)
     if len(about["equivalent_dialects"]) > 1:
@@ -494,11 +499,16 @@ def _print_inspected(found: dict[str, Any]) -> None:
         shown = text if len(text) <= 100 else text[:97] + "..."
         kind = value["type"] + (f" x {value['length']}" if "length" in value else "")
         table.add_row(_text(key), _text(kind), _text(shown))
-    _out.print(table)
-    table = make_table("tensor", "shape", "type", "bytes", "bpw")
+    if table.row_count:
+        _out.print(table)
+    scaled = any(tensor.get("scales") for tensor in found["tensors"])
+    table = make_table("tensor", "shape", "type", "bytes", "bpw", *(("scales",) if scaled else ()))
     for tensor in found["tensors"]:
         numbers = (str(tensor["nbytes"]), f"{tensor['bits_per_weight']:.4f}")
-        table.add_row(_text(tensor["name"]), _text(str(tensor["shape"])), _text(tensor["type_label"]), *numbers)
+        scales = (_text(tensor["scales"] or ""),) if scaled else ()
+        table.add_row(
+            _text(tensor["name"]), _text(str(tensor["shape"])), _text(tensor["type_label"]), *numbers, *scales
+        )
     _out.print(table)
     if len(found["tensors"]) < found["n_matching"]:
         _out.print(f"... {found['n_matching'] - len(found['tensors'])} more", markup=False)
@@ -622,17 +632,47 @@ def diff(
 def rewrite(
     file: Annotated[Path, typer.Argument(help="A GGUF; any member of a split.")],
     outfile: OutFile,
+    keep: Annotated[list[str] | None, typer.Option(help="Copy only tensors of this shell pattern. Repeatable.")] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="Leave tensors of this shell pattern out. Repeatable.")] = None,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OLD=NEW", help="Rename tensors; each * of NEW takes the text of one of OLD. Repeatable."),
+    ] = None,
     split_max_size: SplitMaxSize = None,
     dialect: DialectOption = None,
     threads: Threads = None,
     overwrite: Overwrite = False,
     resume: Resume = True,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Copy a GGUF with the same metadata and tensor bytes: merges a split file, or splits one."""
+    """Copy a GGUF with the same metadata and tensor bytes: all tensors or some, merged or split."""
     with open_gguf(file, dialect=None if dialect is None else dialect.value) as source:
-        plan = rewrite_module.plan_rewrite(source, outfile, split_max_nbytes=_parse_nbytes(split_max_size))
-        _print_skipped(plan, _err, verbose=False)
-        _execute(plan, "rewrite", overwrite=overwrite, resume=resume, threads=threads)
+        plan = rewrite_module.plan_rewrite(
+            source,
+            outfile,
+            split_max_nbytes=_parse_nbytes(split_max_size),
+            keep=keep or (),
+            drop=drop or (),
+            rename=_renames(rename or ()),
+        )
+        _show_or_execute(
+            plan, "rewrite", dry_run=dry_run, as_json=as_json, verbose=verbose, overwrite=overwrite, resume=resume,
+            threads=threads,
+        )  # fmt: skip
+
+
+def _renames(texts: Iterable[str]) -> dict[str, str]:
+    parsed: dict[str, str] = {}
+    for text in texts:
+        old, equals, new = text.partition("=")
+        if not equals or not old:
+            raise PlanError(f"--rename {text}: expected OLD=NEW")
+        if old in parsed:
+            raise PlanError(f"--rename {text}: {old} has the new name {parsed[old]} already")
+        parsed[old] = new
+    return parsed
 
 
 @app.command()
@@ -912,6 +952,12 @@ def quantize(
     ] = False,
     split_max_size: SplitMaxSize = None,
     keep_split: Annotated[bool, typer.Option("--keep-split", help="Split as the source is.")] = False,
+    tensors: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Write only tensors of this shell pattern; members of a split that hold none may be missing. Repeatable."
+        ),
+    ] = None,
     mtp: Annotated[
         bool, typer.Option("--mtp", help="Of a checkpoint: the multi-token-prediction block's file.")
     ] = False,
@@ -983,6 +1029,7 @@ def quantize(
         allow_requantize=allow_requantize,
         fallback=not no_fallback,
         keep_split=keep_split,
+        only=tensors or (),
         measure=measure_errors,
         device=device,
         dialect=None if dialect is None else dialect.value,
@@ -1378,7 +1425,10 @@ def measure(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON record per tensor and type.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print them as CSV.")] = False,
 ) -> None:
-    """Compare quant types on real tensors: encode, decode, and show the errors."""
+    """Compare quant types on real tensors: encode, decode, and show the errors.
+
+    Tensors with values that are NaN or infinite are left out and named, and the exit code is 1.
+    """
     importance = None if imatrix is None else imatrix_module.load(imatrix)
     names = [name.strip() for name in type_names.split(",") if name.strip()]
     if plot is not None:
@@ -1415,10 +1465,18 @@ def measure(
                 f"{line['mean_sqnr']:.2f}",
             )  # fmt: skip
         _out.print(table)
-        for reason in dict.fromkeys(f"{item.type}: {item.note}" for item in found if item.note):
+        for reason in dict.fromkeys(f"{item.type}: {item.note}" for item in found if item.note and not item.damaged):
             _out.print(f"left out: {reason}", markup=False)
+        for reason in dict.fromkeys(item.note for item in found if item.damaged):
+            _out.print(f"left out: {_text(reason)}", markup=False)
     if plot is not None:
         measure_module.plot(found, plot)
+    damaged = list(dict.fromkeys(item.tensor for item in found if item.damaged))
+    if damaged:
+        _fail(
+            f"{file}: {len(damaged)} of {len({item.tensor for item in found})} tensors hold values that are NaN or infinite, "
+            f"{damaged[0]!r} first"
+        )
 
 
 imatrix_app = typer.Typer(
@@ -1483,7 +1541,7 @@ def imatrix_convert(
 @app.command(name="types")
 def types_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print it as Markdown.")] = False,
 ) -> None:
     """List the quant types: ids per dialect, block, header, bits per weight, and what ggufx does with them."""
     if markdown:
@@ -1552,21 +1610,19 @@ def _print_verdicts(found: dict[str, list[testing.Verdict]]) -> None:
 def warmup(names: Names = None) -> None:
     """Compile the kernels of quant types now, into the cache on disk, so that no later call waits for it.
 
-    Exit 1 if they cannot be kept.
+    Exit code 1 where they were compiled but cannot be kept.
     """
     with _progress("warmup", unit="kernels", notes=False) as progress:
         warmed = list(warmup_module.warm_up(names or None, progress=progress))
     table = make_table("type", "kernel", "seconds", "")
     for kernel in warmed:
-        how = "compiled" if kernel.compiled else "from the cache"
         table.add_row(
-            kernel.type, kernel.verb, f"{kernel.seconds:.2f}", how if kernel.kept else "compiled, but not kept"
+            kernel.type, kernel.verb, f"{kernel.seconds:.2f}", "compiled" if kernel.compiled else "from the cache"
         )
     _out.print(table)
     _out.print(f"{len(warmed)} kernels, {sum(kernel.seconds for kernel in warmed):.1f} s")
-    lost = sum(not kernel.kept for kernel in warmed)
-    if lost:
-        _fail(f"{lost} kernels were compiled, but not kept: set NUMBA_CACHE_DIR to a folder that can be written")
+    if not warmup_module.kept():
+        _fail("the kernels were compiled, but not kept: set NUMBA_CACHE_DIR to a folder that can be written")
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:

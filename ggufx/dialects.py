@@ -9,9 +9,11 @@ that id, not the file.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from types import MappingProxyType
 from typing import Literal
 
 from ggufx import types
@@ -20,7 +22,7 @@ from ggufx.errors import AmbiguousDialect, CodecError, UnknownDialect, quoted
 from ggufx.named_types import FOREIGN, OWNED, NamedType
 from ggufx.types import Codec
 
-__all__ = ["DIALECTS", "DS4", "OPAQUE", "TARGETS", "Dialect", "Resolution", "fits", "get", "resolve"]
+__all__ = ["DIALECTS", "DS4", "OPAQUE", "TARGETS", "Dialect", "Resolution", "fits", "get", "register", "resolve"]
 
 LAST_COMMON_ID = 30
 """BF16: the last id that no program has given another meaning (31 to 38 were given, taken back, and given anew)."""
@@ -39,7 +41,8 @@ class Dialect:
     lacks
         Inherited ids that this fork does not have.
     file_types
-        ``general.file_type`` numbers that differ from the parent's; ``None`` for those that it does not have.
+        ``general.file_type`` numbers that no type is called by and that differ from the parent's; ``None`` for those that it
+        does not have.
     only
         Inherited ids that this program reads, where it is easier to say than :attr:`lacks`; ``None`` for all.
     """
@@ -75,15 +78,27 @@ class Dialect:
             dialect = None if dialect.parent is None else DIALECTS[dialect.parent]
         return None
 
+    def fallback(self, codec: Codec) -> Codec | None:
+        """Return the type for rows that no block of ``codec`` divides, or ``None`` where the dialect's programs have none."""
+        name = codec.fallbacks.get(self.name)
+        if name is not None:
+            return types.get(name)
+        return None if self.parent is None else DIALECTS[self.parent].fallback(codec)
+
     def file_type_name(self, number: int) -> str | None:
         """Return the spelling of a ``general.file_type`` number, such as ``"MXFP4_MOE"``."""
         if number in self.file_types:
             return self.file_types[number]
+        codec = next((codec for codec in types.all_codecs() if codec.file_types.get(self.name) == number), None)
+        if codec is not None:
+            return codec.name
         return None if self.parent is None else DIALECTS[self.parent].file_type_name(number)
 
     def file_type_number(self, name: str) -> int | None:
         """Return the ``general.file_type`` number spelled ``name``, or ``None``."""
         number = next((number for number, spelling in self.file_types.items() if spelling == name), None)
+        if number is None:
+            number = next((c.file_types.get(self.name) for c in types.all_codecs() if c.name == name), None)
         if number is not None or self.parent is None:
             return number
         inherited = DIALECTS[self.parent].file_type_number(name)
@@ -92,32 +107,26 @@ class Dialect:
         return inherited if held == name or (name, held) in _SAME_FILE_TYPE else None
 
 
-# llama.h's llama_ftype; the names are what file names carry.
+# llama.h's llama_ftype, but for those that a type is called by (Codec.file_types); file names carry the names.
 _UPSTREAM_FILE_TYPES = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
-    13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS",
-    21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S",
-    29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4_MOE", 39: "NVFP4",
-    40: "Q1_0", 41: "Q2_0",
+    11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 21: "Q2_K_S", 22:
+    "IQ3_XS", 27: "IQ3_M", 29: "IQ2_M", 38: "MXFP4_MOE",
 }  # fmt: skip
 
 _SAME_FILE_TYPE = {("MXFP4_MOE", "MXFP4")}
 """Upstream's and ik_llama.cpp's names of one number."""
 
-# ik_llama.cpp's llama.h.
+# The same of ik_llama.cpp's llama.h.
 _IK_FILE_TYPES = {
-    33: "Q4_0_4_4", 34: "Q4_0_4_8", 35: "Q4_0_8_8", 36: None, 37: None, 38: "MXFP4", 39: None, 40: None, 41: "Q1_0_G128",
-    135: "Q6_0", 136: "IQ1_BN", 137: "IQ2_BN", 138: "IQ2_K", 139: "IQ3_K", 140: "IQ4_K", 141: "IQ5_K", 142: "IQ6_K",
-    145: "IQ4_KS", 146: "IQ3_KL", 147: "IQ2_KS", 148: "IQ4_KSS", 149: "Q8_KV", 150: "IQ5_KS", 151: "IQ2_KT", 152: "IQ3_KT",
-    153: "IQ4_KT", 154: "IQ3_KS", 155: "IQ2_KL", 156: "IQ1_KT",
-    202: "Q4_0_R8", 207: "Q8_0_R8", 208: "Q5_0_R4", 210: "Q2_K_R4", 211: "Q3_K_R4", 214: "Q4_K_R4", 216: "Q5_K_R4",
-    218: "Q6_K_R4", 219: "IQ2_XXS_R4", 220: "IQ2_XS_R4", 223: "IQ3_XXS_R4", 224: "IQ1_S_R4", 225: "IQ4_NL_R4",
-    226: "IQ3_S_R4", 229: "IQ2_M_R4", 230: "IQ4_XS_R8", 231: "IQ1_M_R4", 232: "BF16_R16", 335: "Q6_0_R4", 337: "IQ2_BN_R4",
-    338: "IQ2_K_R4", 339: "IQ3_K_R4", 340: "IQ4_K_R4", 341: "IQ5_K_R4", 345: "IQ4_KS_R4", 350: "IQ5_KS_R4",
-    351: "MXFP4_R8", 398: "Q8_KV_R8", 399: "Q8_K_R8",
+    33: "Q4_0_4_4", 34: "Q4_0_4_8", 35: "Q4_0_8_8", 36: None, 37: None, 39: None, 40: None, 41: "Q1_0_G128", 136:
+    "IQ1_BN", 137: "IQ2_BN", 146: "IQ3_KL", 149: "Q8_KV", 156: "IQ1_KT", 202: "Q4_0_R8", 207: "Q8_0_R8", 208: "Q5_0_R4",
+    210: "Q2_K_R4", 211: "Q3_K_R4", 214: "Q4_K_R4", 216: "Q5_K_R4", 218: "Q6_K_R4", 219: "IQ2_XXS_R4", 220: "IQ2_XS_R4",
+    223: "IQ3_XXS_R4", 224: "IQ1_S_R4", 225: "IQ4_NL_R4", 226: "IQ3_S_R4", 229: "IQ2_M_R4", 230: "IQ4_XS_R8", 231:
+    "IQ1_M_R4", 232: "BF16_R16", 335: "Q6_0_R4", 337: "IQ2_BN_R4", 338: "IQ2_K_R4", 339: "IQ3_K_R4", 340: "IQ4_K_R4", 341:
+    "IQ5_K_R4", 345: "IQ4_KS_R4", 350: "IQ5_KS_R4", 351: "MXFP4_R8", 398: "Q8_KV_R8", 399: "Q8_K_R8",
 }  # fmt: skip
 
-DIALECTS: Mapping[str, Dialect] = {
+_dialects = {
     dialect.name: dialect
     for dialect in (
         Dialect("llama.cpp", file_types=_UPSTREAM_FILE_TYPES),
@@ -125,6 +134,8 @@ DIALECTS: Mapping[str, Dialect] = {
         Dialect("nisparks", parent="llama.cpp", file_types={41: "F8_E4M3_MXFP4"}),
     )
 }
+DIALECTS: Mapping[str, Dialect] = MappingProxyType(_dialects)
+"""Those that files are read as; :func:`register` adds to them."""
 
 
 DS4 = Dialect("ds4", parent="llama.cpp", only=frozenset({0, 1, 2, 8, 10, 12, 13, 14, 16, 26, 39}))
@@ -133,7 +144,7 @@ DS4 = Dialect("ds4", parent="llama.cpp", only=frozenset({0, 1, 2, 8, 10, 12, 13,
 It gives no id a meaning of its own, so it is a target to write for, not a candidate when a file is read.
 """
 
-TARGETS: Mapping[str, Dialect] = {**DIALECTS, DS4.name: DS4}
+TARGETS: Mapping[str, Dialect] = ChainMap(_dialects, {DS4.name: DS4})
 """What a GGUF can be moved to."""
 
 OPAQUE = "opaque"
@@ -142,9 +153,40 @@ OPAQUE = "opaque"
 
 def get(name: str) -> Dialect:
     """Return the dialect called ``name``; raises UnknownDialect."""
+    types.all_codecs()  # a plug-in may bring a dialect
     if name not in DIALECTS:
         raise UnknownDialect(f"{name!r} is not a known dialect; known: {', '.join(DIALECTS)}")
     return DIALECTS[name]
+
+
+def register(dialect: Dialect) -> Dialect:
+    """Add a dialect, of a fork that ggufx does not know, to those that files are read as; returns it.
+
+    A type of it names the dialect in :attr:`ggufx.types.Codec.ids`. The module that a type's entry point is in may register the
+    dialect when it is imported.
+
+    Parameters
+    ----------
+    dialect
+        Its parent, if it has one, must be known.
+
+    Raises
+    ------
+    ValueError
+        The name is taken, or is none; or the parent is not known.
+
+    Examples
+    --------
+    >>> import ggufx
+    >>> ggufx.dialects.register(ggufx.dialects.Dialect("my-fork", parent="llama.cpp")).name
+    'my-fork'
+    """
+    if not dialect.name or dialect.name in (*TARGETS, OPAQUE):
+        raise ValueError(f"{dialect.name!r} cannot be the name of a dialect: it is taken, or empty")
+    if dialect.parent is not None and dialect.parent not in _dialects:
+        raise ValueError(f"{dialect.name}: its parent {dialect.parent!r} is not a known dialect")
+    _dialects[dialect.name] = dialect
+    return dialect
 
 
 Kind = Codec | NamedType
@@ -234,6 +276,7 @@ def resolve(
     """
     if dialect == OPAQUE:
         return Resolution(None, {}, ())
+    types.all_codecs()  # a plug-in may bring a dialect
     by_id: dict[int, list[Entry]] = {}
     for entry in entries:
         by_id.setdefault(entry.type_id, []).append(entry)

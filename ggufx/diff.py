@@ -175,7 +175,7 @@ def _same_bytes(a: Tensor, b: Tensor) -> bool:
     return all(np.array_equal(_read(a, "a", *part), _read(b, "b", *part)) for part in parts)
 
 
-def _rows(tensor: Tensor, slot: str, start: int, count: int, row_len: int) -> npt.NDArray[np.float64]:
+def _rows(tensor: Tensor, slot: str, start: int, count: int, row_len: int, *, scaled: bool) -> npt.NDArray[np.float64]:
     if isinstance(tensor, ScaledTensor):
         codes = _read(tensor, slot, start * row_len, count * row_len).reshape(count, row_len)
         return tensor.decode_rows(codes, start).astype(np.float64)
@@ -183,7 +183,8 @@ def _rows(tensor: Tensor, slot: str, start: int, count: int, row_len: int) -> np
     width = tensor.codec.layout.row_nbytes(row_len)
     packed = _read(tensor, slot, start * width, count * width).reshape(count, width)
     decoded: npt.NDArray[np.float64] = tensor.codec.decode(packed, dtype=np.float64)
-    return decoded
+    factors = tensor.row_factors(np.arange(start, start + count)) if scaled else None
+    return decoded if factors is None else decoded * factors
 
 
 def _values(a: Tensor, b: Tensor, result: TensorDifference) -> None:
@@ -191,10 +192,13 @@ def _values(a: Tensor, b: Tensor, result: TensorDifference) -> None:
     n_rows = a.size // max(1, row_len)
     step = max(1, _CHUNK_LEN // max(1, row_len))
     squares = energy = 0.0
+    # Equal factors are compared as the tensors that they are, and do not enter into rounding here.
+    factors = [np.ones(1, np.float32) if tensor.scale is None else tensor.scale for tensor in (a, b)]
+    scaled = not np.array_equal(factors[0], factors[1])
     for start in range(0, n_rows, step):
         count = min(step, n_rows - start)
-        x = _rows(a, "a", start, count, row_len)
-        y = _rows(b, "b", start, count, row_len)
+        x = _rows(a, "a", start, count, row_len, scaled=scaled)
+        y = _rows(b, "b", start, count, row_len, scaled=scaled)
         unequal = (x != y) & ~(np.isnan(x) & np.isnan(y))
         energy += float(np.square(x).sum())
         differing = int(np.count_nonzero(unequal))

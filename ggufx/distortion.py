@@ -67,6 +67,7 @@ def quality(
     effort: Effort = "normal",
     objective: Objective = "reference",
     threads: int | None = None,
+    factor: float = 1.0,
 ) -> Quality:
     """Encode, decode and measure.
 
@@ -80,6 +81,8 @@ def quality(
         Weights [row_len]; they go into the encoding and into ``weighted_rmse``.
     effort, objective, threads
         As in :meth:`ggufx.types.Codec.encode`.
+    factor
+        What the values are divided by before they are encoded, and the decoded ones multiplied by: see :mod:`ggufx.factors`.
 
     Raises
     ------
@@ -95,9 +98,10 @@ def quality(
     weights = np.ones(row_len) if importance is None else np.asarray(importance, np.float64)
     error2 = energy = cross = decoded2 = weighted = largest = 0.0
     for part in _chunks(rows):
-        packed = chosen.encode(part, importance, effort=effort, objective=objective, threads=threads)
+        scaled = part if factor == 1 else part / np.float32(factor)
+        packed = chosen.encode(scaled, importance, effort=effort, objective=objective, threads=threads)
         x = part.astype(np.float64)
-        y = chosen.decode(packed, dtype=np.float64, threads=threads)
+        y = chosen.decode(packed, dtype=np.float64, threads=threads) * float(factor)
         error = x - y
         squares = np.square(error)
         error2 += float(squares.sum())

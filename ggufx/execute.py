@@ -39,6 +39,7 @@ from ggufx.errors import (
     PlanError,
     SourceCodesError,
 )
+from ggufx.factors import factor_of
 from ggufx.plan import FLOAT_SCALES, Plan, PlannedFile, PlannedTensor, Span, Tile, Transform
 from ggufx.stored import descriptor_limit, scratch
 from ggufx.transforms import ColumnEnergy, Outcome, apply, decode_parts
@@ -74,6 +75,8 @@ _SYNC_FILE_RANGE_WRITE: Final = 2
 _OUTPUT_FLAGS: Final = os.O_RDWR | os.O_NOFOLLOW
 _BATCH_NBYTES: Final = 1 << 24
 _BATCH_LEN: Final = 32
+_MAX_REFUSED: Final = 10
+"""Tensors with values that cannot be written, after which a run ends: one run is to name them all, but not a model's."""
 _BATCH_FILES: Final = 4
 """Descriptors that a batch holds at most: all workers together have to live with those of a process, which may be 256."""
 _PIECE_NBYTES: Final = 1 << 18
@@ -313,7 +316,7 @@ def _start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
 
 
 def _run(jobs: Sequence[_Job]) -> list[_Done]:
-    """Do some tiles; stops after one that is refused. Runs on any thread or process."""
+    """Do some tiles. Runs on any thread or process."""
     opened: dict[tuple[str, int], int] = {}
     try:
         return _run_tiles(jobs, opened)
@@ -323,12 +326,8 @@ def _run(jobs: Sequence[_Job]) -> list[_Done]:
 
 
 def _run_tiles(jobs: Sequence[_Job], opened: dict[tuple[str, int], int]) -> list[_Done]:
-    done: list[_Done] = []
-    for job in jobs:
-        done.append(_run_tile(job, opened))
-        if done[-1].problem or _refused(job.transform, done[-1].outcome):
-            break
-    for output in {job.output for job in jobs[: len(done)]}:
+    done = [_run_tile(job, opened) for job in jobs]
+    for output in {job.output for job in jobs}:
         # The tiles of a batch follow each other in the file.
         ranges = [(job.position, job.position + job.tile.nbytes) for job in jobs if job.output == output]
         start, end = ranges[0][0], ranges[-1][1]
@@ -408,7 +407,12 @@ def _run_tile(job: _Job, opened: dict[tuple[str, int], int]) -> _Done:
 
     try:
         weights, dead_blocks = _importance(job, read)
-        outcome = apply(job.transform, tile.rows, inputs, out, weights, tile.phase)
+        factor = _factor(job, read) if job.transform.factor else None
+        if job.transform.op == "factor":
+            out.view("<f4")[0] = factor
+            outcome = Outcome()
+        else:
+            outcome = apply(job.transform, tile.rows, inputs, out, weights, tile.phase, factor)
     except BadValueError as error:
         row_nbytes = tile.nbytes // tile.rows
         return _Done(
@@ -430,11 +434,8 @@ def _importance(job: _Job, read: Callable[[Span, npt.NDArray[np.uint8]], None]) 
     row_len = sum(transform.parts)
     codec = types.get(transform.target)
     if transform.importance == "energy":
-        # With the files' states: a process may outlive a source, and another then lie at its path.
-        files = dict.fromkeys(job.sources[span.file] for _, spans in tile.matrix for span in spans)
-        key = (transform.kind, tile.matrix, *((path, _state(path)) for path in files))
         return codec.usable_importance(
-            _energies.get(key, lambda: _column_energy(transform, tile.matrix, tile.phase, read))
+            _energies.get(_matrix_key(job), lambda: _column_energy(transform, tile.matrix, tile.phase, read))
         )
     if tile.weights is None:
         return np.ones(row_len, np.float32), 0
@@ -444,13 +445,26 @@ def _importance(job: _Job, read: Callable[[Span, npt.NDArray[np.uint8]], None]) 
     return codec.usable_importance(found)
 
 
+def _factor(job: _Job, read: Callable[[Span, npt.NDArray[np.uint8]], None]) -> np.float32:
+    """Return the factor of a tile's matrix (:mod:`ggufx.factors`)."""
+    largest = _peaks.get(_matrix_key(job), lambda: _peak(job.transform, job.tile, read))
+    return factor_of(float(largest[0]))
+
+
+def _matrix_key(job: _Job) -> object:
+    """Return what the whole matrix of a tile is known by."""
+    # With the files' states: a process may outlive a source, and another then lie at its path.
+    files = dict.fromkeys(job.sources[span.file] for _, spans in job.tile.matrix for span in spans)
+    return (job.transform.kind, job.tile.matrix, *((path, _state(path)) for path in files))
+
+
 def _state(path: str) -> tuple[int, int, int]:
     status = Path(path).stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-class _Energies:
-    """Mean squares of the columns of matrices, computed once for all of a matrix's tiles, which follow each other."""
+class _OfMatrices:
+    """What whole matrices decide, computed once for all of a matrix's tiles, which follow each other."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -475,7 +489,36 @@ class _Energies:
         return held.result()
 
 
-_energies = _Energies(4 * MAX_WORKERS)
+_energies = _OfMatrices(4 * MAX_WORKERS)
+"""Mean squares of the columns of matrices."""
+_peaks = _OfMatrices(1 << 12)
+"""Largest magnitudes of matrices, float32 [1]; more than a tensor has experts, whose factors come after all of them."""
+
+
+def _decoded(
+    transform: Transform,
+    matrix: Iterable[tuple[int, Sequence[Span]]],
+    phase: int,
+    read: Callable[[Span, npt.NDArray[np.uint8]], None],
+) -> Iterator[F32]:
+    """Decode a whole matrix, some rows at a time."""
+    for rows, spans in matrix:
+        inputs = []
+        for slot, span in enumerate(spans):
+            buffer = scratch(f"whole{slot}", span.nbytes)
+            read(span, buffer)
+            inputs.append(buffer)
+        yield decode_parts(transform, rows, inputs, phase)[0]
+
+
+def _peak(transform: Transform, tile: Tile, read: Callable[[Span, npt.NDArray[np.uint8]], None]) -> F32:
+    """Return the largest magnitude of a tile's whole matrix, float32 [1]; 0 where it is not finite."""
+    pieces = _decoded(transform, tile.matrix, tile.phase, read)
+    peak = max(
+        (np.float32(max(values.max(), -values.min())) for values in pieces if values.size), default=np.float32(0)
+    )
+    # NaN is refused, and named, when its own tile is encoded: what the factor is does not matter then.
+    return np.full(1, peak if np.isfinite(peak) else 0, np.float32)
 
 
 def _column_energy(
@@ -486,13 +529,7 @@ def _column_energy(
 ) -> F32:
     """Decode a whole matrix, some rows at a time, for the mean squares of its columns."""
     energy = ColumnEnergy()
-    for rows, spans in matrix:
-        inputs = []
-        for slot, span in enumerate(spans):
-            buffer = scratch(f"energy{slot}", span.nbytes)
-            read(span, buffer)
-            inputs.append(buffer)
-        values, _, _ = decode_parts(transform, rows, inputs, phase)
+    for values in _decoded(transform, matrix, phase, read):
         try:
             energy.add(values)
         except CodecError:
@@ -988,6 +1025,7 @@ def _fill(
     batches = _batches(_jobs(plan, pending, journal, sync=sync))
     # A bounded window of tasks: neither a hundred thousand futures nor an idle worker.
     waiting: dict[Future[list[_Done]], list[tuple[PlannedTensor, _Job]]] = {}
+    refused: dict[str, tuple[PlannedTensor, _Job, _Done]] = {}
     if progress is not None:
         progress(0, total)
     try:
@@ -1000,10 +1038,13 @@ def _fill(
             for future in finished:
                 batch = waiting.pop(future)
                 for (tensor, job), result in zip(batch, future.result(), strict=False):
-                    if result.problem:
-                        raise _named(plan, tensor, job, result.problem)
-                    if _refused(job.transform, result.outcome):
-                        raise _codes_error(plan, tensor, job, result.outcome)
+                    if result.problem or _refused(job.transform, result.outcome):
+                        held = refused.get(tensor.name)
+                        if held is None or job.number < held[1].number:
+                            refused[tensor.name] = tensor, job, result
+                        if len(refused) == _MAX_REFUSED:
+                            raise _refusal(plan, refused.values())
+                        continue
                     if not result.resumed:
                         journal.add(job.number, result.checksum)
                     done += result.nbytes
@@ -1011,6 +1052,8 @@ def _fill(
                         observer(TileDone(tensor, job.tile, result.outcome, result.resumed, result.dead_blocks))
             if progress is not None:
                 progress(done, total)
+        if refused:
+            raise _refusal(plan, refused.values())
     finally:
         for future in waiting:
             future.cancel()
@@ -1033,11 +1076,23 @@ def _batches(jobs: Iterable[tuple[PlannedTensor, _Job]]) -> Iterator[list[tuple[
         yield batch
 
 
-def _named(plan: Plan, tensor: PlannedTensor, job: _Job, problem: str) -> GGUFError:
-    source = tensor.items[job.tile.item][0]
-    return CheckpointError(
-        f"{plan.source_files[job.tile.spans[0].file]}: tensor {source!r} -> {tensor.name!r}: {problem}"
-    )
+def _refusal(plan: Plan, refused: Iterable[tuple[PlannedTensor, _Job, _Done]]) -> GGUFError:
+    """Return one error for tensors with values that cannot be written: what and where in the first one, the others' names."""
+    (tensor, job, result), *others = sorted(refused, key=lambda held: held[1].number)
+    if result.problem:
+        source = tensor.items[job.tile.item][0]
+        span = (job.tile.spans or job.tile.matrix[0][1])[0]
+        becomes = "" if source == tensor.name else f" -> {tensor.name!r}"
+        error: GGUFError = CheckpointError(
+            f"{plan.source_files[span.file]}: tensor {source!r}{becomes}: {result.problem}"
+        )
+    else:
+        error = _codes_error(plan, tensor, job, result.outcome)
+    if not others:
+        return error
+    least = "at least " if len(others) + 1 == _MAX_REFUSED else ""
+    names = ", ".join(repr(held[0].name) for held in others)
+    return type(error)(f"{error} ({least}{len(others)} more tensors have such values: {names})")
 
 
 def _codes_error(plan: Plan, tensor: PlannedTensor, job: _Job, outcome: Outcome) -> GGUFError:

@@ -10,9 +10,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import operator
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from ggufx import dialects, types
+from ggufx import dialects, factors, types
 from ggufx.container import MAGIC, Container, Entry, KeyValues, align_up, read_container, read_splits
 from ggufx.errors import CodecError, ContainerError, GGUFError, UnknownType, UnsupportedType, quoted
 from ggufx.named_types import NamedType
@@ -30,7 +30,7 @@ from ggufx.stored import StoredFile, scratch
 from ggufx.typed import Facts, architecture_of
 from ggufx.types import Codec
 
-__all__ = ["File", "Tensor", "open"]
+__all__ = ["File", "Tensor", "open", "open_parts"]
 
 DIALECT_KEY = "ggufx.dialect"
 _TURNED: Final = frozenset(
@@ -43,13 +43,6 @@ _PIECE_NBYTES: Final = 1 << 20
 """Of rows from here and there that are copied at a time."""
 _MAX_FILES: Final = 10_000
 """GGUFs that are counted behind the first one of a file."""
-
-# Weights whose products upstream's loader multiplies by a factor of their own, a tensor NAME.scale beside NAME.weight
-# (llama-model.cpp), whatever the type and the architecture; the head's only where it is NVFP4.
-_HAS_FACTOR = re.compile(
-    r"blk\.\d+\.(attn_(q|k|v|output|qkv|gate)|ffn_(gate|down|up)(_shexp|_exps)?|ssm_(in|out|alpha|beta)"
-    r"|nextn\.(eh_proj|shared_head_head))\.weight"
-)
 
 Index = int | slice | EllipsisType | npt.NDArray[np.integer[Any]] | list[int]
 
@@ -112,6 +105,11 @@ class Tensor:
     def bits_per_weight(self) -> float:
         """Packed bits per element, row headers included."""
         return self.nbytes * 8 / self.size if self.size else 0.0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all bytes are in the file: of one that was opened with ``header_only`` they need not be."""
+        return self._container.data_offset + self._entry.offset + self.nbytes <= self._container.file_nbytes
 
     @property
     def path(self) -> Path:
@@ -196,12 +194,19 @@ class Tensor:
         codec = self._decodable()
         wanted = np.asarray(numbers, np.int64)
         decoded = codec.decode(self._packed_rows(wanted, codec.layout.row_nbytes(self.shape[-1])))
-        if self.factor is None:
-            return decoded
-        scale = self.factor.numpy(np.float32).reshape(-1)
-        per_scale = prod(self.shape[:-1]) // scale.size
-        decoded *= scale[wanted // max(1, per_scale)][:, None]
+        row_factors = self.row_factors(wanted)
+        if row_factors is not None:
+            decoded *= row_factors
         return decoded
+
+    def row_factors(self, numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32] | None:
+        """Return the factors of rows by their numbers, outer axes flattened: float32 [n, 1]; ``None`` where there is none."""
+        scale = self.scale
+        if scale is None:
+            return None
+        rows_per_scale = max(1, prod(self.shape[:-1]) // scale.size)
+        found: npt.NDArray[np.float32] = scale[np.asarray(numbers) // rows_per_scale][:, None]
+        return found
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         if copy is False:
@@ -509,9 +514,8 @@ class File(Mapping[str, Tensor]):
 
     def _pair(self, tensor: Tensor) -> str:
         """Give a weight its factor, where it has one and upstream's loader applies it; returns its name then."""
-        factor = self._tensors.get(tensor.name.removesuffix("weight") + "scale")
-        head = tensor.name == "output.weight" and tensor.type == "NVFP4"
-        if factor is None or tensor.codec is None or not (head or _HAS_FACTOR.fullmatch(tensor.name)):
+        factor = self._tensors.get(factors.name_of(tensor.name))
+        if factor is None or tensor.codec is None or not factors.is_loaded(tensor.name, tensor.type):
             return ""
         wanted = tensor.shape[:1] if tensor.ndim == 3 else (1,)
         if factor.type != "F32" or factor.shape != wanted or tensor.dtype.kind != "f":
@@ -571,6 +575,33 @@ class File(Mapping[str, Tensor]):
     def data_nbytes(self) -> int:
         """Bytes of all tensors, padding aside."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def matching(self, patterns: Iterable[str]) -> list[Tensor]:
+        """Return the tensors of some shell patterns, in file order; all of their bytes are there.
+
+        Raises
+        ------
+        GGUFError
+            A pattern matches no tensor.
+        ContainerError
+            The bytes of a tensor that matches are missing.
+        """
+        patterns = list(patterns)
+        found = [t for t in self._tensors.values() if any(fnmatch.fnmatchcase(t.name, p) for p in patterns)]
+        for pattern in patterns:
+            if not any(fnmatch.fnmatchcase(tensor.name, pattern) for tensor in found):
+                missing = "" if self.complete else f" that are there ({self.notes[-1]})"
+                raise GGUFError(
+                    f"{self.path}: {quoted(pattern)} matches none of the {len(self)} tensors{missing}; ggufx inspect lists them"
+                )
+        cut = next((tensor for tensor in found if not tensor.is_whole), None)
+        if cut is not None:
+            raise ContainerError(
+                cut.path,
+                "truncated",
+                f"the bytes of tensor {quoted(cut.name)} are not all there; download the file again",
+            )
+        return found
 
     def __getitem__(self, name: str) -> Tensor:
         try:
@@ -682,6 +713,35 @@ def open(path: str | Path, *, dialect: str | None = None, splits: bool = True, h
             _refuse_concatenated(path, dialect)
         raise
     return File(containers, dialect, missing=missing, header_only=header_only)
+
+
+def open_parts(path: str | Path, patterns: Iterable[str], *, dialect: str | None = None) -> File:
+    """Open a GGUF for the tensors of some shell patterns: what holds none of them may be missing.
+
+    Parameters
+    ----------
+    path
+        The file; any member of a split, whose other members need not be there.
+    patterns
+        As :meth:`File.matching` takes them.
+    dialect
+        As in :func:`open`.
+
+    Raises
+    ------
+    ContainerError, UnknownDialect, AmbiguousDialect
+        As :func:`open`; what is missing is no error, unless a tensor that matches is.
+    GGUFError
+        As :meth:`File.matching`.
+    """
+    try:
+        file = open(path, dialect=dialect)
+    except ContainerError:
+        file = open(path, dialect=dialect, header_only=True)
+        if file.complete:
+            raise
+    file.matching(patterns)
+    return file
 
 
 def _refuse_concatenated(path: Path, dialect: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import numpy.typing as npt
 from ggufx import types
 from ggufx.distortion import Quality, quality
 from ggufx.errors import GGUFError, UnsupportedType
-from ggufx.file import File, Tensor
+from ggufx.factors import factor_of, is_applied
+from ggufx.file import File, Tensor, open_parts
 from ggufx.hybrid import ScaledTensor, open
 from ggufx.imatrix import ImportanceMatrix, RowImportance
 from ggufx.types import Codec, Effort, Objective
@@ -24,7 +26,10 @@ __all__ = ["Measurement", "check_plot", "measure", "plot", "summary"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One type on one tensor; ``quality`` is ``None`` where the type cannot hold it, and ``note`` says why."""
+    """One type on one tensor; ``quality`` is ``None`` where there is none, and ``note`` says why.
+
+    ``damaged`` is whether that is for values which are NaN or infinite.
+    """
 
     tensor: str
     shape: tuple[int, ...]
@@ -33,6 +38,7 @@ class Measurement:
     effort: str
     quality: Quality | None
     note: str = ""
+    damaged: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return one flat record of JSON data."""
@@ -43,12 +49,13 @@ class Measurement:
             "type": self.type,
             "effort": self.effort,
             "note": self.note,
+            "damaged": self.damaged,
         }
         return record | ({} if self.quality is None else self.quality.to_json())
 
 
 def measure(
-    path: str | Path,
+    path: str | Path | File,
     type_names: Sequence[str],
     *,
     pattern: str | None = None,
@@ -65,7 +72,7 @@ def measure(
     Parameters
     ----------
     path
-        The GGUF, or a hybrid's directory.
+        The GGUF, or a hybrid's directory; or one of them opened, which stays open.
     type_names
         Types to compare.
     pattern
@@ -81,6 +88,11 @@ def measure(
     progress
         Called with (weights encoded, weights in all).
 
+    Returns
+    -------
+    list of Measurement
+        For every tensor and type. A tensor with values that are NaN or infinite has no quality, and a note that says where.
+
     Raises
     ------
     GGUFError
@@ -91,20 +103,36 @@ def measure(
         if not codec.can_encode or not codec.can_decode:
             raise UnsupportedType(f"{codec.name} cannot be measured: ggufx does not encode it")
     results: list[Measurement] = []
-    with open(path, dialect=dialect) as file:
+    with _opened(path, pattern, dialect) as file:
         chosen = _chosen(file, pattern)
         total = sum(_n_rows(t, max_rows) * t.shape[-1] for t in chosen) * len(codecs)
         done = 0
         for tensor in chosen:
-            rows = _rows(tensor, max_rows)
+            rows, numbers = _rows(tensor, max_rows)
+            damage = _damage(tensor, rows, numbers)
             weights = None if imatrix is None else imatrix.rows(tensor.name, tensor.shape)
             for codec in codecs:
-                found, note = _measure(rows, tensor, codec, weights, effort, objective, threads)
-                results.append(Measurement(tensor.name, tensor.shape, tensor.type, codec.name, effort, found, note))
                 done += rows.size
+                if damage:
+                    about = (tensor.name, tensor.shape, tensor.type, codec.name, effort)
+                    results.append(Measurement(*about, None, damage, damaged=True))
+                    continue
+                # As quantizing the tensor would; stacked experts, which get one each, have one in common here.
+                factor = factor_of(float(np.abs(rows).max())) if _has_factor(file, tensor, codec) else np.float32(1)
+                found, note = _measure(rows, tensor, codec, weights, effort, objective, threads, float(factor))
+                results.append(Measurement(tensor.name, tensor.shape, tensor.type, codec.name, effort, found, note))
                 if progress is not None:
                     progress(done, total)
     return results
+
+
+def _opened(path: str | Path | File, pattern: str | None, dialect: str | None) -> AbstractContextManager[File]:
+    """Open a model; of a GGUF, members of a split without a tensor of the pattern need not be there."""
+    if isinstance(path, File):
+        return nullcontext(path)
+    if pattern is None or Path(path).is_dir():
+        return open(path, dialect=dialect)
+    return open_parts(path, [pattern], dialect=dialect)
 
 
 def _chosen(file: File, pattern: str | None) -> list[Tensor]:
@@ -130,11 +158,27 @@ def _n_rows(tensor: Tensor, max_rows: int | None) -> int:
     return n_rows if max_rows is None else min(n_rows, max_rows)
 
 
-def _rows(tensor: Tensor, max_rows: int | None) -> npt.NDArray[np.float32]:
+def _rows(tensor: Tensor, max_rows: int | None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Return rows, and their numbers."""
     n_rows = tensor.size // tensor.shape[-1]
     if max_rows is None or n_rows <= max_rows:
-        return tensor.numpy().reshape(n_rows, -1)
-    return tensor.rows_at(np.linspace(0, n_rows - 1, max_rows).astype(np.int64))
+        return tensor.numpy().reshape(n_rows, -1), np.arange(n_rows)
+    numbers = np.linspace(0, n_rows - 1, max_rows).astype(np.int64)
+    return tensor.rows_at(numbers), numbers
+
+
+def _damage(tensor: Tensor, rows: npt.NDArray[np.float32], numbers: npt.NDArray[np.int64]) -> str:
+    """Return where the first value is that is NaN or infinite, or nothing."""
+    unsound = ~np.isfinite(rows)
+    if not unsound.any():
+        return ""
+    row, column = (int(n) for n in np.argwhere(unsound)[0])
+    place = f"row {numbers[row]}"
+    if tensor.ndim == 3:
+        place = f"expert {numbers[row] // tensor.shape[1]}, row {numbers[row] % tensor.shape[1]}"
+    count = int(np.count_nonzero(unsound))
+    more = f" (and {count - 1} more in the rows that were read)" if count > 1 else ""
+    return f"{tensor.name}: found {rows[row, column]} at {place}, column {column}{more}"
 
 
 def _measure(
@@ -145,6 +189,7 @@ def _measure(
     effort: Effort,
     objective: Objective,
     threads: int | None,
+    factor: float,
 ) -> tuple[Quality | None, str]:
     row_len = rows.shape[1]
     if tensor.type == codec.name:
@@ -156,7 +201,11 @@ def _measure(
     if importance is None and codec.needs_importance:
         return None, "needs importance weights (--imatrix)"
     chosen: Effort = effort if effort != "reference" or codec.reproduces else "normal"
-    return quality(rows, codec, importance, effort=chosen, objective=objective, threads=threads), ""
+    return quality(rows, codec, importance, effort=chosen, objective=objective, threads=threads, factor=factor), ""
+
+
+def _has_factor(file: File, tensor: Tensor, codec: Codec) -> bool:
+    return codec.name == "NVFP4" and is_applied(tensor.name, codec.name, "llama.cpp", file.architecture)
 
 
 def summary(measurements: Iterable[Measurement]) -> list[dict[str, Any]]:

@@ -143,7 +143,7 @@ class Transform(NamedTuple):
     op
         ``copy`` bytes as they are; ``pack`` native codes and scales, exactly; ``cast`` one number type to another that
         holds it, exactly; ``encode`` decode to float32 and quantize; ``codes`` and ``scales`` take the one or the other out
-        of rows that ``pack`` made, exactly.
+        of rows that ``pack`` made, exactly; ``factor`` make the factor of a matrix (:mod:`ggufx.factors`), one float32.
     kind, target
         Source kind (see :class:`Matrix`) and codec name.
     parts
@@ -166,13 +166,15 @@ class Transform(NamedTuple):
     importance
         ``encode``: what weighs the columns. ``matrix``: the tile's :class:`Weights`, ones where it has none; ``energy``: the
         mean squares of the columns of the tile's whole matrix, which :attr:`Tile.matrix` locates; nothing: nothing.
+    factor
+        ``encode``: quantize the values divided by the factor of the tile's whole matrix, which :attr:`Tile.matrix` locates.
     measure
         ``encode``: sum up the squares of the values and of the errors.
     device
         ``encode``: torch's name of the GPU to do it on; nothing is the CPU.
     """
 
-    op: Literal["copy", "pack", "cast", "encode", "codes", "scales"]
+    op: Literal["copy", "pack", "cast", "encode", "codes", "scales", "factor"]
     kind: str
     target: str
     parts: tuple[int, ...]
@@ -185,6 +187,7 @@ class Transform(NamedTuple):
     effort: Literal["", "fast", "normal", "high", "reference"] = ""
     objective: Literal["reference", "mse"] = "reference"
     importance: Literal["", "matrix", "energy"] = ""
+    factor: bool = False
     measure: bool = False
     device: str = ""
 
@@ -210,7 +213,7 @@ class Tile(NamedTuple):
     """Rows of the first row of scales that lie before the tile."""
     weights: Weights | None = None
     matrix: tuple[tuple[int, tuple[Span, ...]], ...] = ()
-    """(rows, spans) of all tiles of the matrix that the rows are of, for importance that the whole of it decides."""
+    """(rows, spans) of all tiles of the matrix that the rows are of, for importance or a factor that all of it decides."""
 
 
 @dataclass(frozen=True)
@@ -293,6 +296,7 @@ def plan_tensor(
     row_nbytes = layout.row_nbytes(row_len)
     tiles = []
     offset = 0
+    seen = transform.importance == "energy" or transform.factor
     tile_len = DEVICE_TILE_LEN if transform.device else TILE_LEN
     for item, parts in enumerate(stack):
         first = parts[0]
@@ -301,7 +305,7 @@ def plan_tensor(
                 raise PlanError(f"tensor {name!r} {list(shape)}: its sources do not add up to rows of {row_len}")
             nbytes = first.row_len * row_nbytes
             spans = first.cut(0, first.rows)
-            turned = ((first.row_len, spans),) if transform.importance == "energy" else ()
+            turned = ((first.row_len, spans),) if seen else ()
             weight = weights[item] if weights else None
             tiles.append(Tile(item, first.row_len, offset, nbytes, spans, first.phase, weight, turned))
             offset += nbytes
@@ -314,7 +318,7 @@ def plan_tensor(
         step = max(grain, tile_len // max(1, row_len) // grain * grain)
         edges = [(start, min(rows, start + step)) for start in range(0, rows, step)]
         cuts = tuple((b - a, tuple(span for part in parts for span in part.cut(a, b))) for a, b in edges)
-        whole = cuts if transform.importance == "energy" else ()
+        whole = cuts if seen else ()
         for count, spans in cuts:
             nbytes = count * row_nbytes
             tiles.append(
@@ -326,6 +330,24 @@ def plan_tensor(
         raise PlanError(f"tensor {name!r} {list(shape)} takes {nbytes} bytes, its sources give {offset}")
     items = tuple(tuple(n for part in parts for n in (part.name, part.scale_name) if n is not None) for parts in stack)
     return PlannedTensor(name, shape, target, type_id, nbytes, transform, tuple(tiles), items)
+
+
+def plan_factors(name: str, type_id: int, weight: PlannedTensor) -> PlannedTensor:
+    """Plan the factors beside a weight whose transform divides by them: F32 [1], or one for each of its stacked matrices.
+
+    Parameters
+    ----------
+    name, type_id
+        Of the output tensor; the number is that of F32.
+    weight
+        As :func:`plan_tensor` planned it.
+    """
+    wholes = {tile.item: tile for tile in weight.tiles}
+    tiles = tuple(
+        Tile(item, 1, item * 4, 4, (), tile.phase, matrix=tile.matrix) for item, tile in sorted(wholes.items())
+    )
+    transform = weight.transform._replace(op="factor", target="F32", effort="", importance="", measure=False, device="")
+    return PlannedTensor(name, (len(tiles),), "F32", type_id, 4 * len(tiles), transform, tiles, weight.items)
 
 
 def plan_unpacked(name: str, dtype: str, transform: Transform, source: Matrix, row_nbytes: int) -> PlannedTensor:

@@ -6,11 +6,12 @@ the one engine: streaming, bounded, resumable, atomic.
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
@@ -28,7 +29,9 @@ from ggufx.container import Value
 from ggufx.dialects import Dialect
 from ggufx.errors import FallbackError, PlanError, RecipeError, UnknownType
 from ggufx.execute import Progress, TileDone
-from ggufx.file import File, Tensor, open
+from ggufx.factors import factor_lost, is_applied
+from ggufx.factors import name_of as factor_name
+from ggufx.file import File, Tensor, open, open_parts
 from ggufx.imatrix import ImportanceMatrix, Place
 from ggufx.plan import FP8_KINDS, Matrix, Plan, PlannedTensor, Span, Transform, Weights
 from ggufx.recipe import NATIVE, Finding, Recipe, Rule
@@ -42,7 +45,6 @@ __all__ = [
     "Tally",
     "codec_name",
     "common_file_type",
-    "factor_lost",
     "mix_recipe",
     "plan_quantize",
     "prepare",
@@ -60,26 +62,6 @@ NATIVE_KINDS: Final = frozenset({*FP8_KINDS, "FP4", "F8_E4M3_B128", "MXFP4", "NV
 """What models are trained or published in: quantizing these is what quantizing is for."""
 _EMBEDDINGS: Final = ("token_embd.weight", "per_layer_token_embd.weight")
 _INTEGERS: Final = frozenset({"I8", "I16", "I32", "I64"})
-
-# What a type that does not fit a row's length becomes: upstream's table, and ik_llama.cpp's.
-_UPSTREAM_FALLBACK: Final[Mapping[str, str]] = {
-    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
-    **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
-    "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
-}  # fmt: skip
-_IK_FALLBACK: Final[Mapping[str, str]] = {
-    **_UPSTREAM_FALLBACK,
-    **dict.fromkeys(
-        (
-            "Q2_K", "Q3_K", "IQ2_K", "IQ3_K", "IQ2_KS", "IQ3_KS", "IQ2_KL", "IQ4_KS", "IQ4_KSS", "IQ1_KT", "IQ2_KT", "IQ3_KT",
-            "IQ4_KT",
-        ),
-        "IQ4_NL",
-    ),
-    **dict.fromkeys(("Q4_K", "IQ4_K", "IQ5_KS"), "Q5_0"),
-    **dict.fromkeys(("Q5_K", "IQ5_K"), "Q6_0"),
-    **dict.fromkeys(("Q6_K", "IQ6_K"), "Q8_0"),
-}  # fmt: skip
 
 QUANTIZATION_VERSION: Final = 2  # ggml.h's GGML_QNT_VERSION
 
@@ -142,6 +124,8 @@ class Choice:
         The rule that decided, if one did.
     wanted
         The type that was asked for, where rows did not fit it.
+    factor
+        The values are divided by a factor, which a tensor of its own beside this one has (:mod:`ggufx.factors`).
     """
 
     source: Source
@@ -151,6 +135,7 @@ class Choice:
     wanted: str = ""
     weights: tuple[Weights | None, ...] = ()
     importance: Literal["", "matrix", "energy"] = ""
+    factor: bool = False
 
 
 @dataclass
@@ -197,9 +182,23 @@ class Quantization:
 
     @cached_property
     def tensors(self) -> list[PlannedTensor]:
-        """The output's tensors, in the source's order."""
+        """The output's tensors, in the source's order, each new factor behind its weight."""
+        return [tensor for _, tensor in self._members]
+
+    @cached_property
+    def _members(self) -> list[tuple[int, PlannedTensor]]:
+        """The tensors with the number of the source's file that each belongs to."""
         self.check()
-        return [self._planned(choice) for choice in self.choices]
+        found = []
+        for choice in self.choices:
+            planned = self._planned(choice)
+            found.append((choice.source.member, planned))
+            if choice.factor:
+                number = self.dialect.type_id(types.get("F32"))
+                assert number is not None
+                beside = plan.plan_factors(factor_name(planned.name), number, planned)
+                found.append((choice.source.member, beside))
+        return found
 
     def plan(
         self,
@@ -218,7 +217,7 @@ class Quantization:
         if any(not choice.kept for choice in self.choices):
             metadata["general.quantization_version"] = Value.u32(QUANTIZATION_VERSION)
         metadata.update(overrides or {})
-        members = [choice.source.member for choice in self.choices] if self.keep_split else None
+        members = [member for member, _ in self._members] if self.keep_split else None
         return plan.build(
             path,
             metadata,
@@ -253,7 +252,7 @@ class Quantization:
             # BF16 and F32 have the mantissa of FP8 and FP4 and a wider exponent; that every value survives is tested.
             exact=op == "encode" and source.kind in ("FP8", "FP4") and choice.type in ("BF16", "F32"),
             effort=effort if op == "encode" else "", objective=self.objective, importance=choice.importance,
-            measure=self.measure and op == "encode",
+            factor=choice.factor, measure=self.measure and op == "encode",
             device=self.device if op == "encode" and self.device and offload.encodes(codec, effort) else "",
         )  # fmt: skip
         return plan.plan_tensor(source.name, source.shape, codec.name, type_id, transform, source.stack, choice.weights)
@@ -276,6 +275,7 @@ def prepare(
     allow_requantize: bool = False,
     fallback: bool = True,
     keep_split: bool = False,
+    only: Sequence[str] = (),
     measure: bool = False,
     device: str | None = None,
     dialect: str | None = None,
@@ -317,6 +317,8 @@ def prepare(
         Take the next type of the field's tables where a row's length does not fit a block; otherwise that is an error.
     keep_split
         Split as the source is.
+    only
+        Shell patterns of the tensors to write; none: all. Members of a split that hold no such tensor need not be there.
     measure
         Sum up errors on the way (:class:`Tally` reports them).
     device
@@ -346,7 +348,9 @@ def prepare(
         raise RecipeError("a mix was asked for, but none is named")
     kind = mixed.type if mixed is not None else None if default is None else codec_name(default)
     wanted = [name for name in (kind, *map(_optional_name, (output_type, embedding_type))) if name is not None]
-    opened = source if isinstance(source, File | Checkpoint) else _open(source, dialect)
+    if only and keep_split:
+        raise PlanError("--tensors and --keep-split exclude each other: a member without a tensor is none")
+    opened = source if isinstance(source, File | Checkpoint) else _open(source, dialect, only)
     chosen = target_dialect(rules, wanted, opened, target)
     if isinstance(opened, File):
         sources, quantization = _gguf_sources(opened, chosen, asked=target is not None)
@@ -367,8 +371,9 @@ def prepare(
         allow_requantize=allow_requantize, fallback=fallback, tied=all(s.name != "output.weight" for s in sources),
         n_source_files=len(quantization.source_files),
     )  # fmt: skip
-    quantization.choices = [decide(item) for item in sources]
-    quantization.findings += _factors(quantization.choices, chosen, quantization.facts())
+    taken = _among(sources, only, quantization.path) if only else sources
+    quantization.choices, findings = _factors([decide(item) for item in taken], chosen, quantization.facts())
+    quantization.findings += findings
     if not sources:
         quantization.findings.append(
             Finding(
@@ -394,40 +399,36 @@ def prepare(
     return quantization
 
 
-def _factors(choices: Sequence[Choice], target: Dialect, facts: Mapping[str, Any]) -> list[Finding]:
-    """Say what becomes of factors beside weights.
+def _factors(
+    choices: Sequence[Choice], target: Dialect, facts: Mapping[str, Any]
+) -> tuple[list[Choice], list[Finding]]:
+    """Give tensors that become NVFP4 a factor where programs apply it, and say what becomes of factors that there are.
 
-    They stay as they are, so the values are quantized without them.
+    Those stay as they are, so the values are quantized without them.
     """
-    findings = []
+    found, findings, bare = [], [], []
     architecture = facts.get("general.architecture")
     for choice in choices:
-        lost = choice.source.scaled and factor_lost(choice.source.name, choice.type, target, architecture)
+        source = choice.source
+        lost = source.scaled and factor_lost(source.name, choice.type, target.name, architecture)
         if lost:
-            findings.append(Finding("error", "factor", lost, (choice.source.name,)))
-    bare = [c.source.name for c in choices if not c.kept and c.type == "NVFP4" and not c.source.scaled]
+            findings.append(Finding("error", "factor", lost, (source.name,)))
+        new = not choice.kept and choice.type == "NVFP4" and not source.scaled
+        applied = new and is_applied(source.name, choice.type, target.name, architecture)
+        if new and not applied:
+            bare.append(source.name)
+        found.append(replace(choice, factor=True) if applied else choice)
     if bare:
+        more = f" and {len(bare) - 1} more tensors become" if len(bare) > 1 else " becomes"
         findings.append(
             Finding(
                 "warning", "factor",
-                f"{bare[0]} and {len(bare) - 1} more become NVFP4 without a factor in a tensor called .scale, which ggufx does "
-                "not write: its own scales go from 2^-9 to 448, so weights of less than about 0.005 lose precision and of less "
-                "than 0.0005 become zeros", tuple(bare),
+                f"{bare[0]}{more} NVFP4 without a factor in a tensor called .scale, as no program for {target.name} is known "
+                f"to multiply by it there (architecture {architecture!r}): NVFP4's own scales go from 2^-9 to 448, so weights "
+                "of less than about 0.005 lose precision and of less than 0.0005 become zeros", tuple(bare),
             )
         )  # fmt: skip
-    return findings
-
-
-def factor_lost(name: str, kind: str, target: Dialect, architecture: object) -> str:
-    """Return why the target's programs would not apply the factor beside a weight of type ``kind``; empty where they do."""
-    # As in llama-load-tensors.cpp there, which reads .scale for BitNet's architectures.
-    if target.name == "ik_llama.cpp" and not str(architecture).startswith("bitnet"):
-        what = "ik_llama.cpp reads such factors for BitNet only"
-    elif name == "output.weight" and kind != "NVFP4":
-        what = f"llama.cpp reads the head's only where the head is NVFP4, here it would be {kind}"
-    else:
-        return ""
-    return f"tensor {name!r} has a factor in {name.removesuffix('weight')}scale, and {what}: its values would be wrong there"
+    return found, findings
 
 
 def mix_recipe(
@@ -572,11 +573,22 @@ def _assigned(
     return {name: found[theirs] for name, theirs in names.items() if theirs in found}
 
 
-def _open(source: str | Path, dialect: str | None) -> File | Checkpoint:
+def _open(source: str | Path, dialect: str | None, only: Sequence[str] = ()) -> File | Checkpoint:
     path = Path(source)
     if path.is_dir():
         return Checkpoint(path)
-    return open(path, dialect=dialect)
+    return open_parts(path, only, dialect=dialect) if only else open(path, dialect=dialect)
+
+
+def _among(sources: Sequence[Source], patterns: Sequence[str], path: Path) -> list[Source]:
+    """Return the sources of some shell patterns; raises PlanError for a pattern that matches none."""
+    found = [source for source in sources if any(fnmatch.fnmatchcase(source.name, p) for p in patterns)]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(source.name, pattern) for source in found):
+            raise PlanError(
+                f"{path}: {pattern!r} matches none of the {len(sources)} tensors; --dry-run --verbose lists them"
+            )
+    return found
 
 
 def _matrix(given: ImportanceMatrix | str | Path | None) -> ImportanceMatrix | Literal["energy", "ones"] | None:
@@ -923,16 +935,15 @@ class _Decider:
         return Choice(source, planned.type, True, rule)
 
     def _fitting(self, source: Source, wanted: str) -> str:
-        """Return ``wanted``, or what the field's tables have for rows that it does not fit."""
+        """Return ``wanted``, or the first of its fallbacks that the rows fit."""
         row_len = source.shape[-1] if source.shape else 1
-        table = _IK_FALLBACK if self.target.name == "ik_llama.cpp" else _UPSTREAM_FALLBACK
         # F16 cannot hold every value of BF16, FP8 or FP4; upstream's last resort is F16 whatever the source.
         wide = "F16" if source.kind in ("F16", "F32", "F64") else "BF16"
         fitting = wanted
         while row_len % types.get(fitting).layout.block_len:
-            following = table.get(fitting, wide)
-            held = self.target.type_id(types.get(following)) is not None
-            fitting = following if held else wide
+            following = self.target.fallback(types.get(fitting))
+            held = following is not None and self.target.type_id(following) is not None
+            fitting = following.name if following is not None and held else wide
         if fitting != wanted:
             block_len = types.get(wanted).layout.block_len
             self.say(

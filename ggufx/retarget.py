@@ -25,10 +25,12 @@ from ggufx.convert import NISPARKS_GENERAL, fill_file_type
 from ggufx.dialects import Dialect
 from ggufx.errors import CodecError, PlanError
 from ggufx.execute import Progress
+from ggufx.factors import factor_lost
 from ggufx.file import File, Tensor, open
 from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
-from ggufx.quantize import common_file_type, factor_lost, unreadable
+from ggufx.quantize import common_file_type, unreadable
 from ggufx.version import __version__
+from ggufx.vocabulary import is_named_template
 
 __all__ = [
     "DENSE_TYPES",
@@ -235,7 +237,7 @@ def _tensor(
     kind = tensor.type
     wanted = _wanted(file, move, dialect, dense, plain)
     if tensor.factor is not None:
-        lost = factor_lost(tensor.name, wanted, dialect, file.metadata.get("general.architecture"))
+        lost = factor_lost(tensor.name, wanted, dialect.name, file.metadata.get("general.architecture"))
         if lost:
             raise PlanError(f"{file.path}: {lost}")
     codec = types.get(wanted)
@@ -399,11 +401,14 @@ def _deepseek_keys(
     if form == "nisparks":
         keys |= {key: general[key] for key in NISPARKS_GENERAL if key in general}
     else:
+        # Where upstream's converter writes them.
+        keys |= {key: value for key, value in own.items() if is_named_template(key)}
         keys["tokenizer.chat_template"] = Value.string(template)
         general = _with_naming(model, general, notes)
     keys |= general | derived
     keys["general.quantization_version"] = own.get("general.quantization_version", Value.u32(2))
-    keys |= {key: value for key, value in own.items() if key.startswith("tokenizer.") and key not in keys}
+    others = [key for key in own if key.startswith("tokenizer.") and key not in keys]
+    keys |= {key: own[key] for key in sorted(others, key=is_named_template)}
     for key, why in model.supposed:
         if key in keys:
             notes.append(f"key {key} = {short(keys[key])}: not in the file; {why}")
@@ -492,9 +497,6 @@ def _tensors(count: int) -> str:
 
 
 def short(value: Value) -> str:
-    """Return a value in a few words; float32 as the shortest number that is the same."""
-    data = value.to_json()
-    if value.type is ValueType.FLOAT32:
-        data = float(str(np.float32(data)))
-    text = str(data)
+    """Return a value in a few words."""
+    text = str(value.to_json())
     return text if len(text) <= 40 else text[:37] + "..."

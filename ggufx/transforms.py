@@ -52,7 +52,13 @@ class Outcome(NamedTuple):
 
 
 def apply(
-    transform: Transform, rows: int, inputs: list[U8], out: U8, weights: F32 | None = None, phase: int = 0
+    transform: Transform,
+    rows: int,
+    inputs: list[U8],
+    out: U8,
+    weights: F32 | None = None,
+    phase: int = 0,
+    factor: np.float32 | None = None,
 ) -> Outcome:
     """Turn the source bytes of ``rows`` rows into output bytes.
 
@@ -70,6 +76,8 @@ def apply(
         Importance of the columns, float32 [row_len]; only ``encode`` uses it.
     phase
         Rows of the first row of scales that lie before the tile.
+    factor
+        What ``encode`` divides the values by.
 
     Raises
     ------
@@ -92,7 +100,7 @@ def apply(
     if transform.op == "cast":
         _cast(transform, _every(transform, rows, inputs)[0], out)
         return Outcome()
-    return _encode(transform, rows, inputs, out, weights, phase)
+    return _encode(transform, rows, inputs, out, weights, phase, factor)
 
 
 def _every(transform: Transform, rows: int, inputs: list[U8]) -> list[U8]:
@@ -200,15 +208,24 @@ def _cast(transform: Transform, source: U8, out: U8) -> None:
     raise CodecError(f"no exact cast from {transform.kind} to {transform.target}")
 
 
-def _encode(transform: Transform, rows: int, inputs: list[U8], out: U8, weights: F32 | None, phase: int) -> Outcome:
+def _encode(
+    transform: Transform,
+    rows: int,
+    inputs: list[U8],
+    out: U8,
+    weights: F32 | None,
+    phase: int,
+    factor: np.float32 | None,
+) -> Outcome:
     """Decode and encode a few rows at a time: float32 that stays in the processor's cache costs next to nothing."""
     packed = out.reshape(rows, -1)
     if transform.device:
+        assert factor is None, "no type with a factor is encoded on a device"
         return _encode_on_device(transform, rows, inputs, packed, weights, phase)
     total = Outcome()
     for start, count, pieces in _pieces(transform, rows, inputs, phase):
         try:
-            found = _encode_rows(transform, count, pieces, packed[start : start + count], weights, phase)
+            found = _encode_rows(transform, count, pieces, packed[start : start + count], weights, phase, factor)
         except BadValueError as error:
             raise error.moved(start) from None
         total = total.plus(found)
@@ -237,13 +254,21 @@ def _pieces(transform: Transform, rows: int, inputs: list[U8], phase: int) -> It
 
 
 def _encode_rows(
-    transform: Transform, rows: int, inputs: list[U8], out: U8, weights: F32 | None, phase: int
+    transform: Transform,
+    rows: int,
+    inputs: list[U8],
+    out: U8,
+    weights: F32 | None,
+    phase: int,
+    factor: np.float32 | None,
 ) -> Outcome:
     codec = types.get(transform.target)
     values, bad_codes, bad_scales = decode_parts(transform, rows, inputs, phase)
     if bad_codes or bad_scales:
         # NaN cannot be encoded; whatever the strictness, the caller must hear of it.
         return Outcome(bad_codes, bad_scales)
+    if factor is not None:
+        values /= factor
     # By default the same bytes as upstream's converter, where the type has them.
     effort: types.Effort = transform.effort or ("reference" if codec.reproduces else "normal")
     packed = codec.encode(
@@ -256,8 +281,9 @@ def _encode_rows(
         if transform.exact:
             lost = int(np.count_nonzero(decoded.view(np.uint32) != values.view(np.uint32)))
         if transform.measure:
-            square_sum = _square_sum(values)
-            error_sum = _square_sum(np.subtract(values, decoded, out=decoded))
+            unit = 1.0 if factor is None else float(factor) ** 2
+            square_sum = unit * _square_sum(values)
+            error_sum = unit * _square_sum(np.subtract(values, decoded, out=decoded))
     return Outcome(0, 0, lost, square_sum, error_sum)
 
 

@@ -250,6 +250,8 @@ class Value:
     def to_json(self, limit: int | None = None) -> Any:
         r"""Return the value as plain JSON data: arrays as lists, bytes that are not UTF-8 as ``\xff``.
 
+        A float32 becomes the shortest number that is the same float32: 1e-06, and not 9.999999974752427e-07.
+
         Parameters
         ----------
         limit
@@ -257,12 +259,16 @@ class Value:
         """
         if self.type is ValueType.STRING:
             return as_unicode(self.data)
+        if self.type is ValueType.FLOAT32:
+            return float(str(np.float32(self.data)))
         if self.type is not ValueType.ARRAY:
             return self.data
         shown = self.data if limit is None else self.data[:limit]
         if self.element is ValueType.ARRAY:
             return [item.to_json(limit) for item in shown]
-        return shown.tolist() if isinstance(shown, np.ndarray) else [as_unicode(text) for text in shown]
+        if isinstance(shown, np.ndarray):
+            return [float(str(x)) for x in shown] if shown.dtype == np.float32 else shown.tolist()
+        return [as_unicode(text) for text in shown]
 
     @property
     def kind(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -238,8 +238,16 @@ def verify(
                 done += file[tensor.name].nbytes
                 if progress is not None:
                     progress(done, total)
-        report.tensors += [TensorReport(t.name, t.type, "extra") for t in file.tensors if t.name not in planned]
+        report.tensors += _extra(file, planned)
     return report
+
+
+def _extra(file: File, expected: Container[str]) -> list[TensorReport]:
+    """Return tensors that nobody expected; factors count with the weights that they are of."""
+    factors = {t.factor.name for t in file.tensors if t.factor is not None and t.name in expected}
+    return [
+        TensorReport(t.name, t.type, "extra") for t in file.tensors if t.name not in expected and t.name not in factors
+    ]
 
 
 def _judge_keys(
@@ -327,7 +335,7 @@ def _verify_hybrid(
             if progress is not None:
                 progress(done, total)
     names = {output.name for output in expected}
-    report.tensors += [TensorReport(t.name, t.type, "extra") for t in file.tensors if t.name not in names]
+    report.tensors += _extra(file, names)
     return report
 
 
@@ -414,7 +422,7 @@ def _verify_moved(
                 done += file[move.name].nbytes
                 if progress is not None:
                     progress(done, total)
-        report.tensors += [TensorReport(t.name, t.type, "extra") for t in file.tensors if t.name not in planned]
+        report.tensors += _extra(file, planned)
     return report
 
 
@@ -445,7 +453,9 @@ def _matching_moves(file: File, source: File) -> tuple[str, list[retarget.Move],
 
 def _compare_moved(pool: ThreadPoolExecutor, source: Tensor, tensor: Tensor) -> TensorReport:
     span = Span(0, source.file_offset, source.nbytes)
-    if source.type_id == tensor.type_id and source.shape == tensor.shape and source.nbytes == tensor.nbytes:
+    alike = source.type_id == tensor.type_id and source.shape == tensor.shape and source.nbytes == tensor.nbytes
+    # A factor that only the one has changes every value; one that both have is compared as the tensor that it is.
+    if alike and (source.factor is None) == (tensor.factor is None):
         whole = plan_module.copy_tensor(tensor.name, source.shape, source.type, source.type_id, span)
         work = [pool.submit(_same_bytes, source, tensor, tile) for tile in whole.tiles]
         if all(future.result() for future in work):
@@ -459,7 +469,7 @@ def _compare_moved(pool: ThreadPoolExecutor, source: Tensor, tensor: Tensor) -> 
     transform = Transform("copy", source.type, source.type, (row_len,))
     matrix = Matrix(source.name, source.type, source.size // max(1, row_len), row_len, span)
     planned = plan_module.plan_tensor(tensor.name, source.shape, source.type, source.type_id, transform, [[matrix]])
-    result = _compare(pool, (str(source.path),), planned, tensor)
+    result = _compare(pool, (str(source.path),), planned, tensor, scaled_source=source.factor is not None)
     if result.status == "exact" and source.type_id == tensor.type_id:
         # Two codes of one value, a minus zero of MXFP4 say: whoever copied would not have changed it.
         result.status, result.detail = "different", "the bytes differ, the values do not"
@@ -482,7 +492,7 @@ def _matching_plan(file: File, checkpoint: Checkpoint, skip: Sequence[str]) -> t
     """Return the plan whose tensor names the file has, or most of them."""
     best: tuple[int, Plan, str] | None = None
     refusal: GGUFError | None = None
-    names = set(file)
+    names = set(file) - {tensor.factor.name for tensor in file.tensors if tensor.factor is not None}
     # Where two targets share their names, the file's dialect says which it was made for; ik_llama.cpp's names differ for
     # some architectures only.
     targets = [(name, False) for name in ("llama.cpp", "ik_llama.cpp", "nisparks")]
@@ -550,8 +560,11 @@ def _compare(
     tensor: Tensor,
     *,
     own_encoder: bool = True,
+    scaled_source: bool = False,
 ) -> TensorReport:
+    """Compare a tensor with what was planned; its factor counts unless the source has one, which is a tensor of its own."""
     transform = planned.transform
+    scaled = tensor.factor is not None and not scaled_source
     coded = (transform.kind, tensor.type) in _NATIVE and (
         transform.op == "pack" or not (transform.kind in FLOAT_SCALES or transform.transposed)
     )
@@ -566,7 +579,7 @@ def _compare(
         return result
     first_rows = np.cumsum([0, *(tile.rows for tile in planned.tiles)])
     work = [
-        pool.submit(_compare_tile, sources, planned, tensor, tile, int(row), coded, own_encoder)
+        pool.submit(_compare_tile, sources, planned, tensor, tile, int(row), coded, own_encoder, scaled)
         for tile, row in zip(planned.tiles, first_rows, strict=False)
     ]
     sums = [future.result() for future in work]
@@ -620,6 +633,7 @@ def _compare_tile(
     first_row: int,
     coded: bool,
     own_encoder: bool,
+    scaled: bool,
 ) -> _Sum:
     codec = tensor.codec
     assert codec is not None
@@ -641,6 +655,11 @@ def _compare_tile(
         return result
     values = codec.decode(rows, threads=1, dtype=np.float32)
     source = decode_parts(planned.transform, tile.rows, inputs, tile.phase)[0]
+    factors = tensor.row_factors(np.arange(first_row, first_row + tile.rows)) if scaled else None
+    encoded, plain = source, values
+    if factors is not None:
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            encoded, values = source / factors, values * factors
     unequal = values.view(np.uint32) != source.view(np.uint32)
     if not coded:
         _note(result, unequal, first_row)
@@ -650,15 +669,20 @@ def _compare_tile(
         result.max_error = float(np.nan_to_num(error, nan=np.inf).max())
         result.squares = float(np.square(error).sum())
         result.energy = float(np.square(source.astype(np.float64)).sum())
-        if not coded and rounding.judges(codec):
-            far = rounding.far_blocks(codec, values, source)
+        if factors is not None and not np.isfinite(encoded).all():
+            row = int(np.argmax(~np.isfinite(encoded).all(axis=1)))
+            result.far = 1
+            result.first_far = f"{_place(tensor, first_row + row, 0)} (its factor is {factors[row, 0]})"
+        elif not coded and rounding.judges(codec):
+            far = rounding.far_blocks(codec, plain, encoded)
             if far:
                 result.far = len(far)
                 result.first_far = _place(tensor, first_row + far[0].row, far[0].block) + (
                     f" (squared error {far[0].relative:.3g} of the block's energy; our encoder leaves {far[0].expected:.3g})"
                 )
         # A conversion has one result; who quantized to a type of their own choice also chose an effort and weights.
-        if own_encoder and codec.reproduces and (tensor.type == planned.type or not codec.searches):
+        fixed = codec.reproduces and factors is None and (tensor.type == planned.type or not codec.searches)
+        if own_encoder and fixed:
             wanted = codec.encode(source, effort="reference", threads=1)
             result.unlike_encoder = int(np.count_nonzero(wanted != rows))
     return result

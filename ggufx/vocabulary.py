@@ -19,7 +19,14 @@ from ggufx.container import Value, ValueType
 from ggufx.errors import CheckpointError
 from ggufx.typed import Facts, open_regular, read_object, shown
 
-__all__ = ["DEFAULT_TEMPLATE", "chat_templates", "split_expressions", "template_keys", "tokenizer_keys"]
+__all__ = [
+    "DEFAULT_TEMPLATE",
+    "chat_templates",
+    "is_named_template",
+    "split_expressions",
+    "template_keys",
+    "tokenizer_keys",
+]
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's llama_token_type
 
@@ -268,3 +275,8 @@ def template_keys(templates: Mapping[str, str]) -> dict[str, Value]:
     if DEFAULT_TEMPLATE in templates:
         keys["tokenizer.chat_template"] = Value.string(templates[DEFAULT_TEMPLATE])
     return keys
+
+
+def is_named_template(key: str) -> bool:
+    """Return whether a key is one of those by which :func:`template_keys` gives chat templates other than the default."""
+    return key == "tokenizer.chat_templates" or key.startswith("tokenizer.chat_template.")

@@ -1,8 +1,10 @@
 """Compile kernels ahead of their first use.
 
-Numba compiles a kernel when it is first called, and the machine code is kept on disk (:mod:`ggufx.kernels._cache` says where).
-Warming up calls every verb of a type through the base class, so that the kernels see exactly the argument types that they will
-see later: no call after that compiles. Decoders are compiled for each dtype that they write.
+Numba compiles a kernel when it is first called and keeps the machine code on disk, in the first of these folders that can be
+written: ``NUMBA_CACHE_DIR`` where that is set, ``__pycache__`` beside the kernels, the user's cache folder, and a folder of the
+user's own below that for temporary files. Warming up calls every verb of a type through the base class, so that the kernels see
+exactly the argument types that they will see later: no call after that compiles. Decoders are compiled for each dtype that they
+write.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ggufx import kernels, types
+from ggufx import types
 from ggufx.types import Codec
 from ggufx.types._effort import errors
 from ggufx.types.codec import EFFORTS, OBJECTIVES
 
-__all__ = ["Warmed", "compiling", "kernels_of", "warm_up"]
+__all__ = ["Warmed", "compiling", "kept", "kernels_of", "warm_up"]
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,12 @@ class Warmed:
         Compiling and storing it, or loading it from the cache.
     compiled
         Whether machine code was made; else the cache had it all.
-    kept
-        Whether other processes find it on disk.
     """
 
     type: str
     verb: str
     seconds: float
     compiled: bool
-    kept: bool = True
 
 
 def kernels_of(names: Iterable[str] | None = None) -> list[tuple[Codec, str]]:
@@ -89,12 +88,19 @@ def warm_up(
     for number, (codec, verb) in enumerate(pairs):
         if progress is not None:
             progress(number, len(pairs))
-        start, unkept = time.perf_counter(), len(kernels.unkept)
+        start = time.perf_counter()
         with compiling() as compiled:
             _CALLS[verb](codec)
-        yield Warmed(codec.name, verb, time.perf_counter() - start, bool(compiled), len(kernels.unkept) == unkept)
+        yield Warmed(codec.name, verb, time.perf_counter() - start, bool(compiled))
     if progress is not None:
         progress(len(pairs), len(pairs))
+
+
+def kept() -> bool:
+    """Return whether all kernels that this process compiled are on disk for the next one."""
+    from ggufx.kernels import _cache
+
+    return _cache.kept()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The table of types: what it says, and that the README's is it."""
+"""The table of types: what it says, and that the documentation's is it."""
 
 from __future__ import annotations
 
@@ -32,10 +32,15 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_readmes_table_is_that_of_the_command() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = readme.partition("<!-- types -->\n")[2].partition("<!-- /types -->")[0]
-    assert table == run("-m", "ggufx", "types", "--markdown").stdout, "run python tools/readme.py"
+def test_the_documented_table_is_that_of_the_command() -> None:
+    page = (ROOT / "docs" / "types.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- types -->\n")[2].partition("<!-- /types -->")[0]
+    assert table == run("-m", "ggufx", "types", "--markdown").stdout, "run python tools/tables.py"
+
+
+def test_the_documented_command_line_is_that_of_the_program() -> None:
+    done = run("tools/tables.py", "--check")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_table_has_every_type_and_says_what_it_can(cli: Callable[..., Run]) -> None:
@@ -81,37 +86,41 @@ def test_markdown_of_nothing_is_nothing() -> None:
     assert catalog.markdown_table([]) == ""
 
 
-def test_the_readme_tool_rewrites_its_parts_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tool_for_tables_rewrites_its_parts_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(ROOT / "tools")
-    import readme as tool
+    import tables as tool
 
     def rewrite(*arguments: object) -> object:
-        monkeypatch.setattr(sys, "argv", ["readme.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["tables.py", str(tmp_path), *map(str, arguments)])
         try:
             tool.main()
         except SystemExit as left:
             return left.code
         return 0
 
-    readme, measured = tmp_path / "README.md", tmp_path / "bench.json"
-    readme.write_text("# A\n<!-- types -->\nold\n<!-- /types -->\nB\n<!-- bench -->\nkept\n<!-- /bench -->\nC\n")
-    assert "is not up to date" in str(rewrite("--check", readme))
-    assert "old" in readme.read_text()
-    assert rewrite(readme) == 0
-    expected = f"# A\n<!-- types -->\n{catalog.markdown()}<!-- /types -->\nB\n<!-- bench -->\n"
-    assert readme.read_text() == expected + "kept\n<!-- /bench -->\nC\n"
-    assert rewrite("--check", readme) == 0
+    page, benchmarks, measured = tmp_path / "types.md", tmp_path / "benchmarks.md", tmp_path / "bench.json"
+    (tmp_path / "cli.md").write_text("<!-- cli -->\n<!-- /cli -->\n")
+    page.write_text("# A\n<!-- types -->\nold\n<!-- /types -->\nB\n")
+    benchmarks.write_text("B\n<!-- bench -->\nkept\n<!-- /bench -->\nC\n")
+    assert "types.md is not up to date" in str(rewrite("--check"))
+    assert "old" in page.read_text()
+    assert rewrite() == 0
+    assert page.read_text() == f"# A\n<!-- types -->\n{catalog.markdown()}<!-- /types -->\nB\n"
+    assert benchmarks.read_text() == "B\n<!-- bench -->\nkept\n<!-- /bench -->\nC\n"
+    assert rewrite("--check") == 0
     machine = {"processor": r"Two \1", "cores": 2, "versions": {"ggufx": "1"}}
     section = {"title": "Decode", "columns": [["type", "type", ""], ["gbps", "GB/s", ".1f"]], "note": "Best of many."}
     measured.write_text(
         json.dumps({"machine": machine, "decode": [{**section, "rows": [{"type": "Q8_0", "gbps": 9.54}]}]})
     )
-    assert rewrite(readme, "--bench", measured) == 0
-    text = readme.read_text()
+    assert rewrite("--bench", measured) == 0
+    text = benchmarks.read_text()
     assert "### Decode\n\n| type | GB/s |\n| --- | ---: |\n| Q8_0 | 9.5 |\n\nBest of many.\n" in text
     assert "on 2 cores of Two \\1; ggufx 1." in text
-    readme.write_text("no part")
-    assert "expected one part <!-- types -->" in run("tools/readme.py", readme).stderr  # as a process
+    page.write_text("no part")
+    assert "expected one part <!-- types -->" in run("tools/tables.py", tmp_path).stderr  # as a process
 
 
 @pytest.mark.parametrize("option", ["--json", "--markdown"])

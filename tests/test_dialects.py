@@ -298,3 +298,26 @@ def test_file_type_names_are_those_of_the_gguf_package() -> None:
     assert (upstream.file_type_name(41), nisparks.file_type_name(41)) == ("Q2_0", "F8_E4M3_MXFP4")
     assert ik.file_type_name(15) == "Q4_K_M"
     assert upstream.file_type_name(9999) is None
+
+
+def test_a_type_brings_its_fallback_and_its_file_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third party's type needs no table of ours: the numbers are on its class, and dialects inherit them."""
+    list(types.all_codecs())
+    monkeypatch.setattr(types, "_by_name", dict(types._by_name))
+    monkeypatch.setattr(types, "_by_id", dict(types._by_id))
+    layout = types.get("Q8_0").layout
+    made = types.register(
+        type(
+            "Q8_NEW",
+            (types.Codec,),
+            {"layout": layout, "ids": {"llama.cpp": 4100}, "file_types": {"llama.cpp": 4200, "ik_llama.cpp": 4300},
+             "fallbacks": {"llama.cpp": "Q8_0", "ik_llama.cpp": "Q6_0"}},
+        )
+    )  # fmt: skip
+    upstream, ik, nisparks = (dialects.get(name) for name in ("llama.cpp", "ik_llama.cpp", "nisparks"))
+    assert [d.fallback(made).name for d in (upstream, ik, nisparks)] == ["Q8_0", "Q6_0", "Q8_0"]
+    assert [d.file_type_number("Q8_NEW") for d in (upstream, ik, nisparks)] == [4200, 4300, 4200]
+    assert (upstream.file_type_name(4200), ik.file_type_name(4300), upstream.file_type_name(4300)) == (
+        "Q8_NEW", "Q8_NEW", None,
+    )  # fmt: skip
+    assert upstream.fallback(types.get("Q8_0")) is None

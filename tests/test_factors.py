@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
+from command import Run
 
 import ggufx
 import ggufx.torch
-from ggufx import quantize
+from ggufx import budget, plan, quantize
 from ggufx.container import Value, align_up, encode_header
+from ggufx.diff import diff
 from ggufx.errors import CodecError, PlanError, RecipeError
+from ggufx.measure import measure
+from ggufx.recipe import Recipe, Rule
 from ggufx.retarget import plan_retarget
+from ggufx.rewrite import rewrite
 
 F32, F16, NVFP4 = 0, 1, 40
 FACTOR = np.float32(2.0**-12)
@@ -139,11 +146,141 @@ def test_programs_that_do_not_apply_it_are_refused(path: Path, tmp_path: Path) -
     assert [tensor.type for tensor in plan.tensors] == ["Q8_0", "F32"]
 
 
-def test_nvfp4_without_a_factor_is_told(tmp_path: Path) -> None:
-    values = np.random.default_rng(0).normal(0, 1e-3, (4, 64)).astype(np.float32)
-    path = write(tmp_path / "f.gguf", ("blk.0.ffn_up.weight", (4, 64), F32, values.tobytes()))
-    found = quantize.prepare(path, default="nvfp4").findings
-    assert [f.severity for f in found if f.code == "factor"] == ["warning"]
+def weights(path: Path, sd: float, architecture: str = "llama") -> Path:
+    """A file of Gaussian weights: a matrix, a stack of two matrices of which one is ten times the other, and a router."""
+    rng = np.random.default_rng(7)
+    matrix = rng.normal(0, sd, (64, 256)).astype(np.float32)
+    stack = rng.normal(0, sd, (2, 32, 256)).astype(np.float32) * np.float32([[[1]], [[10]]])
+    return write(
+        path,
+        ("blk.0.ffn_up.weight", matrix.shape, F32, matrix.tobytes()),
+        ("blk.0.ffn_up_exps.weight", stack.shape, F32, stack.tobytes()),
+        ("blk.0.ffn_gate_inp.weight", (2, 256), F32, np.ones((2, 256), np.float32).tobytes()),
+        architecture=architecture,
+    )
+
+
+def error(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.sqrt(np.square(found - wanted).sum() / np.square(wanted).sum()))
+
+
+@pytest.mark.parametrize("sd", [0.02, 0.005, 1e-3, 1e-4, 1e-20])
+def test_nvfp4_gets_a_factor(sd: float, tmp_path: Path) -> None:
+    source, out = weights(tmp_path / "f.gguf", sd), tmp_path / "o.gguf"
+    quantize.quantize(source, out, default="nvfp4", threads=2)
+    reader = gguf.GGUFReader(out)
+    by_name = {tensor.name: tensor for tensor in reader.tensors}
+    assert list(by_name) == [
+        "blk.0.ffn_up.weight", "blk.0.ffn_up.scale", "blk.0.ffn_up_exps.weight", "blk.0.ffn_up_exps.scale",
+        "blk.0.ffn_gate_inp.weight",
+    ]  # fmt: skip
+    with ggufx.open(source) as before, ggufx.open(out) as after:
+        for name, count in (("blk.0.ffn_up.weight", 1), ("blk.0.ffn_up_exps.weight", 2)):
+            x, packed = before[name].numpy(), by_name[name]
+            factor = by_name[name.replace("weight", "scale")].data
+            assert (factor.shape, factor.dtype) == ((count,), np.float32)
+            wanted = np.abs(x.reshape(count, -1)).max(axis=1).astype(np.float64) / (448 * 6)
+            np.testing.assert_allclose(factor, wanted, rtol=1e-6)
+            # Another library decodes, and the loader's product is the factor's.
+            theirs = gguf.quants.dequantize(packed.data, gguf.GGMLQuantizationType.NVFP4).reshape(x.shape)
+            theirs = theirs * factor.reshape(-1, *[1] * (x.ndim - 1))
+            np.testing.assert_array_equal(after[name].numpy(), theirs)
+            for one, other in zip(theirs.reshape(count, -1), x.reshape(count, -1), strict=True):
+                assert 0.05 < error(one, other) < 0.084
+
+
+def test_a_factor_is_the_same_whatever_the_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = weights(tmp_path / "f.gguf", 1e-3)
+    quantize.quantize(source, tmp_path / "a.gguf", default="nvfp4", threads=1)
+    monkeypatch.setattr(plan, "TILE_LEN", 512)
+    quantize.quantize(source, tmp_path / "b.gguf", default="nvfp4", threads=3)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_zeros_have_the_factor_one(tmp_path: Path) -> None:
+    source = write(tmp_path / "z.gguf", ("blk.0.ffn_up.weight", (4, 64), F32, bytes(1024)))
+    quantize.quantize(source, tmp_path / "o.gguf", default="nvfp4")
+    with ggufx.open(tmp_path / "o.gguf") as f:
+        assert f["blk.0.ffn_up.weight"].scale == [1]
+        assert not f["blk.0.ffn_up.weight"].numpy().any()
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "target", "written"),
+    [
+        ("blk.0.ffn_up.weight", "llama", "llama.cpp", True),
+        ("blk.0.attn_q.weight", "minimax-m3", "llama.cpp", True),
+        ("blk.0.ffn_up_exps.weight", "minimax-m2", "llama.cpp", False),  # loads .scale, multiplies by none
+        ("blk.0.ffn_up.weight", "qwen2", "llama.cpp", False),
+        ("blk.0.ffn_up.weight", "nobody-knows", "llama.cpp", False),
+        ("blk.0.ffn_up.weight", "llama", "nisparks", False),
+        ("output.weight", "llama", "llama.cpp", True),
+        ("output.weight", "bert", "llama.cpp", False),
+        ("blk.0.attn_kv_a_mqa.weight", "deepseek2", "llama.cpp", False),
+    ],
+)
+def test_factors_are_written_where_graphs_multiply_by_them(
+    name: str, architecture: str, target: str, written: bool, tmp_path: Path
+) -> None:
+    shape = (2, 4, 64) if "_exps" in name else (4, 64)
+    values = np.random.default_rng(0).normal(0, 1e-3, shape).astype(np.float32)
+    path = write(tmp_path / "f.gguf", (name, shape, F32, values.tobytes()), architecture=architecture)
+    prepared = quantize.prepare(path, recipe=Recipe((Rule(f"^{name}$", ("NVFP4",)),)), target=target)
+    assert [f.severity for f in prepared.findings if f.code == "factor"] == ([] if written else ["warning"])
+    assert [t.name for t in prepared.tensors] == [name, name.replace("weight", "scale")][: 1 + written]
+
+
+def test_verify_and_diff_take_the_factor_for_what_it_is(tmp_path: Path, cli: Callable[..., Run]) -> None:
+    source, out = weights(tmp_path / "f.gguf", 1e-3), tmp_path / "o.gguf"
+    quantize.quantize(source, out, default="nvfp4")
+    run = cli("verify", out, "--against", source)
+    assert run.code == 0, run
+    assert "rounded within the bounds" in run.out
+    found = {t.name: t for t in diff(source, out).tensors}
+    assert found.keys() == {"blk.0.ffn_up.weight", "blk.0.ffn_up_exps.weight"}
+    assert all(0.05 < t.relative_rms < 0.085 for t in found.values())
+    with ggufx.open(out) as f:
+        places = [f[name].position for name in ("blk.0.ffn_up.scale", "blk.0.ffn_up_exps.scale")]
+    for place in (places[0], places[1] + 4):
+        whole = out.read_bytes()
+        for change in (b"\0\0\0\0", b"\0\0\xc0\x7f", whole[place : place + 3] + bytes([whole[place + 3] ^ 1])):
+            raw = whole[:place] + change + whole[place + 4 :]
+            (tmp_path / "bad.gguf").write_bytes(raw)
+            run = cli("verify", tmp_path / "bad.gguf", "--against", source)
+            assert run.code == 1, run
+    # A factor that only one of two files has changes all values, though no byte of the weight.
+    (only,) = rewrite(out, tmp_path / "only.gguf", keep=["blk.0.ffn_up.*"])
+    (bare,) = rewrite(source, tmp_path / "bare.gguf", keep=["blk.0.ffn_up.weight"])
+    quantize.quantize(bare, tmp_path / "raw.gguf", default="nvfp4", target="nisparks")
+    (raw_one,) = rewrite(tmp_path / "raw.gguf", tmp_path / "r2.gguf")
+    assert cli("verify", only, "--against", raw_one).code == 1
+
+
+def test_quantizing_nvfp4_again_keeps_codes_and_factor(tmp_path: Path) -> None:
+    source, once, twice = weights(tmp_path / "f.gguf", 1e-3), tmp_path / "1.gguf", tmp_path / "2.gguf"
+    quantize.quantize(source, once, default="nvfp4")
+    quantize.quantize(once, twice, default="nvfp4")
+    with ggufx.open(once) as a, ggufx.open(twice) as b:
+        assert list(a) == list(b)
+        assert all(a[name].packed.tobytes() == b[name].packed.tobytes() for name in a)
+
+
+def test_a_size_counts_factors_and_measuring_applies_them(tmp_path: Path) -> None:
+    source = weights(tmp_path / "f.gguf", 1e-4)
+    quantize.quantize(source, tmp_path / "o.gguf", default="nvfp4")
+    nbytes = (tmp_path / "o.gguf").stat().st_size
+    held = budget.Budget(source, type_names=["nvfp4", "native"], target="llama.cpp")
+    assert held.smallest_nbytes == nbytes
+    held.measure()
+    fit = held.fit(nbytes)
+    assert fit.nbytes == nbytes
+    assert all(0.002 < found < 0.008 for found in fit.errors.values())  # squares of what test_nvfp4_gets_a_factor has
+    (found,) = measure(source, ["nvfp4"], pattern="blk.0.ffn_up.weight")
+    assert found.quality is not None
+    with ggufx.open(source) as before, ggufx.open(tmp_path / "o.gguf") as after:
+        name = "blk.0.ffn_up.weight"
+        wanted = error(after[name].numpy(), before[name].numpy())
+    assert found.quality.relative_rmse == pytest.approx(wanted, rel=1e-5)
 
 
 def test_a_packed_tensor_takes_the_name_of_its_type() -> None:

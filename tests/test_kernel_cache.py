@@ -1,501 +1,174 @@
-"""Compiled kernels on disk: where they are kept, that nothing damaged or planted is loaded, and what is said about it."""
+"""Where compiled kernels are kept, and what happens to files of theirs that are not whole."""
 
 from __future__ import annotations
 
-import errno
-import importlib.util
-import io
-import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import gguf
-import numba
-import numpy as np
 import pytest
 
-from ggufx import budget, cli, kernels, outputs, types, warmup
 from ggufx.kernels import _cache
-from ggufx.kernels._jit import kernel
-from ggufx.terminal import Lines
 
 ROOT = Path(__file__).parent.parent
-PYTHON = [sys.executable, "-m", "ggufx"]
-SOURCE = """
-def triple(values, out):
-    for i in range(values.shape[0]):
-        out[i] = 3 * values[i]
+
+DECODE = """
+import numpy as np
+from ggufx import types, warmup
+codec = types.get("Q8_0")
+row = np.arange(34, dtype=np.uint8)[None]
+with warmup.compiling() as compiled:
+    values = codec.decode(row)
+expected = codec.decode(row, use_kernel=False)
+assert np.array_equal(values, expected)
+print("compiled" if compiled else "loaded", warmup.kept())
 """
-Make = Callable[..., Any]
+WARMUP = """
+import sys
+from ggufx.cli import main
+sys.argv = ["ggufx", "warmup", "Q8_0"]
+main()
+"""
+# Root may write everywhere, but neither below /proc.
+NO_TREE = """
+from ggufx.kernels import _cache
+def refuse(self):
+    raise PermissionError(13, "Permission denied")
+_cache._InTree.ensure_cache_path = refuse
+"""
+NO_TEMPORARY = """
+import tempfile
+tempfile.tempdir = "/proc"
+"""
+NO_HOME = {"HOME": "/proc/home"}
+
+
+def run(code: str, **environment: object) -> subprocess.CompletedProcess[str]:
+    keep = ("PATH", "LD_LIBRARY_PATH", "LANG")
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={key: os.environ[key] for key in keep if key in os.environ} | {k: str(v) for k, v in environment.items()},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 @pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    """Return a function that makes a small kernel, as a new process would; its cache can be nowhere but in ``tmp_path``."""
-    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "users"))
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    (tmp_path / "temporary").mkdir()
-    (tmp_path / "source").mkdir()
-    before = list(kernels.unkept)
-    kernels.unkept.clear()
-
-    def made(name: str = "q9_x") -> Any:
-        path = tmp_path / "source" / f"{name}.py"
-        path.write_text(SOURCE)
-        spec = importlib.util.spec_from_file_location(f"elsewhere.{name}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        return kernel(module.triple)
-
-    yield made
-    kernels.unkept[:] = before
+def package(tmp_path: Path) -> Path:
+    """A copy of the package without compiled kernels."""
+    shutil.copytree(ROOT / "ggufx", tmp_path / "install" / "ggufx", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "install"
 
 
-def compiles(made: Any, dtype: Any = np.int64) -> bool:
-    """Call a kernel, check what it does, and return whether it was compiled for that."""
-    out = np.zeros(4, dtype)
-    with warmup.compiling() as compiled:
-        made(np.arange(4, dtype=dtype), out)
-    assert out.tolist() == [0, 3, 6, 9]
-    return bool(compiled)
+def damaged(change: Callable[[bytes], bytes], folder: Path, suffix: str) -> int:
+    paths = [path for path in folder.rglob(f"*{suffix}") if path.is_file()]
+    for path in paths:
+        path.write_bytes(change(path.read_bytes()))
+    return len(paths)
 
 
-def block(folder: Path) -> None:
-    """Have nothing be written below a folder, for root neither."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.write_bytes(b"")
+def flipped(data: bytes) -> bytes:
+    at = len(data) * 3 // 4
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
-def kept(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder).parts[0]) for path in folder.rglob("*.ggufx"))
-
-
-# Where ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("where", ["asked", "source", "users", "temporary"])
-def test_the_first_folder_that_can_be_written(
-    where: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if where == "asked":
-        monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "asked"))
-    if where in ("users", "temporary"):
-        block(tmp_path / "source" / "__pycache__")
-    if where == "temporary":
-        block(tmp_path / "users")
-    assert compiles(make())
-    assert kept(tmp_path) == [where]
-    assert not compiles(make()), "another process compiles it again"
-    if where in ("users", "temporary"):
-        name = "ggufx" if where == "users" else f"ggufx-{os.geteuid()}"
-        assert (tmp_path / where / name).stat().st_mode & 0o777 == 0o700
-    assert kernels.unkept == []
-
-
-def test_a_folder_that_can_only_be_read_serves(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compiles(make())
-
-    def read_only(path: Path, **_: Any) -> Any:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-
-    monkeypatch.setattr(outputs, "replacing", read_only)
-    assert not compiles(make())
-    assert kept(tmp_path) == ["source"]
-
-
-def test_a_folder_that_was_named_is_the_only_one(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compiles(make())
-    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "asked"))
-    block(tmp_path / "asked")
-    with pytest.warns(kernels.CacheWarning, match=f"{tmp_path}/asked"):
-        assert compiles(make())
-    (tmp_path / "asked").unlink()
-    assert compiles(make())
-    assert not compiles(make())
-    assert kept(tmp_path) == ["asked", "source"]
-
-
-def test_nothing_can_be_written(make: Make, tmp_path: Path) -> None:
-    for folder in (
-        tmp_path / "source" / "__pycache__",
-        tmp_path / "users",
-        tmp_path / "temporary" / f"ggufx-{os.geteuid()}",
-    ):
-        block(folder)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert compiles(make())
-        assert compiles(make("other"))
-    (told,) = (str(one.message) for one in caught if one.category is kernels.CacheWarning)
-    assert "set NUMBA_CACHE_DIR" in told
-    assert str(tmp_path / "source") in told
-    assert len(kernels.unkept) == 2
-
-
-def test_a_user_without_a_home(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    block(tmp_path / "source" / "__pycache__")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-
-    def unknown(_: Path) -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "expanduser", unknown)
-    monkeypatch.chdir(tmp_path)
-    assert compiles(make())
-    assert kept(tmp_path) == ["temporary"]
-
-
-def test_the_command_says_that_nothing_is_kept(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "ggufx", tmp_path / "ggufx", ignore=shutil.ignore_patterns("__pycache__"))
-    block(tmp_path / "ggufx" / "kernels" / "__pycache__")
-    environment = {key: value for key, value in os.environ.items() if key not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
-    environment |= {"PYTHONPATH": str(tmp_path), "HOME": "/dev/null", "TMPDIR": "/dev/null"}
-    done = subprocess.run(
-        [*PYTHON, "warmup", "q8_0"], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    lines = done.stderr.splitlines()
-    assert lines[0].startswith("note: compiled kernels cannot be kept")
-    assert lines[1:] == [
-        "error: 2 kernels were compiled, but not kept: set NUMBA_CACHE_DIR to a folder that can be written"
+def test_files_that_are_not_whole_are_compiled_again(tmp_path: Path) -> None:
+    where = {"PYTHONPATH": ROOT, "NUMBA_CACHE_DIR": tmp_path}
+    assert run(DECODE, **where).stdout == "compiled True\n"
+    assert run(DECODE, **where).stdout == "loaded True\n"
+    changes: list[Callable[[bytes], bytes]] = [
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
+        flipped,  # a bit of machine code, which unpickles all the same
     ]
-    assert done.stdout.count("compiled, but not kept") == 2
+    for change, suffix in zip(changes, (".nbi", ".nbc", ".nbc"), strict=True):
+        assert damaged(change, tmp_path, suffix)
+        done = run(DECODE, **where)
+        assert (done.stdout, done.stderr) == ("compiled True\n", ""), suffix
+    assert run(DECODE, **where).stdout == "loaded True\n"
 
 
-# Whose ----------------------------------------------------------------------------------------------------------
+def forget(package: Path) -> None:
+    """Remove what was compiled beside the source, where root may write after all."""
+    for path in package.rglob("*.nb?"):
+        path.unlink()
 
 
-class Planted:
-    """Runs code of its author where it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
-
-
-def plant(made: Any, folder: Path, mark: Path) -> None:
-    """Replace a kernel's file in a folder by a stranger's, who knows the sources, and so the digest."""
-    (path,) = folder.rglob("*.ggufx")
-    content = pickle.dumps((Planted(mark), 0))
-    path.write_bytes(made._cache._digest(content) + content)
-
-
-@pytest.mark.parametrize(
-    ("place", "how"),
-    [
-        ("users", "mine"),
-        ("users", "open to others"),
-        ("temporary", "mine"),
-        ("temporary", "a link"),
-        ("temporary", "another's"),
-        ("temporary", "replaceable"),
-    ],
-)
-def test_only_the_users_own_folder_is_read(
-    how: str, place: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    block(tmp_path / "source" / "__pycache__")
-    if place == "temporary":
-        block(tmp_path / "users")
-    made, mark = make(), tmp_path / "mark"
-    assert compiles(made)
-    assert kept(tmp_path) == [place]
-    (folder,) = (tmp_path / place).iterdir()
-    plant(made, folder, mark)
-    if how == "open to others":
-        folder.chmod(0o770)
-    elif how == "a link":
-        folder.rename(tmp_path / "elsewhere")
-        folder.symlink_to(tmp_path / "elsewhere")
-    elif how == "another's":
-        uid = os.geteuid() + 1
-        monkeypatch.setattr(os, "geteuid", lambda: uid)
-        folder.rename(folder.with_name(folder.name.replace(str(uid - 1), str(uid))))
-    elif how == "replaceable":
-        folder.parent.chmod(0o777)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", kernels.CacheWarning)
-        # What the planted code returns is no code; the user's own folder holds what the user has put there.
-        assert compiles(make())
-    assert mark.exists() == (how == "mine")
+def test_the_last_resort_is_a_private_folder_for_temporary_files(package: Path, tmp_path: Path) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    where = NO_HOME | {"PYTHONPATH": package, "TMPDIR": temporary}
+    assert run(NO_TREE + DECODE, **where).stdout == "compiled True\n"
+    assert run(NO_TREE + DECODE, **where).stdout == "loaded True\n"
+    (private,) = temporary.iterdir()
+    assert private.name == f"ggufx-kernels-{os.geteuid()}"
+    assert (private.stat().st_mode & 0o777, private.stat().st_uid) == (0o700, os.geteuid())
+    # What is in the folder is run: one that others may write to, a link, and one of somebody else's are not trusted.
+    moved = private.rename(temporary / "moved")
+    plants: list[Callable[[], object]] = [lambda: private.symlink_to(moved), lambda: private.mkdir(mode=0o700)]
+    for plant in plants:
+        forget(package)
+        plant()
+        if not private.is_symlink():
+            private.chmod(0o770)
+        done = run(NO_TREE + DECODE, **where)
+        assert done.stdout.startswith("compiled ")
+        assert private.is_symlink() or not list(private.iterdir())
+        private.unlink() if private.is_symlink() else private.rmdir()
+    if os.geteuid() == 0:
+        forget(package)
+        moved.rename(private)
+        os.chown(private, 65534, 65534)
+        assert run(NO_TREE + DECODE, **where).stdout.startswith("compiled ")
 
 
-def test_nothing_is_made_in_the_home_of_another(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    block(tmp_path / "source" / "__pycache__")
-    (tmp_path / "users").mkdir()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "users" / ".cache"))
-    uid = os.geteuid()
-    for folder in (tmp_path / "users", tmp_path / "temporary"):
-        if uid == 0:
-            os.chown(folder, 12345, 12345)
-    if uid:
-        monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
-    with pytest.warns(kernels.CacheWarning):
-        assert compiles(make())
-    assert [path for folder in ("users", "temporary") for path in (tmp_path / folder).iterdir()] == []
-
-
-# Triton's -------------------------------------------------------------------------------------------------------
-
-
-def test_triton_is_given_a_folder_where_it_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("TRITON_CACHE_DIR", "TRITON_HOME"):
-        monkeypatch.setenv(variable, "")  # what is unset afterwards is brought back
-        monkeypatch.delenv(variable)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setenv("HOME", "/dev/null")
-    kernels._folders.give_triton_one()
-    private = tmp_path / f"ggufx-{os.geteuid()}"
-    assert os.environ["TRITON_CACHE_DIR"] == str(private / "triton")
-    assert private.stat().st_mode & 0o777 == 0o700
-    # Not a folder in which others can plant code, and not instead of one that was named or can be written.
-    for mode, variable, value, given in (
-        (0o777, "HOME", "/dev/null", None),
-        (0o700, "TRITON_CACHE_DIR", "/somewhere", "/somewhere"),
-        (0o700, "HOME", str(tmp_path), None),
-    ):
-        private.chmod(mode)
-        monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
-        monkeypatch.setenv(variable, value)
-        kernels._folders.give_triton_one()
-        assert os.environ.get("TRITON_CACHE_DIR") == given
-
-
-# Damaged --------------------------------------------------------------------------------------------------------
-
-
-def damaged(path: Path, how: str) -> None:
-    whole = path.read_bytes()
-    contents = {
-        "empty": b"",
-        "cut in the digest": whole[:20],
-        "cut": whole[:-1],
-        "garbage": os.urandom(len(whole)),
-        "a bit": whole[:-1000] + bytes([whole[-1000] ^ 1]) + whole[-999:],
-    }
-    path.write_bytes(contents[how])
-
-
-@pytest.mark.parametrize("how", ["empty", "cut in the digest", "cut", "garbage", "a bit"])
-def test_a_damaged_file_is_made_again(how: str, make: Make, tmp_path: Path) -> None:
-    assert compiles(make())
-    (path,) = tmp_path.rglob("*.ggufx")
-    damaged(path, how)
-    assert compiles(make())
-    assert list(tmp_path.rglob("*.ggufx")) == [path]
-    assert not compiles(make()), "the damaged file was not replaced"
-
-
-@pytest.mark.parametrize("what", ["numba", "llvmlite", "numpy", "source"])
-def test_code_of_another_version_is_made_again(
-    what: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert compiles(make())
-    (path,) = tmp_path.rglob("*.ggufx")
-    before = path.read_bytes()
-    with monkeypatch.context() as patch:
-        if what == "source":
-            patch.setattr(sys.modules[__name__], "SOURCE", SOURCE + "\nOTHER = 1\n")
-        else:
-            patch.setattr(
-                {"numba": _cache.numba, "llvmlite": _cache.llvmlite, "numpy": np}[what], "__version__", "0.68.9"
-            )
-        for cached in (_cache._stamp, _cache._source_stamp):
-            cached.cache_clear()
-        assert compiles(make())
-        assert not compiles(make())
-    for cached in (_cache._stamp, _cache._source_stamp):
-        cached.cache_clear()
-    assert list(tmp_path.rglob("*.ggufx")) == [path], "files of old versions pile up"
-    assert path.read_bytes() != before
-
-
-def test_code_for_another_processor_is_not_run(make: Make, tmp_path: Path) -> None:
-    made = make()
-    assert compiles(made)
-    (path,) = tmp_path.rglob("*.ggufx")
-    (sig, (triple, _, features), *rest), code = pickle.loads(path.read_bytes()[32:])
-    content = pickle.dumps(((sig, (triple, "z13", features), *rest), code))
-    path.write_bytes(made._cache._digest(content) + content)
-    assert compiles(make())
-    assert not compiles(make())
-
-
-def test_signatures_have_files_of_their_own(make: Make, tmp_path: Path) -> None:
-    made = make()
-    assert compiles(made)
-    assert compiles(made, np.float32)
-    assert len(list(tmp_path.rglob("*.ggufx"))) == 2
-    again = make()
-    assert not compiles(again, np.float32)
-    assert not compiles(again)
-
-
-def test_a_directory_in_a_files_place(make: Make, tmp_path: Path) -> None:
-    assert compiles(make())
-    (path,) = tmp_path.rglob("*.ggufx")
-    path.unlink()
-    path.mkdir()
-    assert compiles(make())
-    assert kept(tmp_path) == ["source", "users"]
-    assert not compiles(make())
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_a_full_disk_does_not_fail_the_run(
-    number: int, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(_: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.warns(kernels.CacheWarning, match=os.strerror(number)):
-        assert compiles(make())
-    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".py"] == []
-
-
-# What is said ---------------------------------------------------------------------------------------------------
-
-
-def test_who_listens_hears_the_type(make: Make) -> None:
-    heard: list[tuple[str, bool]] = []
-    with kernels.compiling_heard(lambda kind, begins: heard.append((kind, begins))):
-        made = make()
-        compiles(made)
-        compiles(made)
-        with kernels.of_type("IQ9_KS"):
-            compiles(make("_family"))
-        compiles(make("_all"))
-        compiles(make("_all"))  # from the disk
-    compiles(make("unheard"))
-    assert heard == [(kind, begins) for kind in ("Q9_X", "IQ9_KS", "") for begins in (True, False)]
-
-
-def test_searches_are_compiled_for_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    codec = types.get("Q4_K")
-    monkeypatch.setattr(codec, "encode_rows", lambda *_: told.append(kernels._thread.type))
-    codec.encode(np.ones((1, 256), np.float32))
-    assert set(told) == {"Q4_K"}
-    assert kernels._thread.type == ""
-
-
-def test_a_note_without_a_terminal(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
-    with cli._progress("quantize"):
-        made = make()
-        compiles(made)
-        compiles(made, np.float32)
-        compiles(make("_all"))
-    assert capsys.readouterr().err == "note: compiling Q9_X (once)\nnote: compiling kernels (once)\n"
-
-
-def test_the_bar_says_what_is_compiled(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(Lines):
-        is_terminal = True
-
-    class Watched(cli.Progress):
-        def update(self, task: Any, **fields: Any) -> None:
-            super().update(task, **fields)
-            seen.append(self.tasks[0].description)
-
-    console, seen = Terminal(), list[str]()
-    console.file = io.StringIO()
-    monkeypatch.setattr(cli, "_err", console)
-    monkeypatch.setattr(cli, "Progress", Watched)
-    with cli._progress("quantize") as progress:
-        progress(1, 4)
-        compiles(make())
-        progress(2, 4)
-    assert seen == ["quantize", "quantize: compiling Q9_X (once)", "quantize", "quantize"]
-    assert "note" not in console.file.getvalue()
-
-
-def test_the_clock_of_the_estimate_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
-    compiling = cli._Compiling(lambda _: None)
-    times = [compiling.clock()]
-    for begins, later in ((None, 2.0), (True, 30.0), (False, 5.0), (True, 7.0), (False, 1.0)):
-        if begins is not None:
-            compiling("Q4_K", begins)
-        now[0] += later
-        times.append(compiling.clock())
-    assert times == [100, 102, 102, 107, 107, 108]
-
-
-# Dry runs -------------------------------------------------------------------------------------------------------
-
-
-def model(path: Path) -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
-    for layer in range(2):
-        writer.add_tensor(f"blk.{layer}.ffn_down.weight", np.ones((8, 512), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def test_a_dry_run_compiles_nothing(tmp_path: Path) -> None:
-    path = model(tmp_path / "m.gguf")
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [
-            *PYTHON,
-            "recipe",
-            "fit",
-            str(path),
-            "--target-bpw",
-            "5",
-            "--types",
-            "q8_0,q4_k,iq3_kt",
-            "--dry-run",
-            "--json",
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
+def test_kernels_that_cannot_be_kept_are_told_once(package: Path) -> None:
+    # The folder of the package is there, and is none.
+    (package / "ggufx" / "kernels" / "__pycache__").write_bytes(b"")
+    where = NO_HOME | {"PYTHONPATH": package, "PYTHONDONTWRITEBYTECODE": 1}
+    done = run(NO_TEMPORARY + DECODE, **where)
+    assert done.stdout == "compiled False\n"
+    assert done.stderr.count("cannot be kept") == 1
+    warmed = run(NO_TEMPORARY + WARMUP, **where)
+    assert warmed.returncode == 1
+    assert warmed.stdout.splitlines()[-1].startswith("2 kernels, ")
+    note, error = warmed.stderr.splitlines()[-2:]
+    assert note.startswith("note: compiled kernels cannot be kept on disk, so that every run compiles them again (")
+    assert note.endswith("); set NUMBA_CACHE_DIR to a folder that can be written")
+    assert error == (
+        "error: the kernels were compiled, but not kept: set NUMBA_CACHE_DIR to a folder that can be written"
     )
-    data = json.loads(done.stdout)
-    assert data["estimated_seconds"] is None
-    assert data["not_compiled"] == ["Q8_0", "Q4_K", "IQ3_KT"]
-    assert list((tmp_path / "cache").rglob("*.ggufx")) == []
 
 
-def test_an_estimate_by_what_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
-    found = budget.Budget(model(tmp_path / "m.gguf"), type_names=["q8_0", "q4_0", "q5_0"])
-    codec = types.get("Q8_0")
-    codec.decode(codec.encode(np.ones((1, 32), np.float32)), dtype=np.float32)
-    clock = iter(np.arange(0.0, 100.0, 0.5))  # half a second a trial
+def test_what_was_compiled_beside_the_source_serves_those_who_may_not_write_there(
+    package: Path, tmp_path: Path
+) -> None:
+    assert run(WARMUP, PYTHONPATH=package).returncode == 0
+    for home in (NO_HOME, {"HOME": tmp_path / "home"}):
+        done = run(NO_TEMPORARY + NO_TREE + WARMUP, PYTHONPATH=package, **home)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "compiled" not in done.stdout
+        assert done.stdout.count("from the cache") == 2
 
-    def refused(*_: Any, **__: Any) -> Any:
-        raise kernels.NotCompiledError("q5_0")
 
-    for name in ("Q4_0", "Q5_0"):
-        monkeypatch.setattr(types.get(name), "encode", refused)
-    monkeypatch.setattr(budget.time, "perf_counter", lambda: next(clock))
-    estimate = found.estimate(threads=1)
-    assert estimate.tried == ("Q8_0",)
-    assert estimate.not_compiled == ("Q4_0", "Q5_0")
-    # 2 tensors of 4096 weights in 3 types, a trial being 4 rows of 4096 in 0.5 s.
-    assert estimate.seconds == pytest.approx(2 * 4096 * 3 * 0.5 / (4 * 4096))
-    run = cli("recipe", "fit", found._source.path, "--target-bpw", "5", "--types", "q8_0,q4_0,q5_0", "--dry-run")
-    assert run.code == 0, run.err
-    assert "(candidates tried for this estimate: 1)" in run.out
-    assert "note: not compiled yet: q4_0, q5_0; " in run.out
+def test_a_full_disk_does_not_end_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_cache, "_unkept", [])
+    monkeypatch.setattr(_cache.caching.FunctionCache, "save_overload", full)
+    kept = _cache.KernelCache(DECODE_NOTHING, None)
+    with pytest.warns(UserWarning, match=r"cannot be kept on disk.*No space left on device"):
+        kept.save_overload(None, None)
+    kept.save_overload(None, None)  # said once
+    assert not _cache.kept()
+
+
+def DECODE_NOTHING() -> None:
+    """Stand for a kernel."""

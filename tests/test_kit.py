@@ -315,16 +315,15 @@ def test_a_sound_codec_breaks_nothing(base: type[Codec]) -> None:
 
 
 @pytest.mark.usefixtures("registry")
-def test_the_readmes_example_keeps_the_laws() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Add a type")[2]
-    example = readme.partition("```python\n")[2].partition("```")[0]
-    scope = {"__name__": "readme"}
+def test_the_documented_type_keeps_the_laws() -> None:
+    page = (ROOT / "docs" / "add-a-type.md").read_text(encoding="utf-8")
+    example, calls, *_ = (part.partition("```")[0] for part in page.split("```python\n")[1:])
+    scope: dict[str, Any] = {"__name__": "page"}
     exec(example, scope)
     codec = types.get("TERNARY")
     assert type(codec) is scope["TERNARY"]
     assert codec.can_decode
-    calls = readme.partition("from ggufx import testing\n")[2].partition("```")[0]
-    exec(calls, {"testing": testing, "TERNARY": scope["TERNARY"]})
+    exec(calls, {"TERNARY": scope["TERNARY"]})
     with pytest.raises(testing.LawBroken, match="another object: check the class"):
         testing.check(scope["TERNARY"]())
 

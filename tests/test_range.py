@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +96,57 @@ def test_the_command_names_expert_row_and_column(value: float, words: list[str],
     assert all(word in run.err for word in ("blk.0.ffn_up_exps.weight", "expert 2, row 5, column 33", *words))
     assert "Traceback" not in run.err
     assert not (tmp_path / "o.gguf").exists()
+
+
+def several(path: Path, count: int) -> Path:
+    """A file of ``count`` stacks of experts; the odd ones have a NaN in expert 1, row 3, column 40 and another further down."""
+    directory, data = [], b""
+    for number in range(count):
+        values = np.random.default_rng(number).standard_normal((4, 8, 64)).astype(np.float32)
+        if number % 2:
+            values[1, 3, 40] = values[3, 0, 0] = np.nan
+        directory.append((f"blk.{number}.ffn_up_exps.weight", values.shape, 0, len(data)))
+        data += values.tobytes()
+    path.write_bytes(encode_header({"general.architecture": Value.string("llama")}, directory, 32) + data)
+    return path
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_run_names_every_tensor_with_such_values(threads: int, tmp_path: Path, cli: Cli) -> None:
+    source = several(tmp_path / "m.gguf", 6)
+    run = cli("quantize", source, tmp_path / "o.gguf", "q8_0", "--threads", threads)
+    assert run.code == 1
+    assert run.err.splitlines()[-1] == (
+        f"error: {source}: tensor 'blk.1.ffn_up_exps.weight': found nan at expert 1, row 3, column 40: Q8_0 encodes finite "
+        "values only (2 more tensors have such values: 'blk.3.ffn_up_exps.weight', 'blk.5.ffn_up_exps.weight')"
+    )
+    assert not (tmp_path / "o.gguf").exists()
+
+
+def test_a_run_ends_after_ten_of_them(tmp_path: Path, cli: Cli) -> None:
+    run = cli("quantize", several(tmp_path / "m.gguf", 60), tmp_path / "o.gguf", "q8_0", "--threads", 1)
+    assert run.code == 1
+    assert "(at least 9 more tensors have such values: " in run.err
+    assert "'blk.19.ffn_up_exps.weight'" in run.err
+    assert "'blk.21.ffn_up_exps.weight'" not in run.err
+
+
+def test_measuring_goes_on_past_them(tmp_path: Path, cli: Cli) -> None:
+    source = several(tmp_path / "m.gguf", 4)
+    run = cli("measure", source, "--types", "q8_0,q4_0")
+    assert run.code == 1
+    assert [line.split()[:3] for line in run.out.splitlines()[1:3]] == [["Q8_0", "2", "2"], ["Q4_0", "2", "2"]]
+    place = "found nan at expert 1, row 3, column 40 (and 1 more in the rows that were read)"
+    assert f"left out: blk.1.ffn_up_exps.weight: {place}\n" in run.out
+    assert run.err.splitlines()[-1] == (
+        f"error: {source}: 2 of 4 tensors hold values that are NaN or infinite, 'blk.1.ffn_up_exps.weight' first"
+    )
+    found = json.loads(cli("measure", source, "--types", "q8_0", "--max-rows", 4, "--json").out)["tensors"]
+    # Rows 0, 10, 20 and 31 are read: expert 1 row 3 (11) is not, expert 3 row 0 (24) is not.
+    assert [record["damaged"] for record in found] == [False] * 4
+    found = json.loads(cli("measure", source, "--types", "q8_0", "--json").out)["tensors"]
+    assert [record["damaged"] for record in found] == [False, True] * 2
+    assert found[1]["note"] == f"blk.1.ffn_up_exps.weight: {place}"
 
 
 def test_errors_are_codecs(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from command import Run
 
+import ggufx
 from ggufx import measure
 from ggufx.diff import Difference, TensorDifference
 from ggufx.errors import GGUFError
@@ -78,6 +79,22 @@ def test_a_type_measured_against_itself_is_left_out(model: Path, cli: Cli) -> No
     assert (line["tensors"], line["left_out"]) == (1, 1)
     assert 40 < line["mean_sqnr"] < 55
     assert "left out: Q8_0: the source has this type already" in cli("measure", model, "--types", "q8_0").out
+
+
+def test_an_open_file_is_measured_and_stays_open(model: Path) -> None:
+    with ggufx.open(model) as file:
+        (found,) = measure.measure(file, ["q4_0"], pattern="b.*")
+        assert found.quality is not None
+        assert file["b.weight"].numpy().shape == (8, 256)
+
+
+@pytest.mark.parametrize("flag", [(), ("--json",)])
+def test_a_pattern_that_matches_nothing_is_an_error(flag: tuple[str, ...], model: Path, cli: Cli) -> None:
+    run = cli("inspect", model, "--tensors", "zzz*", *flag)
+    assert run.code == 1
+    assert run.err == f"error: {model}: 'zzz*' matches none of the 2 tensors\n"
+    assert "general.architecture" in run.out
+    assert cli("inspect", model, "--tensors", "a*", *flag).code == 0
 
 
 def test_results_are_short_in_a_notebook() -> None:

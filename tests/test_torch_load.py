@@ -482,21 +482,6 @@ def test_without_torch_the_error_names_the_extra(statement: str) -> None:
     )
 
 
-def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    examples = [part.partition("```")[0] for part in readme.split("```python\n")[1:]]
-    (code,) = [example for example in examples if "ggufx.torch.load" in example]
-    write_gguf(tmp_path / "model.gguf", {"blk.0.attn_q.weight": ("Q4_0", (64, 96))})
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    exec(code.replace('"cuda"', '"cpu"'), names)
-    y, rows = names["y"], names["rows"]
-    assert isinstance(y, torch.Tensor)
-    assert isinstance(rows, torch.Tensor)
-    assert (y.shape, y.dtype) == ((1, 64), torch.bfloat16)
-    assert (rows.shape, rows.dtype) == ((16, 96), torch.bfloat16)
-
-
 # GPUs -------------------------------------------------------------------------------------------------------------------
 
 

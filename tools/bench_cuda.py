@@ -487,7 +487,7 @@ def table(results: Sequence[Result], head: str) -> str:
 
 
 def summary(results: Sequence[Result], head: str) -> str:
-    """Return the README's table: one line a type."""
+    """Return the table of docs/benchmarks.md: one line a type."""
     columns = {
         "decode 8192 x 65536, of copy": ("decode", LARGE, True),
         "11008 x 4096": ("decode", MIDDLE, True),

@@ -82,7 +82,7 @@ def main() -> None:
     )
     parser.add_argument("--repeat", type=int, default=5, help="warm runs (default 5)")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the rows there too, as tools/readme.py takes them"
+        "--json", type=Path, metavar="FILE", help="write the rows there too, as tools/tables.py takes them"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:

@@ -1,4 +1,4 @@
-"""Error and speed of the searching encoders beside the C libraries': the table of the README.
+"""Error and speed of the searching encoders beside the C libraries': the table of docs/encoders.md.
 
     python tools/frontier.py [--model FILE.gguf] [--types IQ4_K,Q4_K] [--efforts fast,normal] [--json FILE]
 
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--types", default=",".join(NAMES))
     parser.add_argument("--efforts", default=",".join(EFFORTS))
     parser.add_argument("--rows", type=int, default=48, help="rows of each tensor (default 48)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write it there too, as tools/readme.py takes it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write it there too, as tools/tables.py takes it")
     arguments = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         # libgguf takes threads of its own and cannot be told to use one.

@@ -1,15 +1,12 @@
 """The one decorator of all kernels, and the few intrinsics that plain Numba lacks.
 
 No ``fastmath`` (a fused multiply-add changes bits, NaN checks vanish), no ``parallel`` (threads are the caller's), no
-eager signature (it would compile at import). Compiled code is kept on disk (:mod:`ggufx.kernels._cache`).
+eager signature (it would compile at import). Compiled code is kept on disk, see :mod:`ggufx.kernels._cache`.
 """
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numba
@@ -26,7 +23,7 @@ from numba.extending import intrinsic
 
 from ggufx import stopping
 from ggufx.kernels import compiled, uncollected
-from ggufx.kernels._cache import KNOWN_NUMBA, DiskCache
+from ggufx.kernels._cache import KNOWN_NUMBA, KernelCache
 from ggufx.kernels._floats import plain_nans, store_floats, widen_brains, widen_halves
 
 __all__ = [
@@ -60,7 +57,7 @@ __all__ = [
 
 
 def kernel(function: Callable[..., Any], key: str | None = None) -> Any:
-    """Compile ``function`` on first call: nogil, strict IEEE arithmetic, cached on disk where a folder is writable.
+    """Compile ``function`` on first call: nogil, strict IEEE arithmetic, kept on disk where a folder can be written.
 
     A function made by a factory that closes over other compiled functions needs a ``key``, its own among those of the factory.
     """
@@ -68,9 +65,7 @@ def kernel(function: Callable[..., Any], key: str | None = None) -> Any:
     dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, error_model="numpy", **_pipeline(_Compiler))(function)
     if hasattr(dispatcher, "_cache"):  # NUMBA_DISABLE_JIT gives the plain function back
         dispatcher._compiler.compile = compiled(function.__module__)(uncollected()(dispatcher._compiler.compile))
-        # Code is found again by the names of a file and a module: what was typed in has none.
-        if Path(inspect.getfile(function)).is_file() and function.__module__ in sys.modules:
-            dispatcher._cache = DiskCache(function, key)
+        dispatcher._cache = KernelCache(function, key)
     return dispatcher
 
 

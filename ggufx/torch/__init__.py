@@ -17,7 +17,7 @@ from __future__ import annotations
 from ggufx.errors import MissingExtra
 
 try:
-    import torch as _torch  # noqa: F401 (said here, once, before the modules need it)
+    import torch as _torch  # here, once, before the modules need it
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
@@ -27,6 +27,7 @@ from ggufx.torch.encoding import encode
 from ggufx.torch.loading import ShardError, TorchFile, load, open
 from ggufx.torch.modules import GGUFEmbedding, GGUFExperts, GGUFLinear
 from ggufx.torch.tensor import GGUFTensor, linear, linears
+from ggufx.types.codec import encode_arrays_by
 
 __all__ = [
     "GGUFEmbedding",
@@ -41,3 +42,5 @@ __all__ = [
     "load",
     "open",
 ]
+
+encode_arrays_by(_torch.Tensor, encode)

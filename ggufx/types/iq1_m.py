@@ -31,6 +31,8 @@ class IQ1_M(Codec):  # noqa: N801 (upstream's spelling)
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("qs", "u1", (32,)), ("qh", "u1", (16,)), ("scales", "u1", (8,))]))
     weighting: ClassVar = Weighting(factor=2.0, plain_factor=0.25, plain_power=1.0)
     ids: ClassVar = {"llama.cpp": 29}
+    file_types: ClassVar = {"llama.cpp": 31}
+    fallbacks: ClassVar = {"llama.cpp": "IQ4_NL"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Gather the scale from its nibbles; look up points, shift and scale."""

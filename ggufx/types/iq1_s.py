@@ -32,6 +32,8 @@ class IQ1_S(Codec):  # noqa: N801 (upstream's spelling)
     needs_importance: ClassVar = True
     weighting: ClassVar = Weighting(factor=2.0)
     ids: ClassVar = {"llama.cpp": 19}
+    file_types: ClassVar = {"llama.cpp": 24}
+    fallbacks: ClassVar = {"llama.cpp": "IQ4_NL"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Look up points, shift and scale."""

@@ -24,6 +24,8 @@ class IQ2_K(Codec):  # noqa: N801 (upstream's spelling)
     )
     weighting: ClassVar = Weighting(factor=1.5, plain_factor=0.375, plain_power=1.0)
     ids: ClassVar = {"ik_llama.cpp": 137}
+    file_types: ClassVar = {"ik_llama.cpp": 138}
+    fallbacks: ClassVar = {"ik_llama.cpp": "IQ4_NL"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scales -8..7; exact."""

@@ -25,6 +25,8 @@ class IQ2_KL(Codec):  # noqa: N801 (upstream's spelling)
     )
     weighting: ClassVar = Weighting(factor=2.25, plain_power=0.5)
     ids: ClassVar = {"ik_llama.cpp": 157}
+    file_types: ClassVar = {"ik_llama.cpp": 155}
+    fallbacks: ClassVar = {"ik_llama.cpp": "IQ4_NL"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scales -32..31; exact."""

@@ -26,6 +26,8 @@ class IQ2_KT(Codec):  # noqa: N801 (upstream's spelling)
     )
     weighting: ClassVar = Weighting(factor=2.0, plain_factor=0.5, plain_power=1.0)
     ids: ClassVar = {"ik_llama.cpp": 153}
+    file_types: ClassVar = {"ik_llama.cpp": 151}
+    fallbacks: ClassVar = {"ik_llama.cpp": "IQ4_NL"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Run the generator from each index."""

@@ -31,6 +31,8 @@ class IQ2_S(Codec):  # noqa: N801 (upstream's spelling)
     )
     weighting: ClassVar = Weighting(factor=2.0, plain_factor=0.5, plain_power=1.0)
     ids: ClassVar = {"llama.cpp": 22}
+    file_types: ClassVar = {"llama.cpp": 28}
+    fallbacks: ClassVar = {"llama.cpp": "IQ4_NL"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Look up points, apply signs and scale."""

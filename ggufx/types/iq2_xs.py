@@ -30,6 +30,8 @@ class IQ2_XS(Codec):  # noqa: N801 (upstream's spelling)
     needs_importance: ClassVar = True
     weighting: ClassVar = Weighting(factor=1.0)
     ids: ClassVar = {"llama.cpp": 17}
+    file_types: ClassVar = {"llama.cpp": 20}
+    fallbacks: ClassVar = {"llama.cpp": "IQ4_NL"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Look up points, apply signs and scale."""

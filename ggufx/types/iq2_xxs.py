@@ -56,6 +56,8 @@ class IQ2_XXS(Codec):  # noqa: N801 (upstream's spelling)
     reproduces: ClassVar = True
     weighting: ClassVar = Weighting(factor=1.0)
     ids: ClassVar = {"llama.cpp": 16}
+    file_types: ClassVar = {"llama.cpp": 19}
+    fallbacks: ClassVar = {"llama.cpp": "IQ4_NL"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Look up points, apply signs and scale."""

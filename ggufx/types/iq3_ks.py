@@ -27,6 +27,8 @@ class IQ3_KS(Codec):  # noqa: N801 (upstream's spelling)
     )
     weighting: ClassVar = Weighting(factor=2.0, plain_power=1.0)
     ids: ClassVar = {"ik_llama.cpp": 156}
+    file_types: ClassVar = {"ik_llama.cpp": 154}
+    fallbacks: ClassVar = {"ik_llama.cpp": "IQ4_NL"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scales -16..15; exact."""

@@ -34,6 +34,8 @@ class IQ3_S(Codec):  # noqa: N801 (upstream's spelling)
     )
     weighting: ClassVar = Weighting(factor=2.0, plain_factor=0.25, plain_power=1.0)
     ids: ClassVar = {"llama.cpp": 21}
+    file_types: ClassVar = {"llama.cpp": 26}
+    fallbacks: ClassVar = {"llama.cpp": "IQ4_NL"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Look up points, apply signs and scale."""

@@ -28,6 +28,8 @@ class IQ3_XXS(Codec):  # noqa: N801 (upstream's spelling)
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "u1", (96,))]))
     weighting: ClassVar = Weighting(factor=2.0, plain_factor=0.25, plain_power=1.0)
     ids: ClassVar = {"llama.cpp": 18}
+    file_types: ClassVar = {"llama.cpp": 23}
+    fallbacks: ClassVar = {"llama.cpp": "IQ4_NL"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Look up points, apply signs and scale."""

@@ -26,6 +26,8 @@ class IQ4_KS(Codec):  # noqa: N801 (upstream's spelling)
     )
     weighting: ClassVar = Weighting(factor=2.0, plain_power=1.0)
     ids: ClassVar = {"ik_llama.cpp": 144}
+    file_types: ClassVar = {"ik_llama.cpp": 145}
+    fallbacks: ClassVar = {"ik_llama.cpp": "IQ4_NL"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scales are odd, -127..127, never 0."""

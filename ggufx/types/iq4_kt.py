@@ -27,6 +27,8 @@ class IQ4_KT(Codec):  # noqa: N801 (upstream's spelling)
     )
     weighting: ClassVar = Weighting(factor=2.0, plain_factor=0.5, plain_power=1.0)
     ids: ClassVar = {"ik_llama.cpp": 155}
+    file_types: ClassVar = {"ik_llama.cpp": 153}
+    fallbacks: ClassVar = {"ik_llama.cpp": "IQ4_NL"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scales -64..63; run the generator from each index."""

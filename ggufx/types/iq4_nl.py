@@ -25,6 +25,7 @@ class IQ4_NL(Codec):  # noqa: N801 (upstream's spelling)
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qs", "u1", (16,))]))
     weighting: ClassVar = Weighting(factor=2.0, plain_power=1.0, span=32)
     ids: ClassVar = {"llama.cpp": 20}
+    file_types: ClassVar = {"llama.cpp": 25}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Look up and scale."""

@@ -30,6 +30,8 @@ class IQ4_XS(Codec):  # noqa: N801 (upstream's spelling)
     )
     weighting: ClassVar = Weighting(factor=2.0, plain_power=1.0)
     ids: ClassVar = {"llama.cpp": 23}
+    file_types: ClassVar = {"llama.cpp": 30}
+    fallbacks: ClassVar = {"llama.cpp": "IQ4_NL"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Look up and scale."""

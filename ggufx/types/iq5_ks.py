@@ -26,6 +26,8 @@ class IQ5_KS(Codec):  # noqa: N801 (upstream's spelling)
     )
     weighting: ClassVar = Weighting(factor=2.0, plain_power=1.0)
     ids: ClassVar = {"ik_llama.cpp": 152}
+    file_types: ClassVar = {"ik_llama.cpp": 150}
+    fallbacks: ClassVar = {"ik_llama.cpp": "Q5_0"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scales are odd, -127..127, never 0."""

@@ -28,6 +28,8 @@ class IQ6_K(Codec):  # noqa: N801 (upstream's spelling)
     )
     weighting: ClassVar = Weighting(factor=2.0, plain_factor=0.5, plain_power=1.0)
     ids: ClassVar = {"ik_llama.cpp": 141}
+    file_types: ClassVar = {"ik_llama.cpp": 142}
+    fallbacks: ClassVar = {"ik_llama.cpp": "Q8_0"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Look the cubic up; the addition rounds."""

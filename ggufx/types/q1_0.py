@@ -24,6 +24,7 @@ class Q1_0(Codec):  # noqa: N801 (upstream's spelling)
     reproduces: ClassVar = True
     nested: ClassVar = True
     ids: ClassVar = {"llama.cpp": 41}
+    file_types: ClassVar = {"llama.cpp": 40}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Choose the sign."""

@@ -23,6 +23,8 @@ class Q2_0(Codec):  # noqa: N801 (upstream's spelling)
     )
     reproduces: ClassVar = True
     ids: ClassVar = {"llama.cpp": 42}
+    file_types: ClassVar = {"llama.cpp": 41}
+    fallbacks: ClassVar = {"llama.cpp": "Q4_0"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Multiply; exact for finite scales."""

@@ -27,6 +27,8 @@ class Q2_K(Codec):  # noqa: N801 (upstream's spelling)
     )
     weighting: ClassVar = Weighting(factor=1.0, plain_factor=1.0, plain_power=0.5)
     ids: ClassVar = {"llama.cpp": 10}
+    file_types: ClassVar = {"llama.cpp": 10}
+    fallbacks: ClassVar = {"llama.cpp": "Q4_0", "ik_llama.cpp": "IQ4_NL"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scale the codes of every 16 elements, subtract their minimum."""

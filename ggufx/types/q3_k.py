@@ -27,6 +27,7 @@ class Q3_K(Codec):  # noqa: N801 (upstream's spelling)
     )
     weighting: ClassVar = Weighting(factor=1.0, plain_factor=1.0, plain_power=0.5)
     ids: ClassVar = {"llama.cpp": 11}
+    fallbacks: ClassVar = {"llama.cpp": "Q4_0", "ik_llama.cpp": "IQ4_NL"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Put codes and scales together from their parts and multiply."""

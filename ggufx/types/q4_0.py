@@ -21,6 +21,7 @@ class Q4_0(Codec):  # noqa: N801 (upstream's spelling)
     rms_bound: ClassVar = 0.089
     weighting: ClassVar = Weighting(factor=1.0, span=0)
     ids: ClassVar = {"llama.cpp": 2}
+    file_types: ClassVar = {"llama.cpp": 2}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Multiply; exact for finite scales."""

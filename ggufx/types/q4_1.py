@@ -25,6 +25,7 @@ class Q4_1(Codec):  # noqa: N801 (upstream's spelling)
     reproduces: ClassVar = True
     weighting: ClassVar = Weighting(factor=1.0, span=0)
     ids: ClassVar = {"llama.cpp": 3}
+    file_types: ClassVar = {"llama.cpp": 3}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scale the codes, add the minimum."""

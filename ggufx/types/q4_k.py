@@ -26,6 +26,7 @@ class Q4_K(Codec):  # noqa: N801 (upstream's spelling)
     )
     weighting: ClassVar = Weighting(factor=1.0, plain_factor=1.0, plain_power=0.5)
     ids: ClassVar = {"llama.cpp": 12}
+    fallbacks: ClassVar = {"llama.cpp": "Q5_0"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scale the codes of every 32 elements, subtract their minimum."""

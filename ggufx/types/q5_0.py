@@ -22,6 +22,7 @@ class Q5_0(Codec):  # noqa: N801 (upstream's spelling)
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("d", "<f2"), ("qh", "u1", (4,)), ("qs", "u1", (16,))]))
     weighting: ClassVar = Weighting(factor=1.0, span=0)
     ids: ClassVar = {"llama.cpp": 6}
+    file_types: ClassVar = {"llama.cpp": 8}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Put nibbles and fifth bits together and scale."""

@@ -24,6 +24,7 @@ class Q6_0(Codec):  # noqa: N801 (upstream's spelling)
     )
     weighting: ClassVar = Weighting(factor=1.0, span=0)
     ids: ClassVar = {"ik_llama.cpp": 133}
+    file_types: ClassVar = {"ik_llama.cpp": 135}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Multiply; exact for finite scales."""

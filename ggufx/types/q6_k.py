@@ -26,6 +26,8 @@ class Q6_K(Codec):  # noqa: N801 (upstream's spelling)
     )
     weighting: ClassVar = Weighting(factor=1.0, plain_factor=1.0, plain_power=0.5)
     ids: ClassVar = {"llama.cpp": 14}
+    file_types: ClassVar = {"llama.cpp": 18}
+    fallbacks: ClassVar = {"llama.cpp": "Q8_0"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Put the codes together and multiply, scale by sub-scale first."""

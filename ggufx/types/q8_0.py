@@ -19,6 +19,7 @@ class Q8_0(Codec):  # noqa: N801 (upstream's spelling)
     reproduces: ClassVar = True
     rms_bound: ClassVar = 0.0055
     ids: ClassVar = {"llama.cpp": 8}
+    file_types: ClassVar = {"llama.cpp": 7}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Multiply; exact for finite scales."""

@@ -43,6 +43,7 @@ class F32(_Scalar):
     stored: ClassVar = np.dtype("<f4")
     layout: ClassVar = _layout("<f4")
     ids: ClassVar = {"llama.cpp": 0}
+    file_types: ClassVar = {"llama.cpp": 0}
     lossy: ClassVar = False
 
 
@@ -52,6 +53,7 @@ class F16(_Scalar):
     stored: ClassVar = np.dtype("<f2")
     layout: ClassVar = _layout("<f2")
     ids: ClassVar = {"llama.cpp": 1}
+    file_types: ClassVar = {"llama.cpp": 1}
 
 
 class BF16(_Scalar):
@@ -60,6 +62,7 @@ class BF16(_Scalar):
     stored: ClassVar = np.dtype(ml_dtypes.bfloat16)
     layout: ClassVar = _layout("<u2")
     ids: ClassVar = {"llama.cpp": 30}
+    file_types: ClassVar = {"llama.cpp": 32}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Shift the bits up, which keeps NaN payloads, too."""

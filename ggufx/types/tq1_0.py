@@ -27,6 +27,8 @@ class TQ1_0(Codec):  # noqa: N801 (upstream's spelling)
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("qs", "u1", (48,)), ("qh", "u1", (4,)), ("d", "<f2")]))
     reproduces: ClassVar = True
     ids: ClassVar = {"llama.cpp": 34}
+    file_types: ClassVar = {"llama.cpp": 36}
+    fallbacks: ClassVar = {"llama.cpp": "Q4_0"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Multiply digit n to the top of its byte (modulo 256) and take it off."""

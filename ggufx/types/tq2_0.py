@@ -22,6 +22,8 @@ class TQ2_0(Codec):  # noqa: N801 (upstream's spelling)
     layout: ClassVar = Layout(BLOCK_LEN, np.dtype([("qs", "u1", (64,)), ("d", "<f2")]))
     reproduces: ClassVar = True
     ids: ClassVar = {"llama.cpp": 35}
+    file_types: ClassVar = {"llama.cpp": 37}
+    fallbacks: ClassVar = {"llama.cpp": "Q4_0"}
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
         """Scale the codes. Code 3 is no ternary digit, and decodes to 2."""

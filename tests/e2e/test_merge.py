@@ -681,7 +681,8 @@ def test_a_hybrid_is_no_checkpoint(arguments: list[str], hybrid: Path, gguf_of: 
 def test_a_checkpoint_is_no_hybrid_and_a_hybrid_no_gguf(
     hybrid: Path, source_of: Callable[[str], Path], cli: Cli, tmp_path: Path
 ) -> None:
-    assert_one_line(cli("inspect", source_of("float")), "ggufx convert")
+    checkpoint = source_of("float")
+    assert_one_line(cli("verify", checkpoint, "--against", hybrid), "ggufx convert", code=2)
     assert_one_line(cli("inspect", tmp_path), "no model")
     for arguments in (
         ["rewrite", hybrid, "--outfile", tmp_path / "o.gguf"],

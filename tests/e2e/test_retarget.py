@@ -85,6 +85,24 @@ def test_a_name_that_says_version_and_base(checkpoint_path: Callable[[str], Path
     assert (tmp_path / "o.gguf").read_bytes() == (tmp_path / "l.gguf").read_bytes()
 
 
+def test_named_chat_templates_move_along(editable: Source, tmp_path: Path) -> None:
+    for name in ("tool_use", "rag-2"):
+        folder = editable.path / "additional_chat_templates"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.jinja").write_text(f"template of {name}")
+    (editable.path / "chat_template.jinja").write_text("the default")
+    convert(editable.path, tmp_path / "n.gguf")
+    convert(editable.path, tmp_path / "l.gguf", target="llama.cpp", dense="bf16")
+    retarget(tmp_path / "n.gguf", tmp_path / "moved.gguf", "llama.cpp")
+    assert (tmp_path / "moved.gguf").read_bytes() == (tmp_path / "l.gguf").read_bytes()
+    retarget(tmp_path / "l.gguf", tmp_path / "back.gguf", "nisparks")
+    native, back = Gguf(tmp_path / "n.gguf").kv, Gguf(tmp_path / "back.gguf").kv
+    assert list(back) == list(native)
+    assert back | {"general.file_type": native["general.file_type"]} == native
+    assert back["tokenizer.chat_templates"] == (9, (8, ["rag_2", "tool_use"]))
+    assert back["tokenizer.chat_template.rag_2"] == (8, "template of rag-2")
+
+
 @pytest.mark.parametrize("case", ["flash", "pro-like", "one-file"])
 def test_back_to_nisparks_names_and_keys(case: str, converted: Converted, source: Get, tmp_path: Path) -> None:
     native = converted(case)

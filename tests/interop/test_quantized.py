@@ -109,7 +109,7 @@ def test_gemma_by_a_recipe(tmp_path):
         with ggufx.open(out) as file:
             assert {t.type for t in file.tensors} == {"F32", "IQ2_XXS", "IQ4_NL", "Q5_0", "Q4_0", "Q8_0"}
         found[effort] = perplexity(out, text)
-    # What the README says of the two makeshifts for a recorded matrix.
+    # What docs/quantize.md says of the two makeshifts for a recorded matrix.
     energy = tmp_path / "energy.gguf"
     quantize.quantize(original, energy, recipe=rules, target="llama.cpp", imatrix="energy", allow_requantize=True)
     found["normal, column energy"] = perplexity(energy, text)
