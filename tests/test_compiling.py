@@ -18,7 +18,7 @@ import numba
 import numpy as np
 import pytest
 
-from ggufx import budget, cli, kernels, types
+from ggufx import budget, cli, kernels, types, warmup
 from ggufx.kernels._jit import kernel
 from ggufx.terminal import Lines
 
@@ -205,7 +205,7 @@ def test_triton_is_given_a_folder_where_it_has_none(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("HOME", "/dev/null")
     kernels._folders.give_triton_one()
-    private = tmp_path / f"ggufx-{os.geteuid()}"
+    private = tmp_path / f"ggufx-kernels-{os.geteuid()}"
     assert os.environ["TRITON_CACHE_DIR"] == str(private / "triton")
     assert private.stat().st_mode & 0o777 == 0o700
     # Not a folder in which others can plant code, and not instead of one that was named or can be written.
@@ -219,3 +219,44 @@ def test_triton_is_given_a_folder_where_it_has_none(tmp_path: Path, monkeypatch:
         monkeypatch.setenv(variable, value)
         kernels._folders.give_triton_one()
         assert os.environ.get("TRITON_CACHE_DIR") == given
+
+
+# Folders --------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_made_where_others_can_replace_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is open to everybody and has no sticky bit, and one of another user, such as the home under sudo."""
+    place = tmp_path / "place"
+    place.mkdir()
+    private = place / ".cache" / "ggufx"
+    place.chmod(0o777)
+    with pytest.raises(OSError, match="ggufx"):
+        kernels._folders.make_private(private)
+    place.chmod(0o700)
+    if os.geteuid() == 0:
+        os.chown(place, 12345, 12345)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(OSError, match="ggufx"):
+        kernels._folders.make_private(private)
+    assert list(place.iterdir()) == []
+    monkeypatch.undo()
+    os.chown(place, os.geteuid(), os.getegid())
+    place.chmod(0o1777)  # as of /tmp
+    kernels._folders.make_private(private.parent)
+    assert private.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_named_folder_is_the_only_one(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiles() -> bool:
+        made = make()
+        with warmup.compiling() as compiled:
+            call(made)
+        return bool(compiled)
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    assert compiles()
+    assert not compiles()
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "named"))
+    assert compiles(), "what is beside the source was loaded"
+    assert not compiles()

@@ -17,7 +17,6 @@ import hashlib
 import inspect
 import os
 import pickle
-import stat
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -29,6 +28,8 @@ import numba
 import xxhash
 from numba.core import caching
 from numba.core.runtime import rtsys
+
+from ggufx.kernels._folders import make_private
 
 __all__ = ["KNOWN_NUMBA", "KernelCache", "kept"]
 
@@ -97,10 +98,7 @@ class _Temporary(_UserWide):
             return None  # there is no folder for temporary files
 
     def ensure_cache_path(self) -> None:
-        self._root.mkdir(mode=0o700, exist_ok=True)
-        status = self._root.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-            raise PermissionError(f"{self._root} is not a folder of this user alone")
+        make_private(self._root)
         super().ensure_cache_path()
 
 
@@ -174,7 +172,8 @@ class KernelCache(caching.FunctionCache):  # type: ignore[misc]
         self._key = key
         self._cache_file = self._files(self._cache_path)
         beside = _InTree(function, inspect.getfile(function)).get_cache_path()
-        if beside != self._cache_path:
+        # A folder that was named is the only one: what is in it says whether anything has to be compiled.
+        if beside != self._cache_path and not numba.config.CACHE_DIR:
             self._cache_file.installed = self._files(beside)
 
     def _files(self, path: str) -> _SealedFiles:

@@ -16,7 +16,7 @@ def private_folders() -> Iterator[Path]:
     places = []
     with suppress(RuntimeError):  # a user without a home
         places.append(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ggufx")
-    places.append(Path(os.environ.get("TMPDIR") or "/tmp") / f"ggufx-{os.geteuid()}")
+    places.append(Path(os.environ.get("TMPDIR") or "/tmp") / f"ggufx-kernels-{os.geteuid()}")
     yield from (place for place in places if place.is_absolute())
 
 
