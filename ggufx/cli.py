@@ -1723,7 +1723,6 @@ def main() -> None:
 def run() -> NoReturn:
     """Run :func:`main` and leave at once: taking apart Numba and a large plan at exit takes a tenth of a second."""
     code: int | str | None = 0
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # where the command has none of its own, before and after
     if hasattr(signal, "SIGPIPE"):
         # A reader that goes away (| head) ends the process as it ends others: silently, and not with 0.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

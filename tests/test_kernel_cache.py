@@ -193,8 +193,17 @@ def plant(made: Any, folder: Path, mark: Path) -> None:
     path.write_bytes(made._cache._digest(content) + content)
 
 
-@pytest.mark.parametrize("how", ["mine", "open to others", "a link", "another's", "replaceable"])
-@pytest.mark.parametrize("place", ["users", "temporary"])
+@pytest.mark.parametrize(
+    ("place", "how"),
+    [
+        ("users", "mine"),
+        ("users", "open to others"),
+        ("temporary", "mine"),
+        ("temporary", "a link"),
+        ("temporary", "another's"),
+        ("temporary", "replaceable"),
+    ],
+)
 def test_only_the_users_own_folder_is_read(
     how: str, place: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +248,33 @@ def test_nothing_is_made_in_the_home_of_another(make: Make, tmp_path: Path, monk
     assert [path for folder in ("users", "temporary") for path in (tmp_path / folder).iterdir()] == []
 
 
+# Triton's -------------------------------------------------------------------------------------------------------
+
+
+def test_triton_is_given_a_folder_where_it_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.setenv(variable, "")  # what is unset afterwards is brought back
+        monkeypatch.delenv(variable)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("HOME", "/dev/null")
+    kernels._folders.give_triton_one()
+    private = tmp_path / f"ggufx-{os.geteuid()}"
+    assert os.environ["TRITON_CACHE_DIR"] == str(private / "triton")
+    assert private.stat().st_mode & 0o777 == 0o700
+    # Not a folder in which others can plant code, and not instead of one that was named or can be written.
+    for mode, variable, value, given in (
+        (0o777, "HOME", "/dev/null", None),
+        (0o700, "TRITON_CACHE_DIR", "/somewhere", "/somewhere"),
+        (0o700, "HOME", str(tmp_path), None),
+    ):
+        private.chmod(mode)
+        monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+        monkeypatch.setenv(variable, value)
+        kernels._folders.give_triton_one()
+        assert os.environ.get("TRITON_CACHE_DIR") == given
+
+
 # Damaged --------------------------------------------------------------------------------------------------------
 
 
@@ -249,14 +285,12 @@ def damaged(path: Path, how: str) -> None:
         "cut in the digest": whole[:20],
         "cut": whole[:-1],
         "garbage": os.urandom(len(whole)),
-        "zeros": bytes(len(whole)),
         "a bit": whole[:-1000] + bytes([whole[-1000] ^ 1]) + whole[-999:],
-        "longer": whole + b"\0",
     }
     path.write_bytes(contents[how])
 
 
-@pytest.mark.parametrize("how", ["empty", "cut in the digest", "cut", "garbage", "zeros", "a bit", "longer"])
+@pytest.mark.parametrize("how", ["empty", "cut in the digest", "cut", "garbage", "a bit"])
 def test_a_damaged_file_is_made_again(how: str, make: Make, tmp_path: Path) -> None:
     assert compiles(make())
     (path,) = tmp_path.rglob("*.ggufx")
@@ -321,7 +355,7 @@ def test_a_directory_in_a_files_place(make: Make, tmp_path: Path) -> None:
     assert not compiles(make())
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_full_disk_does_not_fail_the_run(
     number: int, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

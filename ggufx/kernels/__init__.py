@@ -36,6 +36,7 @@ from types import ModuleType
 from typing import Final
 
 from ggufx import stopping
+from ggufx.kernels import _folders
 
 __all__ = [
     "OUTPUTS",
@@ -115,6 +116,8 @@ def find(name: str, *, cuda: bool = False) -> ModuleType | None:
     """
     if not exists(name, cuda=cuda) or not (cuda or compiles()):
         return None
+    if cuda:
+        _folders.give_triton_one()
     with uncollected():
         return importlib.import_module(_module_name(name, cuda))
 
@@ -185,8 +188,9 @@ def compiled(module: str) -> Iterator[None]:
     stopping.check()
     if _thread.refuses:
         raise NotCompiledError(module)
-    last = module.rpartition(".")[2]
-    name = _thread.type if last.startswith("_") else last.upper()
+    package, _, last = module.rpartition(".")
+    # A module that serves many types has no name of one; another package's may have any.
+    name = _thread.type if package != __name__ or last.startswith("_") else last.upper()
     told = tuple(_listeners)
     for listener in told:
         listener(name, True)

@@ -18,11 +18,9 @@ import inspect
 import os
 import pickle
 import platform
-import stat
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from numba.core.serialize import dumps
 from ggufx import outputs
 from ggufx.errors import OutputExists
 from ggufx.kernels import CacheWarning, unkept
+from ggufx.kernels._folders import is_private, make_private, private_folders
 
 __all__ = ["KNOWN_NUMBA", "DiskCache"]
 
@@ -77,39 +76,8 @@ def _folders(source: Path) -> Iterator[tuple[Path, Path | None]]:
         yield Path(numba.config.CACHE_DIR) / own, None
         return
     yield folder / "__pycache__", None
-    places = []
-    with suppress(RuntimeError):  # a user without a home
-        places.append(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ggufx")
-    places.append(Path(os.environ.get("TMPDIR") or "/tmp") / f"ggufx-{os.geteuid()}")
-    for private in places:
-        if private.is_absolute():
-            yield private / own, private
-
-
-def _keeps(folder: Path) -> bool:
-    """Return whether what this user puts into a folder stays as it is: nobody else can put another in its place."""
-    found = folder.stat()
-    open_to_all = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX
-    return found.st_uid in (0, os.geteuid()) and not open_to_all
-
-
-def _is_private(folder: Path) -> bool:
-    """Return whether a folder belongs to this user, and nobody else can write to it or replace it."""
-    found = folder.lstat()
-    mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
-    return mine and _keeps(folder.parent)
-
-
-def _make(folder: Path, private: Path | None) -> None:
-    """Make a folder; raises OSError where that fails or somebody else could write there."""
-    if private is not None:
-        # Looked at first, lest root leave folders in the home of another.
-        if _keeps(next(above for above in private.parents if above.exists())):
-            private.parent.mkdir(parents=True, exist_ok=True)
-            private.mkdir(mode=0o700, exist_ok=True)
-        if not _is_private(private):
-            raise PermissionError(f"{private}: others can write there")
-    folder.mkdir(parents=True, exist_ok=True)
+    for private in private_folders():
+        yield private / own, private
 
 
 class DiskCache(caching.NullCache):  # type: ignore[misc]
@@ -146,7 +114,7 @@ class DiskCache(caching.NullCache):  # type: ignore[misc]
         name, key = self._named(sig, target_context.codegen())
         for folder, private in _folders(self._source):
             try:
-                if private is not None and not _is_private(private):
+                if private is not None and not is_private(private):
                     continue
                 found = (folder / name).read_bytes()
             except OSError:
@@ -167,7 +135,9 @@ class DiskCache(caching.NullCache):  # type: ignore[misc]
         why = ""
         for folder, private in _folders(self._source):
             try:
-                _make(folder, private)
+                if private is not None:
+                    make_private(private)
+                folder.mkdir(parents=True, exist_ok=True)
                 with outputs.replacing(folder / name, overwrite=True) as file:
                     file.write(self._digest(content))
                     file.write(content)
