@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib.util
-import io
-import json
 import os
 import pickle
 import shutil
@@ -21,10 +19,9 @@ import numba
 import numpy as np
 import pytest
 
-from ggufx import budget, cli, kernels, outputs, types, warmup
+from ggufx import kernels, outputs, warmup
 from ggufx.kernels import _cache
 from ggufx.kernels._jit import kernel
-from ggufx.terminal import Lines
 
 ROOT = Path(__file__).parent.parent
 PYTHON = [sys.executable, "-m", "ggufx"]
@@ -251,30 +248,6 @@ def test_nothing_is_made_in_the_home_of_another(make: Make, tmp_path: Path, monk
 # Triton's -------------------------------------------------------------------------------------------------------
 
 
-def test_triton_is_given_a_folder_where_it_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("TRITON_CACHE_DIR", "TRITON_HOME"):
-        monkeypatch.setenv(variable, "")  # what is unset afterwards is brought back
-        monkeypatch.delenv(variable)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setenv("HOME", "/dev/null")
-    kernels._folders.give_triton_one()
-    private = tmp_path / f"ggufx-{os.geteuid()}"
-    assert os.environ["TRITON_CACHE_DIR"] == str(private / "triton")
-    assert private.stat().st_mode & 0o777 == 0o700
-    # Not a folder in which others can plant code, and not instead of one that was named or can be written.
-    for mode, variable, value, given in (
-        (0o777, "HOME", "/dev/null", None),
-        (0o700, "TRITON_CACHE_DIR", "/somewhere", "/somewhere"),
-        (0o700, "HOME", str(tmp_path), None),
-    ):
-        private.chmod(mode)
-        monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
-        monkeypatch.setenv(variable, value)
-        kernels._folders.give_triton_one()
-        assert os.environ.get("TRITON_CACHE_DIR") == given
-
-
 # Damaged --------------------------------------------------------------------------------------------------------
 
 
@@ -371,72 +344,6 @@ def test_a_full_disk_does_not_fail_the_run(
 # What is said ---------------------------------------------------------------------------------------------------
 
 
-def test_who_listens_hears_the_type(make: Make) -> None:
-    heard: list[tuple[str, bool]] = []
-    with kernels.compiling_heard(lambda kind, begins: heard.append((kind, begins))):
-        made = make()
-        compiles(made)
-        compiles(made)
-        with kernels.of_type("IQ9_KS"):
-            compiles(make("_family"))
-        compiles(make("_all"))
-        compiles(make("_all"))  # from the disk
-    compiles(make("unheard"))
-    assert heard == [(kind, begins) for kind in ("Q9_X", "IQ9_KS", "") for begins in (True, False)]
-
-
-def test_searches_are_compiled_for_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    codec = types.get("Q4_K")
-    monkeypatch.setattr(codec, "encode_rows", lambda *_: told.append(kernels._thread.type))
-    codec.encode(np.ones((1, 256), np.float32))
-    assert set(told) == {"Q4_K"}
-    assert kernels._thread.type == ""
-
-
-def test_a_note_without_a_terminal(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
-    with cli._progress("quantize"):
-        made = make()
-        compiles(made)
-        compiles(made, np.float32)
-        compiles(make("_all"))
-    assert capsys.readouterr().err == "note: compiling Q9_X (once)\nnote: compiling kernels (once)\n"
-
-
-def test_the_bar_says_what_is_compiled(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(Lines):
-        is_terminal = True
-
-    class Watched(cli.Progress):
-        def update(self, task: Any, **fields: Any) -> None:
-            super().update(task, **fields)
-            seen.append(self.tasks[0].description)
-
-    console, seen = Terminal(), list[str]()
-    console.file = io.StringIO()
-    monkeypatch.setattr(cli, "_err", console)
-    monkeypatch.setattr(cli, "Progress", Watched)
-    with cli._progress("quantize") as progress:
-        progress(1, 4)
-        compiles(make())
-        progress(2, 4)
-    assert seen == ["quantize", "quantize: compiling Q9_X (once)", "quantize", "quantize"]
-    assert "note" not in console.file.getvalue()
-
-
-def test_the_clock_of_the_estimate_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
-    compiling = cli._Compiling(lambda _: None)
-    times = [compiling.clock()]
-    for begins, later in ((None, 2.0), (True, 30.0), (False, 5.0), (True, 7.0), (False, 1.0)):
-        if begins is not None:
-            compiling("Q4_K", begins)
-        now[0] += later
-        times.append(compiling.clock())
-    assert times == [100, 102, 102, 107, 107, 108]
-
-
 # Dry runs -------------------------------------------------------------------------------------------------------
 
 
@@ -449,53 +356,3 @@ def model(path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def test_a_dry_run_compiles_nothing(tmp_path: Path) -> None:
-    path = model(tmp_path / "m.gguf")
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [
-            *PYTHON,
-            "recipe",
-            "fit",
-            str(path),
-            "--target-bpw",
-            "5",
-            "--types",
-            "q8_0,q4_k,iq3_kt",
-            "--dry-run",
-            "--json",
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    data = json.loads(done.stdout)
-    assert data["estimated_seconds"] is None
-    assert data["not_compiled"] == ["Q8_0", "Q4_K", "IQ3_KT"]
-    assert list((tmp_path / "cache").rglob("*.ggufx")) == []
-
-
-def test_an_estimate_by_what_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
-    found = budget.Budget(model(tmp_path / "m.gguf"), type_names=["q8_0", "q4_0", "q5_0"])
-    codec = types.get("Q8_0")
-    codec.decode(codec.encode(np.ones((1, 32), np.float32)), dtype=np.float32)
-    clock = iter(np.arange(0.0, 100.0, 0.5))  # half a second a trial
-
-    def refused(*_: Any, **__: Any) -> Any:
-        raise kernels.NotCompiledError("q5_0")
-
-    for name in ("Q4_0", "Q5_0"):
-        monkeypatch.setattr(types.get(name), "encode", refused)
-    monkeypatch.setattr(budget.time, "perf_counter", lambda: next(clock))
-    estimate = found.estimate(threads=1)
-    assert estimate.tried == ("Q8_0",)
-    assert estimate.not_compiled == ("Q4_0", "Q5_0")
-    # 2 tensors of 4096 weights in 3 types, a trial being 4 rows of 4096 in 0.5 s.
-    assert estimate.seconds == pytest.approx(2 * 4096 * 3 * 0.5 / (4 * 4096))
-    run = cli("recipe", "fit", found._source.path, "--target-bpw", "5", "--types", "q8_0,q4_0,q5_0", "--dry-run")
-    assert run.code == 0, run.err
-    assert "(candidates tried for this estimate: 1)" in run.out
-    assert "note: not compiled yet: q4_0, q5_0; " in run.out

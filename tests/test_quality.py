@@ -118,7 +118,7 @@ def test_the_command(model: Path, cli: Cli) -> None:
     ("arguments", "message"),
     [
         (["--types", "nope"], "'nope' is not a known type"),
-        (["--types", "q8_0", "--tensors", "zzz*"], "no float matrix matches 'zzz*'"),
+        (["--types", "q8_0", "--tensors", "zzz*"], "'zzz*' matches none of the 3 tensors"),
         (["--types", "q8_0", "--imatrix", "/nonexistent"], "No such file"),
     ],
 )

@@ -115,6 +115,7 @@ PYTHON = {
     # What the command line does not offer, or cannot do.
     ("quantize", "chat_template"), ("quantize", "allow_nan"), ("merge", "chat_template"), ("verify", "ignore_metadata"),
     ("prepare", "output_type"),
+    ("prepare", "keep_split"),
 }  # fmt: skip
 NOTES = {("quantize", "report"), ("quantize", "measure")}
 
