@@ -244,7 +244,7 @@ MORE_KEYS = [
 def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[File]:
     root = tmp_path_factory.mktemp("keys")
     make("deepseek_v4", root / "Tiny")
-    convert(root / "Tiny", root / "m.gguf", target=request.param, dense="bf16")
+    convert(root / "Tiny", root / "m.gguf", target=request.param, dense=None if request.param == "nisparks" else "bf16")
     with ggufx.open(root / "m.gguf") as file, execute.open_files():
         yield file
 
