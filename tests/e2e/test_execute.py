@@ -523,17 +523,13 @@ def test_a_partial_that_is_a_directory(editable: Source, cli: Cli, tmp_path: Pat
     assert not journal_path(tmp_path / "o.gguf").exists()
 
 
-def test_an_output_that_is_a_directory(editable: Source, cli: Cli, tmp_path: Path) -> None:
+def test_an_output_that_becomes_a_directory(editable: Source, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
+    planned = plan_convert(editable.path, out)
     out.mkdir()
-    run = cli("quantize", editable.path, "q8_0", "--outfile", out, "--overwrite")
-    assert run.code == 0, run
+    with pytest.raises(PlanError, match=r"out\.gguf: is a directory"):
+        execute.execute(planned, overwrite=True)
     assert [path.name for path in tmp_path.iterdir() if path != editable.path] == ["out.gguf"]
-    (made,) = out.iterdir()  # named by the GGUF convention
-    assert made.name.endswith("-Q8_0.gguf")
-    made.rename(tmp_path / "kept")
-    (out / made.name).mkdir()
-    assert_one_line(cli("quantize", editable.path, "q8_0", "--outfile", out, "--overwrite"), "is a directory")
 
 
 def test_zero_size_tensors_and_an_empty_file(tmp_path: Path) -> None:
