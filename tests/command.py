@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import pytest
@@ -20,8 +21,14 @@ class Run(NamedTuple):
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
-    """Run the command line in this process: what it prints and its exit code."""
+    """Run the command line in this process: what it prints and its exit code.
+
+    It does not say what it compiles: that depends on which tests have run before.
+    """
+    from ggufx import kernels
     from ggufx.cli import main
+
+    monkeypatch.setattr(kernels, "compiling_heard", lambda listener: nullcontext())
 
     def run(*arguments: object) -> Run:
         monkeypatch.setattr(sys, "argv", ["ggufx", *map(str, arguments)])
