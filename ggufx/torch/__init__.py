@@ -8,9 +8,9 @@
 
 :func:`open` is the lazy mapping, :func:`load` brings a file, or a part or a shard of it, to one or more devices.
 :class:`GGUFLinear`, :class:`GGUFEmbedding` and :class:`GGUFExperts` are the layers; ``torch.ops.ggufx`` has what they are made
-of, for torch.compile, export and gradients of activations. :func:`encode` is the way back, :func:`save_file` and :func:`load_file` are
-for plain tensors. On CUDA the types that
-``ggufx types`` lists with a CUDA kernel run on Triton kernels; others, and other devices, in plain torch.
+of, for torch.compile, export and gradients of activations. :func:`encode` is the way back. :func:`save_file` and
+:func:`load_file` write and read plain tensors. On CUDA the types that ``ggufx types`` lists with a CUDA kernel run on Triton
+kernels; others, and other devices, in plain torch.
 """
 
 from __future__ import annotations

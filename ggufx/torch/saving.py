@@ -107,8 +107,8 @@ def load_file(
 def _decoded(tensor: GGUFTensor, dtype: torch.dtype | None) -> Tensor:
     if tensor.codec is None:
         raise UnknownType(
-            f"tensor {quoted(tensor.name)} is of type {tensor.type}, which ggufx has no decoder for; ggufx.torch.load brings it "
-            "packed"
+            f"tensor {quoted(tensor.name)} is of type {tensor.type}, which ggufx has no decoder for; ggufx.torch.load "
+            "brings it packed"
         )
     stored = arrays.native_dtype(tensor.codec)
     if stored is None or tensor.scale is not None:
