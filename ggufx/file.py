@@ -18,7 +18,7 @@ from itertools import islice
 from math import prod
 from pathlib import Path
 from types import EllipsisType, TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,7 @@ _SHOWN_TENSORS: Final = 200
 _MAX_FILES: Final = 10_000
 """GGUFs that are counted behind the first one of a file."""
 
+T = TypeVar("T")
 Index = int | slice | EllipsisType | npt.NDArray[np.integer[Any]] | list[int]
 
 
@@ -635,6 +636,20 @@ class File(Mapping[str, Tensor]):
             return self._tensors[name]
         except KeyError:
             raise KeyError(f"{self.path} has no tensor {name!r} (it has {len(self)}){self._close_to(name)}") from None
+
+    # A mapping's own ways to say these two would look for like names each time.
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    @overload
+    def get(self, name: str, default: None = None) -> Tensor | None: ...
+    @overload
+    def get(self, name: str, default: Tensor) -> Tensor: ...
+    @overload
+    def get(self, name: str, default: T) -> Tensor | T: ...
+    def get(self, name: str, default: object = None) -> object:
+        """Return the tensor of a name, or ``default``."""
+        return self._tensors.get(name, default)
 
     def _close_to(self, name: object) -> str:
         """Return, as the end of a sentence, the names of tensors that are most like one that is none's."""

@@ -3,9 +3,8 @@
 A GGUF has its directory before its data, so a writer has to know names, shapes and types first, or to leave room for them:
 
 - Tensors that are declared first (:meth:`Writer.declare`) are written where they belong, in any order.
-- Without declarations, data follows a room of a megabyte beside the metadata. When the file is complete, the header is written
-  there. Up to :data:`MOVED_NBYTES` of data are then moved to where the header ends; of more data none is moved, and the key
-  ``ggufx.padding`` fills the room.
+- Without declarations the header is written when all tensors are there, into room that was left for it (see
+  :mod:`ggufx.partial`): a file of more than 64 MB then has a key ``ggufx.padding``.
 
 Files grow under names that nobody can guess and get their own when all of them are complete, checked and on the disk.
 """
@@ -15,18 +14,17 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypedDict
 
-import numpy as np
 import numpy.typing as npt
 
 from ggufx import arrays, container, dialects, outputs, plan, types
 from ggufx.arrays import Described
-from ggufx.container import SPLIT_PATTERN, Value, ValueType, align_up
+from ggufx.container import SPLIT_PATTERN, Value, align_up
 from ggufx.dialects import Dialect
 from ggufx.errors import (
     CodecError,
@@ -38,23 +36,13 @@ from ggufx.errors import (
     quoted,
 )
 from ggufx.file import DIALECT_KEY
-from ggufx.plan import Plan, PlannedFile, PlannedTensor, Transform
+from ggufx.partial import ROOM_NBYTES, Member
+from ggufx.plan import Plan, PlannedTensor, Transform
 from ggufx.types import Codec, Effort, Objective
 from ggufx.values import KeyValues, as_value, check_name
 
-__all__ = ["MOVED_NBYTES", "PADDING_KEY", "Writer", "WriterOptions"]
+__all__ = ["Writer", "WriterOptions"]
 
-PADDING_KEY: Final = "ggufx.padding"
-"""Zeros between the last key and the tensors of a large file whose tensors were not declared."""
-MOVED_NBYTES: Final = 64 << 20
-"""Data of a file without declarations that is moved to the end of its header rather than padded."""
-_ROOM_NBYTES: Final = 1 << 20
-_PADDING_OVERHEAD: Final = 8 + len(PADDING_KEY) + 4 + 4 + 8
-"""Bytes of the key without its elements: length, name, ARRAY, UINT8, count."""
-_PIECE_NBYTES: Final = 8 << 20
-"""Bytes that are moved at a time."""
-_FLUSH_NBYTES: Final = 32 << 20
-"""Bytes after which the disk is told to begin."""
 _DUPLICATE: Final = "a tensor of that name was {} already; names are unique in a GGUF"
 
 
@@ -93,32 +81,6 @@ class _Metadata(KeyValues, MutableMapping[str, Any]):
                 f"key {quoted(key)}: the size of the header is fixed since the first declared tensor was written; set all keys "
                 "before that"
             )
-
-
-@dataclass
-class _Member:
-    """An output file that has no name of its own yet.
-
-    Attributes
-    ----------
-    room
-        Bytes before the data.
-    end
-        Bytes of data, each tensor padded.
-    count
-        Tensors.
-    """
-
-    descriptor: int
-    partial: Path
-    room: int
-    end: int = 0
-    count: int = 0
-
-    def close(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
 
 
 @dataclass
@@ -208,7 +170,7 @@ class Writer:
         overwrite: bool = False,
         threads: int | None = None,
     ) -> None:
-        self._members: list[_Member] = []
+        self._members: list[Member] = []
         self._state = "open"
         self._path = Path(path)
         self._split = (split_max_nbytes, split_max_tensors)
@@ -314,6 +276,7 @@ class Writer:
         data
             A NumPy or ``ml_dtypes`` array, a torch tensor, a :class:`ggufx.Packed`, a tensor of an open file, whose bytes are
             copied, a :class:`ggufx.Lazy`, or a callable without parameters that returns one of these.
+            Without axes it gets one of length 1.
         type
             Name of the type, in any case. By default the declared one, or the one that keeps every bit: float32 is F32, packed
             rows keep their type. Bits that are kept are not looked at, so NaN stays NaN.
@@ -344,10 +307,9 @@ class Writer:
             raise PlanError(f"tensor {quoted(name)}: " + _DUPLICATE.format("written"))
         if declared is None and self._declares:
             raise PlanError(f"tensor {quoted(name)}: was not declared; of a file with declarations all tensors are")
-        if declared is not None and declared.shape != described.shape:
-            raise PlanError(
-                f"tensor {quoted(name)}: was declared as {list(declared.shape)}, and has {list(described.shape)}"
-            )
+        shape = described.shape or (1,)
+        if declared is not None and declared.shape != shape:
+            raise PlanError(f"tensor {quoted(name)}: was declared as {list(declared.shape)}, and has {list(shape)}")
         wanted = declared.codec.name if type is None and declared is not None else type
         codec = arrays.type_for(name, described, wanted)
         if declared is not None and codec is not declared.codec:
@@ -362,6 +324,8 @@ class Writer:
     def _new(self, name: str, shape: tuple[int, ...], codec: Codec, verb: str) -> _Declared:
         """Take a tensor into the directory."""
         check_name(name, "tensor")
+        # ggml has no tensors without axes, and the gguf package cannot open a file with one of BF16.
+        shape = shape or (1,)
         if name in self._tensors:
             raise PlanError(f"tensor {quoted(name)}: " + _DUPLICATE.format(verb))
         if any(n < 0 for n in shape) or len(shape) > container.MAX_DIMS:
@@ -401,13 +365,15 @@ class Writer:
             del self._tensors[name]
             self._dialects = before
             if self._members:
-                os.ftruncate(self._members[-1].descriptor, self._members[-1].room + self._members[-1].end)
+                self._members[-1].forget_rest()
+            if len(self._members) > 1 and not self._members[-1].count:
+                self._members.pop().discard()
             raise
         tensor.written = True
         member.end += align_up(tensor.nbytes, self._alignment)
         member.count += 1
 
-    def _member_for(self, nbytes: int) -> _Member:
+    def _member_for(self, nbytes: int) -> Member:
         """Return the member that takes the next tensor; the rule is that of :func:`ggufx.plan.build`."""
         max_nbytes, max_tensors = self._split
         member = self._members[-1] if self._members else None
@@ -416,14 +382,14 @@ class Writer:
         )
         if member is None or (full and member.count):
             keys = {} if self._members else self._typed()
-            room = len(container.encode_header(keys, (), self._alignment)) + _ROOM_NBYTES
-            member = self._create(align_up(room, max(self._alignment, 4096)))
+            room = len(container.encode_header(keys, (), self._alignment)) + ROOM_NBYTES
+            member = self._create(align_up(room, self._alignment))
         return member
 
-    def _create(self, room: int) -> _Member:
+    def _create(self, room: int) -> Member:
         path = self._path.resolve() if self._path.is_symlink() else self._path
         with self._disk():
-            member = _Member(*outputs.create_private(path), room)
+            member = Member(path, room)
         self._members.append(member)
         return member
 
@@ -453,20 +419,16 @@ class Writer:
         number, offset = tensor.place
         member = self._members[number]
         position, expected = member.room + offset, tensor.nbytes
-        start = flushed = position
+        start = position
         try:
-            packed = arrays.packed_rows(
+            for piece in arrays.packed_rows(
                 tensor.shape, tensor.codec, described, importance, effort, objective, self._threads
-            )
-            for piece in packed:
+            ):
                 if position + piece.size > start + expected:
                     raise PlanError(f"more rows than {list(tensor.shape)} has")
                 with self._disk():
-                    outputs.write_at(member.descriptor, position, piece)
+                    member.write(position, piece)
                 position += piece.size
-                if position - flushed >= _FLUSH_NBYTES:
-                    outputs.start_writeback(member.descriptor, flushed, position - flushed)
-                    flushed = position
             if position != start + expected:
                 row_nbytes = max(1, expected // max(1, described.n_rows))
                 raise PlanError(
@@ -512,14 +474,7 @@ class Writer:
             self._create(len(planned.files[0].header))
         paths = []
         for file, member in zip(planned.files, self._members, strict=True):
-            fitted = _fitted(file, member)
-            outputs.write_at(member.descriptor, 0, fitted.header)
-            os.ftruncate(member.descriptor, fitted.nbytes)
-            os.fsync(member.descriptor)
-            if not fitted.reads_back(member.partial):
-                raise PlanError(
-                    f"{file.path}: the written header does not read back as planned; this is a bug in ggufx"
-                )
+            member.finish(file)
             outputs.refuse_existing(file.path, overwrite=self._overwrite)
             paths.append(file.path)
         named: list[Path] = []
@@ -547,9 +502,7 @@ class Writer:
             return
         self._state = "discarded"
         for member in self._members:
-            member.close()
-            with suppress(OSError):
-                member.partial.unlink(missing_ok=True)
+            member.discard()
 
     def _typed(self) -> dict[str, Value]:
         """Return the metadata with what the writer adds to it."""
@@ -569,7 +522,7 @@ class Writer:
             type_id = dialect.type_id(tensor.codec)
             assert type_id is not None
             name = tensor.codec.name
-            transform = Transform("copy", name, name, (tensor.shape[-1] if tensor.shape else 1,))
+            transform = Transform("copy", name, name, tensor.shape[-1:])
             tensors.append(PlannedTensor(tensor.name, tensor.shape, name, type_id, tensor.nbytes, transform, (), ()))
         max_nbytes, max_tensors = self._split
         built = plan.build(
@@ -634,28 +587,3 @@ def _named(error: GGUFError, name: str, more: str = "") -> GGUFError:
     if not str(error).startswith("tensor "):
         error.args = (f"tensor {quoted(name)}: {error}{more}",)
     return error
-
-
-def _fitted(file: PlannedFile, member: _Member) -> PlannedFile:
-    """Make header and data of a member adjoin: nothing to do, a key that fills the room, or data that is moved."""
-    header_nbytes = len(file.header)
-    if header_nbytes == member.room:
-        return file
-    if file.data_nbytes > MOVED_NBYTES and header_nbytes + _PADDING_OVERHEAD <= member.room:
-        # The header is padded to the alignment already, of which the room is a multiple: what that leaves over stays.
-        count = member.room - header_nbytes - _PADDING_OVERHEAD
-        padding = Value.array(ValueType.UINT8, np.zeros(count, np.uint8))
-        return replace(file, metadata={**file.metadata, PADDING_KEY: padding})
-    # The padding of the last tensor was not written.
-    os.ftruncate(member.descriptor, member.room + file.data_nbytes)
-    _move(member.descriptor, member.room, header_nbytes, file.data_nbytes)
-    return file
-
-
-def _move(descriptor: int, source: int, target: int, nbytes: int) -> None:
-    """Move bytes within a file to a place that may overlap theirs."""
-    starts = range(0, nbytes, _PIECE_NBYTES)
-    # What is overwritten must have been read: from the front when moving there, else from the back.
-    for start in starts if target < source else reversed(starts):
-        piece = os.pread(descriptor, min(_PIECE_NBYTES, nbytes - start), source + start)
-        outputs.write_at(descriptor, target + start, piece)
