@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias, Unpack
 
-import numpy as np
 import numpy.typing as npt
 
-from ggufx import arrays, dialects, file, recipe, types
+from ggufx import arrays, dialects, hybrid, recipe, types
 from ggufx.arrays import Described
 from ggufx.errors import PlanError, quoted
+from ggufx.file import Tensor
 from ggufx.imatrix import ImportanceMatrix
 from ggufx.recipe import NATIVE, Recipe
 from ggufx.types import Effort, Objective
@@ -106,10 +106,13 @@ def save(
                 for name, one in described.items():
                     writer.declare(name, one.shape, arrays.type_for(name, one, choose(name, one)).name)
                 pairs = described.items()
+        seen = []
         for name, value in pairs:
+            seen.append(name)
             one = arrays.describe(name, value() if _is_call(value) else value)
             weights = None if importance is None else _weights(importance, name, one.shape)
             writer.add(name, one, choose(name, one), importance=weights, effort=effort, objective=objective)
+        choose.require(seen)
         return writer.close()
 
 
@@ -160,7 +163,7 @@ def load_file(
     Parameters
     ----------
     path
-        The file; any member opens a whole split file.
+        The file; any member opens a whole split file. A directory is a KTransformers hybrid.
     dtype
         float32, float16, bfloat16 (``ml_dtypes``) or float64 for all tensors of floats; by default the stored dtype of float
         and integer types, bit for bit, and float32 for quant types.
@@ -189,13 +192,13 @@ def load_file(
     >>> ggufx.load_file(path)["w"].dtype, ggufx.load_file(path, dtype="float32")["w"].dtype
     (dtype(bfloat16), dtype('float32'))
     """
-    with file.open(path, dialect=dialect) as opened:
+    with hybrid.open(path, dialect=dialect) as opened:
         return {name: _loaded(tensor, dtype, threads) for name, tensor in opened.items()}
 
 
-def _loaded(tensor: file.Tensor, dtype: npt.DTypeLike | None, threads: int | None) -> npt.NDArray[Any]:
+def _loaded(tensor: Tensor, dtype: npt.DTypeLike | None, threads: int | None) -> npt.NDArray[Any]:
     stored = None if tensor.codec is None else arrays.native_dtype(tensor.codec)
-    if stored is None or (dtype is not None and tensor.dtype == np.float32):
+    if stored is None or (dtype is not None and tensor.dtype.kind == "f"):
         return tensor.numpy(dtype, threads=threads)
     if tensor.is_big_endian or tensor.factor is not None:
         return tensor.numpy(stored, threads=threads)

@@ -187,13 +187,11 @@ class Writer:
         for key, value in given.items():
             if key != "general.architecture" or architecture is None:
                 self.metadata[key] = value
-        self._dialects = _dialects(dialect or self._text(DIALECT_KEY))
+        stamped = self.metadata.get(DIALECT_KEY)
+        # A stamp that is not known here counts as none, as for a reader, and is replaced.
+        self._dialects = _dialects(stamped if dialect is None and stamped in dialects.TARGETS else dialect)
         self._alignment = self._aligned(alignment)
         self._check_path()
-
-    def _text(self, key: str) -> str | None:
-        value = self.metadata.get(key)
-        return value if isinstance(value, str) else None
 
     def _aligned(self, alignment: int | None) -> int:
         """Return the alignment, asked for or in the metadata, and write it there where it is not the default."""

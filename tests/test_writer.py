@@ -248,6 +248,9 @@ def test_types_of_save() -> None:
     assert kinds(rules, dialect="llama.cpp") == ["Q5_0", "F32", "BF16", "F32", "F16", "I32", "Q4_0"]
     with pytest.raises(PlanError, match=r"'convv'.*did you mean 'conv'"):
         kinds({"convv": "Q8_0"})
+    with pytest.raises(PlanError, match="none of the 7 tensors"):
+        ggufx.save("u.gguf", iter(tensors.items()), types={"convv": "Q8_0"})
+    assert listed() == ["t.gguf"]
     with pytest.raises(GGUFError, match="did you mean"):
         kinds("Q8_00")
     with pytest.raises(PlanError, match="packed as Q4_0"):
@@ -265,6 +268,12 @@ def test_the_dialect_is_the_first_that_holds_all_types() -> None:
         ggufx.save("j.gguf", {"a": numbers(2, 256)}, types="IQ4_KS", dialect="llama.cpp")
     with pytest.raises(UnknownDialect):
         ggufx.save("j.gguf", {}, dialect="llama")
+    with ggufx.open("i.gguf") as f:
+        ggufx.save("k.gguf", f, f.metadata)
+        ggufx.save("l.gguf", f, {**f.metadata.typed(), "ggufx.dialect": "newer"})
+    assert read_ids(Path("k.gguf")) == read_ids(Path("l.gguf")) == (tensors, keys)
+    Path("k.gguf").unlink()
+    Path("l.gguf").unlink()
     assert listed() == ["i.gguf"]
 
 
