@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ggufx import types
+from ggufx import dialects, types
 from ggufx.distortion import Quality, quality
 from ggufx.errors import GGUFError
 from ggufx.file import File, Tensor
@@ -20,57 +20,23 @@ from ggufx.version import __version__
 
 if TYPE_CHECKING:
     # The alias says that a name is public: a checker knows ggufx.convert so.
-    from ggufx import (
-        budget as budget,
-    )
-    from ggufx import (
-        convert as convert,
-    )
-    from ggufx import (
-        diff as diff,
-    )
-    from ggufx import (
-        edit as edit,
-    )
-    from ggufx import (
-        export as export,
-    )
-    from ggufx import (
-        imatrix as imatrix,
-    )
-    from ggufx import (
-        inspect as inspect,
-    )
-    from ggufx import (
-        measure as measure,
-    )
-    from ggufx import (
-        merge as merge,
-    )
-    from ggufx import (
-        quantize as quantize,
-    )
-    from ggufx import (
-        recipe as recipe,
-    )
-    from ggufx import (
-        retarget as retarget,
-    )
-    from ggufx import (
-        rewrite as rewrite,
-    )
-    from ggufx import (
-        testing as testing,
-    )
-    from ggufx import (
-        torch as torch,
-    )
-    from ggufx import (
-        values as values,
-    )
-    from ggufx import (
-        verify as verify,
-    )
+    from ggufx import budget as budget
+    from ggufx import convert as convert
+    from ggufx import diff as diff
+    from ggufx import edit as edit
+    from ggufx import export as export
+    from ggufx import imatrix as imatrix
+    from ggufx import inspect as inspect
+    from ggufx import measure as measure
+    from ggufx import merge as merge
+    from ggufx import quantize as quantize
+    from ggufx import recipe as recipe
+    from ggufx import retarget as retarget
+    from ggufx import rewrite as rewrite
+    from ggufx import testing as testing
+    from ggufx import torch as torch
+    from ggufx import values as values
+    from ggufx import verify as verify
     from ggufx.arrays import Lazy, Packed, dequantize, quantize_array
     from ggufx.saving import load_file, save, save_file
     from ggufx.writer import Writer
@@ -85,6 +51,7 @@ __all__ = [
     "Writer",
     "__version__",
     "dequantize",
+    "dialects",
     "load_file",
     "open",
     "quality",

@@ -5,7 +5,6 @@ A :class:`Described` is the shape, the dtype or the packed type of what was give
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ __all__ = [
     "Packed",
     "dequantize",
     "describe",
+    "describe_by",
     "native_dtype",
     "packed_rows",
     "quantize_array",
@@ -45,6 +45,7 @@ NATIVE: Final[dict[np.dtype[Any], str]] = {
 }
 """Type of a tensor that keeps an array's dtype."""
 _DTYPES: Final = {name: dtype for dtype, name in NATIVE.items()}
+_DESCRIBERS: Final[list[tuple[type, Callable[[str, Any], Described]]]] = []
 _READ_NBYTES: Final = 1 << 22
 """Bytes of a tensor of an open file that are read at a time."""
 _PIECE_NBYTES: Final = 8 << 20
@@ -208,11 +209,11 @@ def describe(name: str, value: Any) -> Described:
     if isinstance(value, Lazy):
         shape = tuple(int(n) for n in value.shape)
         return Described(shape, np.dtype(value.dtype), None, lambda: _made(name, shape, np.dtype(value.dtype), value))
-    torch = sys.modules.get("torch")
-    if torch is not None and (isinstance(value, torch.Tensor) or type(value).__module__.startswith("ggufx.torch.")):
-        # Found by name, as kernels are: this module must not import what is above it, nor torch.
-        found: Described = importlib.import_module("ggufx.torch.saving").describe(name, value)
-        return found
+    for kind, describer in _DESCRIBERS:
+        if isinstance(value, kind):
+            return describer(name, value)
+    if isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ())):
+        return _of_torch(name, value)
     found_shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if not isinstance(found_shape, tuple) or dtype is None:
         raise PlanError(
@@ -220,6 +221,35 @@ def describe(name: str, value: Any) -> Described:
             "one of a list), a ggufx.Packed or a ggufx.Lazy"
         )
     return Described(found_shape, np.dtype(dtype), None, lambda: _rows(np.asarray(value)))
+
+
+def describe_by(kind: type, describer: Callable[[str, Any], Described]) -> None:
+    """Have :func:`describe` hand what is of a class to ``describer(name, value)``.
+
+    The module of the class registers it so: this one imports nothing that is above it.
+    """
+    _DESCRIBERS.append((kind, describer))
+
+
+def _of_torch(name: str, tensor: Any) -> Described:
+    """Describe a torch tensor through its own methods, so that nobody has to import :mod:`ggufx.torch` for it."""
+    dtype_name = str(tensor.dtype).removeprefix("torch.")
+    try:
+        dtype = np.dtype(getattr(ml_dtypes, dtype_name, dtype_name))
+    except TypeError:
+        raise PlanError(f"tensor {quoted(name)}: a GGUF has no type for {tensor.dtype}") from None
+    if str(tensor.layout) != "torch.strided":
+        raise PlanError(f"tensor {quoted(name)}: is of layout {tensor.layout}; to_dense() makes a dense tensor of it")
+    shape = tuple(tensor.shape)
+
+    def pieces() -> Iterator[npt.NDArray[Any]]:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            # As bytes: NumPy has no bfloat16, and torch no way to ml_dtypes'.
+            data: npt.NDArray[Any] = flat.view(sys.modules["torch"].uint8).numpy()
+            yield data.view(dtype).reshape(-1, shape[-1] if shape else 1)
+
+    return Described(shape, dtype, None, pieces)
 
 
 def describe_rows(shape: tuple[int, ...], codec: Codec, pieces: Callable[[], Iterator[npt.NDArray[Any]]]) -> Described:
@@ -479,7 +509,7 @@ def quantize_array(
     Parameters
     ----------
     values
-        Real numbers [..., row_len], finite. A torch tensor gives a torch tensor on the same device.
+        Real numbers [..., row_len], finite. With :mod:`ggufx.torch` a torch tensor gives a torch tensor on its device.
     type
         Name of the type, in any case.
     importance

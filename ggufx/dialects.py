@@ -9,9 +9,11 @@ that id, not the file.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from types import MappingProxyType
 from typing import Literal
 
 from ggufx import types
@@ -20,7 +22,7 @@ from ggufx.errors import AmbiguousDialect, CodecError, UnknownDialect, quoted
 from ggufx.named_types import FOREIGN, OWNED, NamedType
 from ggufx.types import Codec
 
-__all__ = ["DIALECTS", "DS4", "OPAQUE", "TARGETS", "Dialect", "Resolution", "fits", "get", "resolve"]
+__all__ = ["DIALECTS", "DS4", "OPAQUE", "TARGETS", "Dialect", "Resolution", "fits", "get", "register", "resolve"]
 
 LAST_COMMON_ID = 30
 """BF16: the last id that no program has given another meaning (31 to 38 were given, taken back, and given anew)."""
@@ -124,7 +126,7 @@ _IK_FILE_TYPES = {
     "IQ5_K_R4", 345: "IQ4_KS_R4", 350: "IQ5_KS_R4", 351: "MXFP4_R8", 398: "Q8_KV_R8", 399: "Q8_K_R8",
 }  # fmt: skip
 
-DIALECTS: Mapping[str, Dialect] = {
+_dialects = {
     dialect.name: dialect
     for dialect in (
         Dialect("llama.cpp", file_types=_UPSTREAM_FILE_TYPES),
@@ -132,6 +134,8 @@ DIALECTS: Mapping[str, Dialect] = {
         Dialect("nisparks", parent="llama.cpp", file_types={41: "F8_E4M3_MXFP4"}),
     )
 }
+DIALECTS: Mapping[str, Dialect] = MappingProxyType(_dialects)
+"""Those that files are read as; :func:`register` adds to them."""
 
 
 DS4 = Dialect("ds4", parent="llama.cpp", only=frozenset({0, 1, 2, 8, 10, 12, 13, 14, 16, 26, 39}))
@@ -140,7 +144,7 @@ DS4 = Dialect("ds4", parent="llama.cpp", only=frozenset({0, 1, 2, 8, 10, 12, 13,
 It gives no id a meaning of its own, so it is a target to write for, not a candidate when a file is read.
 """
 
-TARGETS: Mapping[str, Dialect] = {**DIALECTS, DS4.name: DS4}
+TARGETS: Mapping[str, Dialect] = ChainMap(_dialects, {DS4.name: DS4})
 """What a GGUF can be moved to."""
 
 OPAQUE = "opaque"
@@ -149,9 +153,40 @@ OPAQUE = "opaque"
 
 def get(name: str) -> Dialect:
     """Return the dialect called ``name``; raises UnknownDialect."""
+    types.all_codecs()  # a plug-in may bring a dialect
     if name not in DIALECTS:
         raise UnknownDialect(f"{name!r} is not a known dialect; known: {', '.join(DIALECTS)}")
     return DIALECTS[name]
+
+
+def register(dialect: Dialect) -> Dialect:
+    """Add a dialect, of a fork that ggufx does not know, to those that files are read as; returns it.
+
+    A type of it names the dialect in :attr:`ggufx.types.Codec.ids`. The module that a type's entry point is in may register the
+    dialect when it is imported.
+
+    Parameters
+    ----------
+    dialect
+        Its parent, if it has one, must be known.
+
+    Raises
+    ------
+    ValueError
+        The name is taken, or is none; or the parent is not known.
+
+    Examples
+    --------
+    >>> import ggufx
+    >>> ggufx.dialects.register(ggufx.dialects.Dialect("my-fork", parent="llama.cpp")).name
+    'my-fork'
+    """
+    if not dialect.name or dialect.name in (*TARGETS, OPAQUE):
+        raise ValueError(f"{dialect.name!r} cannot be the name of a dialect: it is taken, or empty")
+    if dialect.parent is not None and dialect.parent not in _dialects:
+        raise ValueError(f"{dialect.name}: its parent {dialect.parent!r} is not a known dialect")
+    _dialects[dialect.name] = dialect
+    return dialect
 
 
 Kind = Codec | NamedType
@@ -241,6 +276,7 @@ def resolve(
     """
     if dialect == OPAQUE:
         return Resolution(None, {}, ())
+    types.all_codecs()  # a plug-in may bring a dialect
     by_id: dict[int, list[Entry]] = {}
     for entry in entries:
         by_id.setdefault(entry.type_id, []).append(entry)

@@ -573,6 +573,7 @@ class Writer:
 
 def _dialects(name: str | None) -> list[Dialect]:
     """Return the dialects to choose from: the one of a name, or all."""
+    types.all_codecs()  # a plug-in may bring a dialect
     if name is None:
         return list(dialects.DIALECTS.values())
     if name not in dialects.TARGETS:

@@ -317,7 +317,7 @@ def test_a_sound_codec_breaks_nothing(base: type[Codec]) -> None:
 @pytest.mark.usefixtures("registry")
 def test_the_documented_type_keeps_the_laws() -> None:
     page = (ROOT / "docs" / "add-a-type.md").read_text(encoding="utf-8")
-    example, calls = (part.partition("```")[0] for part in page.split("```python\n")[1:])
+    example, calls, *_ = (part.partition("```")[0] for part in page.split("```python\n")[1:])
     scope: dict[str, Any] = {"__name__": "page"}
     exec(example, scope)
     codec = types.get("TERNARY")

@@ -85,7 +85,8 @@ def test_it_is_listed(folder: Path) -> None:
     assert (row["ids"]["llama.cpp"], row["block"], row["bytes"], row["bpw"]) == (250, 16, 6, 3.0)
     assert row["decode"]
     assert row["encode"]
-    assert not row["kernel"]
+    assert row["kernel"]
+    assert not row["CUDA"]
     assert "TERNARY" in ggufx(folder, "types")
 
 
@@ -95,7 +96,7 @@ def test_it_passes_the_selftest(folder: Path) -> None:
     assert "encode_error" in out
     found = json.loads(ggufx(folder, "selftest", "ternary", "q8_0", "--json"))
     statuses = {verdict["law"]: verdict["status"] for verdict in found["types"]["TERNARY"]}
-    assert statuses["encode_rows"] == "kept"
+    assert statuses["encode_rows"] == statuses["decode_kernel"] == "kept"
     assert statuses["pack_inverse"] == "inapplicable"
     assert set(found["types"]) == {"TERNARY", "Q8_0"}
 
@@ -219,3 +220,90 @@ assert way_of(w.codec, torch.device("mps")) == "torch"
 """
     done = run(folder, "-c", code)
     assert done.returncode == 0, done.stderr
+
+
+def test_its_kernel_decodes_every_float(folder: Path, model: Path) -> None:
+    code = f"""
+import ml_dtypes, numpy as np
+import ggufx
+from ggufx import warmup
+w = ggufx.open({str(model)!r})["a.weight"]
+by_hand = w.codec.decode(w.packed, use_kernel=False)
+for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+    with warmup.compiling() as compiled:
+        found = w.numpy(dtype)
+    assert np.array_equal(found, by_hand.astype(dtype)), dtype
+print(len(w.codec._kernels["decode"].signatures))
+"""
+    done = run(folder, "-c", code)
+    assert (done.stdout, done.stderr) == ("3\n", "")
+
+
+def test_a_plugin_may_bring_a_dialect_and_a_gpu_kernel(tmp_path: Path) -> None:
+    code = """
+import numpy as np
+from ggufx import dialects
+from ggufx.types import Codec, Layout
+dialects.register(dialects.Dialect("acme", parent="llama.cpp", lacks=frozenset({8})))
+class TAKEN(Codec):
+    layout = Layout(32, np.dtype([("d", "<f2"), ("q", "u1", (4,))]))
+    ids = {"acme": 8}
+    cuda_module = "acme_gpu"
+    def decode_blocks(self, block, header, w):
+        return w.floats(w.fields(block["q"], 1)) * w.half(block["d"])
+"""
+    install(tmp_path, name="acme-types", entry="TAKEN", code=code)
+    (tmp_path / "acme_gpu.py").write_text("def decode(rows, out):\n    out.fill_(7)\n")
+    use = f"""
+import os
+os.environ["TRITON_INTERPRET"] = "1"  # a device that runs what is for CUDA
+import numpy as np, torch
+import ggufx, ggufx.torch
+from ggufx.container import Value, encode_header
+path = {str(tmp_path / "m.gguf")!r}
+# The number is Q8_0's in llama.cpp: the size of the rows tells them apart.
+header = encode_header({{}}, [("a", (2, 32), 8, 0)], 32)
+open(path, "wb").write(header + bytes(range(12)) + bytes(20))
+with ggufx.open(path) as f:
+    print(f.dialect, f["a"].type, f["a"].numpy().shape)
+print(ggufx.dialects.get("acme").type_id(ggufx.types.get("Q8_0")), ggufx.types.get("taken").has_cuda)
+print(ggufx.torch.load(path)["a"].dequantize().unique().tolist())
+"""
+    done = run(tmp_path, "-c", use)
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["acme TAKEN (2, 32)", "None True", "[7.0]"]
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted"),
+    [
+        ('Dialect("llama.cpp")', "'llama.cpp' cannot be the name of a dialect: it is taken"),
+        ('Dialect("ds4")', "'ds4' cannot be"),
+        ('Dialect("opaque")', "'opaque' cannot be"),
+        ('Dialect("")', "'' cannot be"),
+        ('Dialect("x", parent="y")', "its parent 'y' is not a known dialect"),
+    ],
+)
+def test_dialects_that_cannot_be_registered(made: str, wanted: str, tmp_path: Path) -> None:
+    done = run(tmp_path, "-c", f"from ggufx.dialects import Dialect, register; register({made})")
+    assert wanted in done.stderr.splitlines()[-1]
+
+
+def test_torch_tensors_need_the_module_that_encodes_them(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+from ggufx import types
+from ggufx.errors import CodecError
+codec = types.get("Q8_0")
+try:
+    codec.encode(torch.zeros(2, 32))
+except CodecError as error:
+    print(error)
+assert "ggufx.torch" not in sys.modules
+import ggufx.torch
+print(type(codec.encode(torch.zeros(2, 32))).__name__)
+"""
+    done = run(tmp_path, "-c", code)
+    assert done.stdout.splitlines() == [
+        "the values are a torch tensor: import ggufx.torch first, which encodes it where it is", "Tensor",
+    ]  # fmt: skip

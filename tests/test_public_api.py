@@ -46,8 +46,8 @@ def test_dir_shows_public_names_and_nothing_else() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == [
         "File", "GGUFError", "Lazy", "Packed", "Quality", "Tensor", "Writer", "__version__", "budget", "convert",
-        "dequantize", "diff", "edit", "errors", "export", "imatrix", "inspect", "load_file", "measure", "merge", "open",
-        "quality", "quantize", "quantize_array", "recipe", "retarget", "rewrite", "save", "save_file", "testing", "torch",
+        "dequantize", "dialects", "diff", "edit", "errors", "export", "imatrix", "inspect", "load_file", "measure", "merge",
+        "open", "quality", "quantize", "quantize_array", "recipe", "retarget", "rewrite", "save", "save_file", "testing", "torch",
         "types", "values", "verify",
     ]  # fmt: skip
     with pytest.raises(AttributeError, match="no attribute 'lode_file'"):
@@ -188,6 +188,18 @@ def test_packed_torch_tensors_and_types() -> None:
 
 
 # Open files --------------------------------------------------------------------------------------------------------------
+
+
+def test_torch_tensors_need_no_import_of_ours(workplace: Path) -> None:
+    code = (
+        "import sys, torch, ggufx\n"
+        "ggufx.save('a.gguf', {'w': torch.ones(2, 32, dtype=torch.bfloat16)}, types='Q8_0')\n"
+        "print(ggufx.load_file('a.gguf')['w'].round(2).sum(), 'ggufx.torch' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.split() == ["64.0", "False"]
 
 
 def test_a_wrong_name_is_told_the_right_one() -> None:

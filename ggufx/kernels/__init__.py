@@ -16,6 +16,10 @@ read-only uint8 [R, row_nbytes]):
     The inverse of ``pack`` with one scale row per row.
 
 Kernels are serial, hold no state and release the GIL; threads live with the caller. This package knows no quant type.
+
+A type of another package names a module of its own with such functions (:attr:`ggufx.types.Codec.kernel_module`, and
+``cuda_module`` for a GPU); :mod:`ggufx.kernels.jit` has what they are written with. A ``decode`` that fills float32 alone is
+enough: one that fills the other dtypes, too, says so by a tuple ``OUTPUTS`` of their names in the module.
 """
 
 from __future__ import annotations
@@ -30,25 +34,37 @@ from functools import cache
 from types import ModuleType
 from typing import Final
 
-__all__ = ["OUTPUTS", "compiles", "exists", "find", "load", "uncollected"]
+__all__ = ["OUTPUTS", "compiles", "exists", "find", "load", "provide", "uncollected"]
 
 OUTPUTS: Final = {"float32": "float32", "float16": "uint16", "bfloat16": "int16"}
 """Dtypes that kernels decode to, and how they are handed over: Numba knows no 16-bit floats on the CPU, so the dtype of the
 bits tells which they are."""
 
 
+_provided: dict[tuple[str, bool], str] = {}
+"""(type's name in lower case, for CUDA) -> module of another package."""
+
+
+def provide(name: str, module: str, *, cuda: bool = False) -> None:
+    """Have the kernels of type ``name`` looked for in a module of another package, which is imported on first use."""
+    _provided[name.lower(), cuda] = module
+    exists.cache_clear()
+    find.cache_clear()
+
+
 def _module_name(name: str, cuda: bool) -> str:
-    return ".".join([__name__, *(["cuda"] if cuda else []), name.lower()])
+    given = _provided.get((name.lower(), cuda))
+    return given or ".".join([__name__, *(["cuda"] if cuda else []), name.lower()])
 
 
 @cache
 def exists(name: str, *, cuda: bool = False) -> bool:
     """Return whether type ``name`` has a kernel module, for the CPU or for CUDA, without importing it."""
     module = _module_name(name, cuda)
+    package = module.rpartition(".")[0]
     # A package must be there before one may ask for what is in it.
-    return (
-        importlib.util.find_spec(module.rpartition(".")[0]) is not None and importlib.util.find_spec(module) is not None
-    )
+    there = not package or importlib.util.find_spec(package) is not None
+    return there and importlib.util.find_spec(module) is not None
 
 
 @cache
@@ -60,7 +76,8 @@ def find(name: str, *, cuda: bool = False) -> ModuleType | None:
     """
     if not exists(name, cuda=cuda) or not (cuda or compiles()):
         return None
-    return load(_module_name(name, cuda).removeprefix(f"{__name__}."))
+    with uncollected():
+        return importlib.import_module(_module_name(name, cuda))
 
 
 def compiles() -> bool:

@@ -47,6 +47,14 @@ def _stamp() -> str:
     return digest.hexdigest()
 
 
+def _stamp_of(function: Callable[..., Any]) -> str:
+    """Return the stamp of a kernel's code: a kernel of another package hangs on its own file, too."""
+    path = Path(inspect.getfile(function))
+    if path.parent == Path(__file__).parent:
+        return _stamp()
+    return _stamp() + hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 class _Stamped:
     """Mixin for Numba's cache locators: stamp of all kernels, and a folder of its own under bounds checks."""
 
@@ -170,7 +178,9 @@ class KernelCache(caching.FunctionCache):  # type: ignore[misc]
             self._cache_file.installed = self._files(beside)
 
     def _files(self, path: str) -> _SealedFiles:
-        return _SealedFiles(cache_path=path, filename_base=self._impl.filename_base, source_stamp=_stamp())
+        return _SealedFiles(
+            cache_path=path, filename_base=self._impl.filename_base, source_stamp=_stamp_of(self._py_func)
+        )
 
     def _index_key(self, sig: Any, codegen: Any) -> Any:
         # Numba pickles what a closure holds, and other compiled functions pickle differently in every process.

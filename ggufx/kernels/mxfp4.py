@@ -163,7 +163,10 @@ def encode_reference(values, out, rounded_up):
 
 @kernel
 def encode_search(values, importance, out, rounded_up, deltas):
-    """Give every block the best of the reference's scale plus ``deltas``, of which the first is 0."""
+    """Give every block the best of the reference's scale plus ``deltas``, of which the first is 0 and the last ones fall.
+
+    Scales under which all values of all blocks side by side are clipped are left out.
+    """
     blocks = values.shape[1] // 32
     count = values.shape[0] * blocks
     weighted = importance.shape[0] > 0
@@ -188,8 +191,17 @@ def encode_search(values, importance, out, rounded_up, deltas):
                 m = importance[b * 32 : b * 32 + 32]
                 for j in range(x.shape[0]):
                     wt[j, lane] = m[j]
+        smallest = _ZERO
+        if deltas.shape[0] > 3:
+            smallest = np.float32(12)
+            for j in range(32):
+                for i in range(n):
+                    a = xt[j, i]
+                    smallest = a if a > _ZERO and a < smallest else smallest
         for k in range(deltas.shape[0]):
             delta = deltas[k]
+            if smallest * np.float32(2.0) ** -(delta + 1) > np.float32(12):
+                break
             _errors(xt, wt, np.float32(2.0) ** -delta, np.float32(2.0) ** delta, error)
             for i in range(_LANES):
                 e = scale[i] + delta

@@ -112,7 +112,8 @@ def encode_search(values, importance, out, scales, deltas):
     """Give every 16 elements the best of the reference's scale code plus ``deltas``, of which the first is 0.
 
     ``importance`` is [row_len], or empty for 1; ``scales`` float32 [256] half the value of every scale code. The best has the
-    least ``sum m (x - y)^2``; 0 alone gives the C library's bytes, which know no scale between 240 and 448.
+    least ``sum m (x - y)^2``; 0 alone gives the C library's bytes, which know no scale between 240 and 448. The last of many
+    deltas fall, and end where all values of all parts side by side are clipped.
     """
     scratch = scratch_of(*[floats(16, SIDE)] * 3, floats(3, SIDE), (np.uint8, (16, SIDE)), *[(np.int64, (SIDE,))] * 2)
     scratch[2].fill(1)
@@ -150,7 +151,18 @@ def _encode_search(flat, importance, out, scales, deltas, scratch):
             base[lane] = _scale_code(scale[lane])
             chosen[lane] = _LARGEST if base[lane] >= _SATURATED else base[lane]
         if deltas.shape[0] > 1:
+            lowest = np.int64(0)
+            if deltas[-1] < -8:
+                # A step below the code under which the smallest value is clipped.
+                for i in range(n):
+                    smallest = np.float32(np.inf)
+                    for j in range(16):
+                        smallest = at[j, i] if at[j, i] > _ZERO and at[j, i] < smallest else smallest
+                    if smallest < np.float32(np.inf):
+                        lowest = smaller(lowest, _scale_code(smallest) - 1 - base[i])
             for k in range(deltas.shape[0]):
+                if deltas[k] < -8 and deltas[k] < lowest:
+                    break
                 for i in range(SIDE):
                     scale[i] = scales[smaller(larger(base[i] + deltas[k], 1), _LARGEST)]
                 _errors(at, wt, scale, error)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from ggufx.errors import MissingExtra
 
 try:
-    import torch as _torch  # noqa: F401 (said here, once, before the modules need it)
+    import torch as _torch  # here, once, before the modules need it
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
@@ -29,6 +29,7 @@ from ggufx.torch.loading import ShardError, TorchFile, load, open
 from ggufx.torch.modules import GGUFEmbedding, GGUFExperts, GGUFLinear
 from ggufx.torch.saving import load_file, save_file
 from ggufx.torch.tensor import GGUFTensor, linear, linears
+from ggufx.types.codec import encode_arrays_by
 
 __all__ = [
     "GGUFEmbedding",
@@ -45,3 +46,5 @@ __all__ = [
     "open",
     "save_file",
 ]
+
+encode_arrays_by(_torch.Tensor, encode)

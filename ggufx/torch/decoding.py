@@ -16,7 +16,7 @@ from ggufx.errors import CodecError
 from ggufx.torch.words import TorchWords
 from ggufx.types import Codec
 
-__all__ = ["CUDA_DTYPES", "FLOATS", "as_numpy", "decode_rows", "dtype_of", "numpy_dtype", "runs_cuda", "way_of"]
+__all__ = ["CUDA_DTYPES", "FLOATS", "as_numpy", "decode_rows", "dtype_of", "runs_cuda", "way_of"]
 
 _WORDS: Final = TorchWords()
 
@@ -66,18 +66,10 @@ def way_of(codec: Codec, device: torch.device) -> Way:
     return "torch" if codec.has_torch and device.type != "cpu" else "cpu"
 
 
-def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    """Return the NumPy dtype, or ml_dtypes', of a torch dtype; both use the same names."""
-    name = str(dtype).removeprefix("torch.")
-    return np.dtype(getattr(ml_dtypes, name, name))
-
-
 def as_numpy(tensor: Tensor) -> npt.NDArray[Any]:
-    """Return a CPU tensor's memory as an array; bfloat16 and the floats of 8 bits in ml_dtypes' dtypes."""
+    """Return a CPU tensor's memory as an array; bfloat16 in ml_dtypes' dtype."""
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
-        return tensor.detach().view(torch.uint8).numpy().view(numpy_dtype(tensor.dtype))
     array: npt.NDArray[Any] = tensor.detach().numpy()
     return array
 

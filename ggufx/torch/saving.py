@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,11 +13,11 @@ from ggufx import arrays, saving
 from ggufx.arrays import Described
 from ggufx.errors import PlanError, UnknownType, quoted
 from ggufx.torch import loading
-from ggufx.torch.decoding import as_numpy, numpy_dtype
+from ggufx.torch.decoding import as_numpy
 from ggufx.torch.tensor import GGUFTensor
 from ggufx.writer import WriterOptions
 
-__all__ = ["describe", "load_file", "save_file"]
+__all__ = ["load_file", "save_file"]
 
 
 def save_file(
@@ -117,36 +115,11 @@ def _decoded(tensor: GGUFTensor, dtype: torch.dtype | None) -> Tensor:
     return kept if dtype is None or not kept.is_floating_point() else kept.to(dtype)
 
 
-def describe(name: str, value: Any) -> Described:
-    """Return what is known of a torch tensor that shall become a tensor of a file: see :func:`ggufx.arrays.describe`.
-
-    Raises
-    ------
-    PlanError
-        It is sparse, or packed with a factor or of a type without a codec.
-    """
-    if isinstance(value, GGUFTensor):
-        if value.codec is None or value.scale is not None:
-            what = "a factor beside its bytes" if value.scale is not None else "a type without a codec"
-            raise PlanError(f"tensor {quoted(name)}: has {what}; dequantize() it first")
-        codec, shape = value.codec, value.shape
-        return arrays.describe_rows(shape, codec, lambda: iter((as_numpy(value.packed.cpu()).reshape(-1),)))
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        raise PlanError(
-            f"tensor {quoted(name)}: a {type(value).__name__} is no dense tensor; to_dense() makes one of it"
-        )
-    shape = tuple(value.shape)
-    return Described(shape, _dtype(name, value), None, lambda: _rows(value.detach()))
+def _describe(name: str, value: GGUFTensor) -> Described:
+    if value.codec is None or value.scale is not None:
+        what = "a factor beside its bytes" if value.scale is not None else "a type without a codec"
+        raise PlanError(f"tensor {quoted(name)}: has {what}; dequantize() it first")
+    return arrays.describe_rows(value.shape, value.codec, lambda: iter((as_numpy(value.packed.cpu()).reshape(-1),)))
 
 
-def _dtype(name: str, tensor: Tensor) -> np.dtype[Any]:
-    try:
-        return numpy_dtype(tensor.dtype)
-    except TypeError:
-        raise PlanError(f"tensor {quoted(name)}: a GGUF has no type for {tensor.dtype}") from None
-
-
-def _rows(tensor: Tensor) -> Iterator[npt.NDArray[Any]]:
-    host = tensor.cpu().contiguous()
-    if host.numel():
-        yield as_numpy(host).reshape(-1, host.shape[-1] if host.ndim else 1)
+arrays.describe_by(GGUFTensor, _describe)

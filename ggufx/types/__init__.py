@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ggufx import kernels
 from ggufx.errors import PluginError, UnknownType
 from ggufx.types.codec import Codec, Effort, ImportanceWarning, Layout, Objective, Search
 from ggufx.types.words import Array, Fields, Words
@@ -59,6 +60,9 @@ def register(codec_class: type[Codec]) -> Codec:
     _by_name[key] = codec
     for pair in codec.ids.items():
         _by_id[pair] = codec
+    for module, cuda in ((codec.kernel_module, False), (codec.cuda_module, True)):
+        if module is not None:
+            kernels.provide(codec.name, module, cuda=cuda)
     return codec
 
 

@@ -7,12 +7,10 @@ threads are in the base class.
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 import warnings
 from abc import ABC
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -155,6 +153,17 @@ def _fields(dtype: np.dtype[Any], data: Array) -> Fields:
     return {name: data[..., at : at + field.itemsize] for name, (field, at, *_) in dtype.fields.items()}
 
 
+_ENCODERS: list[tuple[type, Callable[..., Any]]] = []
+
+
+def encode_arrays_by(kind: type, encoder: Callable[..., Any]) -> None:
+    """Have :meth:`Codec.encode` hand arrays of another library's class to ``encoder(values, codec, importance, ...)``.
+
+    The library's module registers itself so: this package imports nothing that is above it.
+    """
+    _ENCODERS.append((kind, encoder))
+
+
 class Codec(ABC):
     """A type of GGUF: layout, ids per dialect, and its verbs.
 
@@ -191,6 +200,9 @@ class Codec(ABC):
     planes : pair of str or None
         Fields of codes (a byte an element) and of scales (a byte a block) that :mod:`ggufx.torch` may keep apart, for
         products that want both in one piece.
+    kernel_module, cuda_module : str or None
+        Of a type of another package: name of the module with its Numba kernels (see :mod:`ggufx.kernels`), and of that with its
+        Triton kernels (see ``ggufx.kernels.cuda``). Types of ggufx have theirs by their own name.
     rms_bound : float or None
         Promise of the encoder: on rows of standard normal values the root mean square of the error is at most this part of
         the values'. ``None`` promises nothing; the test kit holds what is promised.
@@ -208,6 +220,8 @@ class Codec(ABC):
     weighting: ClassVar[Weighting] = Weighting()
     safe_magnitude: ClassVar[float] = 65504.0
     planes: ClassVar[tuple[str, str] | None] = None
+    kernel_module: ClassVar[str | None] = None
+    cuda_module: ClassVar[str | None] = None
     rms_bound: ClassVar[float | None] = None
 
     # What a type writes -----------------------------------------------------------------------------------------
@@ -283,12 +297,13 @@ class Codec(ABC):
     @property
     def has_kernel(self) -> bool:
         """Whether a Numba kernel decodes the type; asking loads no compiler."""
-        return self._own and self.can_decode and kernels.exists(self.name)
+        return (self._own or self.kernel_module is not None) and self.can_decode and kernels.exists(self.name)
 
     @property
     def has_cuda(self) -> bool:
         """Whether a CUDA kernel decodes the type; asking loads no compiler."""
-        return self._own and self.can_decode and kernels.exists(self.name, cuda=True)
+        own = self._own or self.cuda_module is not None
+        return own and self.can_decode and kernels.exists(self.name, cuda=True)
 
     @property
     def searches(self) -> bool:
@@ -306,10 +321,15 @@ class Codec(ABC):
 
     @cached_property
     def _kernels(self) -> Mapping[str, Callable[..., Any]]:
-        module = kernels.find(self.name) if self._own else None
+        module = kernels.find(self.name) if self._own or self.kernel_module is not None else None
         if module is None:
             return {}
         return {verb: getattr(module, verb) for verb in ("decode", "encode", "pack", "unpack") if hasattr(module, verb)}
+
+    @cached_property
+    def _kernel_outputs(self) -> Collection[str]:
+        """Dtypes that the kernel decodes to: of types of ggufx all that there are."""
+        return kernels.OUTPUTS if self._own else getattr(kernels.find(self.name), "OUTPUTS", ("float32",))
 
     # Final ------------------------------------------------------------------------------------------------------
 
@@ -433,7 +453,7 @@ class Codec(ABC):
         is_plain = self.layout.block == np.dtype([("value", self.value_dtype)])
         copies = is_plain and target.dtype.itemsize >= self.value_dtype.itemsize
         function = self._kernels.get("decode") if use_kernel and not copies else None
-        narrows = function is not None and target.dtype.name in kernels.OUTPUTS
+        narrows = function is not None and target.dtype.name in self._kernel_outputs
         direct = target.flags.aligned and (narrows or target.dtype == self.value_dtype)
 
         def decode_chunk(start: int, stop: int) -> None:
@@ -500,21 +520,15 @@ class Codec(ABC):
         UnsupportedType
             The type has no encoder.
         """
-        if isinstance(values, getattr(sys.modules.get("torch"), "Tensor", ())):
-            # Found by name, as kernels are: this package must not import what is above it, nor torch.
-            on_device = importlib.import_module("ggufx.torch").encode
-            packed: U8 = on_device(
-                values,
-                self,
-                importance,
-                effort=effort,
-                objective=objective,
-                out=out,
-                threads=threads,
-                saturate=saturate,
-                use_kernel=use_kernel,
-            )
-            return packed
+        for kind, encoder in _ENCODERS:
+            if isinstance(values, kind):
+                packed: U8 = encoder(
+                    values, self, importance, effort=effort, objective=objective, out=out, threads=threads, saturate=saturate,
+                    use_kernel=use_kernel,
+                )  # fmt: skip
+                return packed
+        if type(values).__module__.partition(".")[0] == "torch":
+            raise CodecError("the values are a torch tensor: import ggufx.torch first, which encodes it where it is")
         array = np.asarray(values)
         if array.ndim == 0:
             raise CodecError("a row has at least one axis; got a scalar")

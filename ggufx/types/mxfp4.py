@@ -52,14 +52,20 @@ class MXFP4(Codec):
         """Try scales, each with the nearest codes (ties to the smaller magnitude, zero coded 0).
 
         The first scale is the reference's, ``e = floor(log2(amax)) - 2 + 127`` with C's float32 ``log2``. Effort
-        ``reference`` takes it, whatever the importance; ``fast`` and ``normal`` try it and the next larger, ``high`` the
-        next smaller too, and keep the least ``sum m (x - y)^2``, m the importance or 1: both objectives are the same.
+        ``reference`` takes it, whatever the importance. The others keep the least ``sum m (x - y)^2``, m the importance or 1:
+        both objectives are the same. ``fast`` tries it and the next larger, ``normal`` with importance the next smaller, too.
+        ``high`` tries every one that could be the best: a larger one only makes codes coarser, and under a smaller one than
+        that which clips all values, each is farther.
         """
         kernel = kernel_of(self)
         if search.effort == "reference":
             kernel.encode_reference(locked(values), out, ROUNDED_UP)
             return
-        deltas = (0, 1, -1) if search.effort == "high" else (0, 1)
+        deltas = [0, 1]
+        if search.effort == "high":
+            deltas += range(-1, -253, -1)
+        elif search.effort == "normal" and importance is not None:
+            deltas.append(-1)
         weights = relative(importance, BLOCK_LEN)
         kernel.encode_search(locked(values), weights, out, ROUNDED_UP, np.array(deltas, np.int64))
 

@@ -29,8 +29,10 @@ _DELTAS: Final[dict[Effort, tuple[int, ...]]] = {
     "reference": (0,),
     "fast": (0, -2, -1, 1, 2, 4, 5),
     "normal": (0, *range(-4, 0), *range(1, 7)),
-    "high": (0, *range(-7, 0), *range(1, 10)),
+    "high": (0, *range(1, 10), *range(-1, -127, -1)),
 }
+_WEIGHTED_NORMAL: Final = (*_DELTAS["normal"], *range(-5, -9, -1), 7)
+"""Where the importance is uneven, clipping what counts little is worth more."""
 
 
 class NVFP4(Codec):
@@ -62,10 +64,13 @@ class NVFP4(Codec):
 
         The first scale is ``E4M3(max |x| / 6)``, mantissas rounded half up. Effort ``reference`` takes it, whatever the
         importance, and like the C library the largest, 448, for what would round to 256 or more; the others keep the one with
-        the least ``sum m (x - y)^2`` among its neighbours, m the importance or 1: both objectives are the same. Values whose
+        the least ``sum m (x - y)^2`` among its neighbours, m the importance or 1: both objectives are the same. Among those of
+        effort ``high`` are all that could be the best: one that is larger by more than an octave only makes codes coarser, and
+        under a smaller one than that which clips all values, each is farther. Values whose
         magnitude is under 2^-11 become 0: there is no scale of the tensor to bring them up. Source: ``quantize_row_nvfp4_ref``
         of llama.cpp.
         """
-        deltas = np.array(_DELTAS[search.effort], np.int64)
+        weighted = importance is not None and search.effort == "normal"
+        deltas = np.array(_WEIGHTED_NORMAL if weighted else _DELTAS[search.effort], np.int64)
         weights = relative(None if search.effort == "reference" else importance, self.layout.block_len)
         kernel_of(self).encode_search(locked(values), weights, out, HALF_UE4M3, deltas)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import typer
 
-from ggufx import types
+from ggufx import dialects, types
 from ggufx.cli import app
 
 from .conftest import ROOT
@@ -63,6 +63,9 @@ def workplace(tmp_path: Path, checkpoint_path: Callable[[str], Path], monkeypatc
     list(types.all_codecs())
     monkeypatch.setattr(types, "_by_name", dict(types._by_name))
     monkeypatch.setattr(types, "_by_id", dict(types._by_id))
+    held = dict(dialects.DIALECTS)
+    monkeypatch.setattr(dialects, "_dialects", held)
+    monkeypatch.setattr(dialects, "DIALECTS", held)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -111,14 +111,17 @@ def _mxfp4(
         w = size
         if WEIGHTED:
             w = load_quads(importance, (block % blocks_per_row) * 32, real, 32)
-        # The scale itself, then the next larger one.
-        error = tl.zeros([LANES], tl.float32)
-        larger = e < 0
-        for k in range(2):
-            tried = _error(size, w, 1.0 - 0.5 * k, 1.0 + k, WEIGHTED)
-            larger = (tried < error) & (e < 252)
-            error = tried
-        e += larger.to(tl.int32)
+        # The scale itself, the next larger one, and with importance the next smaller: steps 0, 1, -1.
+        least = tl.zeros([LANES], tl.float32)
+        best = tl.zeros([LANES], tl.int32)
+        for k in range(3 if WEIGHTED else 2):
+            last = k // 2
+            step = k - 3 * last
+            error = _error(size, w, 1.0 - 0.5 * k + 2.0 * last, 1.0 + k - 2.5 * last, WEIGHTED)
+            better = (k == 0) | ((error < least) & (e + step >= 0) & (e + step <= 252))
+            least = tl.where(better, error, least)
+            best = tl.where(better, step, best)
+        e += best
     f, g = _factors(e)
     start = out + block * 17
     tl.store(start, e.to(tl.uint8), mask=real)
@@ -134,7 +137,7 @@ def _rounded_up() -> np.ndarray:
 def encode_mxfp4(values: torch.Tensor, importance: torch.Tensor | None, out: torch.Tensor, *, search: bool) -> None:
     """Fill ``out`` uint8 [R, row_nbytes] from float32 [R, row_len].
 
-    ``search``: the better of the C library's scale and the next larger, by ``sum m (x - y)^2``; else the library's bytes.
+    ``search``: the best of the C library's scale and its neighbours, by ``sum m (x - y)^2``; else the library's bytes.
     """
     n_blocks = values.numel() // 32
     weights = relative(importance, 32) if search else None

@@ -23,6 +23,7 @@ class TERNARY(Codec):
 
     layout: ClassVar = Layout(16, np.dtype([("d", "<f2"), ("qs", "u1", (4,))]))
     ids: ClassVar = {"llama.cpp": 250}
+    kernel_module: ClassVar = "ggufx_example.kernels"
     rms_bound: ClassVar = 0.48  # 0.4354 is what the best scale leaves of a normal distribution; blocks are short
 
     def decode_blocks(self, block: Fields, header: Fields, w: Words) -> Array:
