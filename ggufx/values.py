@@ -25,6 +25,7 @@ from ggufx.errors import PlanError, quoted
 __all__ = [
     "DTYPES",
     "MAX_NAME_NBYTES",
+    "MAX_NESTING",
     "KeyValues",
     "StringArray",
     "Value",
@@ -71,6 +72,8 @@ DTYPES: Final[Mapping[ValueType, np.dtype[Any]]] = {
 }
 """NumPy dtype of every fixed-width value type."""
 
+MAX_NESTING: Final = 8
+"""Arrays within arrays."""
 MAX_NAME_NBYTES: Final = 65535
 """Longest name of a key or a tensor that is read or written."""
 
@@ -469,7 +472,9 @@ def _from_numpy(key: str, data: np.generic | npt.NDArray[Any]) -> Value:
     return Value.array(kind, stored) if array.ndim else Value.scalar(kind, stored.reshape(1))
 
 
-def _from_list(key: str, items: Sequence[Any]) -> Value:
+def _from_list(key: str, items: Sequence[Any], depth: int = 1) -> Value:
+    if depth > MAX_NESTING:
+        raise PlanError(f"key {quoted(key)}: lists within lists, more than {MAX_NESTING} deep")
     if not items:
         raise PlanError(
             f"key {quoted(key)}: a list without elements has no element type; give one with "
@@ -488,7 +493,10 @@ def _from_list(key: str, items: Sequence[Any]) -> Value:
         numbers = _floats(key, items)
         return Value.array(ValueType.FLOAT32, numbers)
     if all(isinstance(item, list | tuple | np.ndarray) for item in items):
-        nested = tuple(as_value(key, item) for item in items)
+        nested = tuple(
+            _from_numpy(key, item) if isinstance(item, np.ndarray) else _from_list(key, item, depth + 1)
+            for item in items
+        )
         if any(value.type is not ValueType.ARRAY for value in nested):
             raise PlanError(f"key {quoted(key)}: a list holds arrays without axes beside lists")
         return Value(ValueType.ARRAY, nested, ValueType.ARRAY)

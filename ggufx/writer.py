@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypedDict
@@ -210,6 +211,8 @@ class Writer:
 
     def _check_path(self) -> None:
         path, parent = self._path, self._path.parent
+        if any(limit is not None and limit < 1 for limit in self._split):
+            raise PlanError(f"{path}: split_max_nbytes and split_max_tensors must be at least 1, got {self._split}")
         if not path.name:
             raise PlanError(f"{path}: is a directory; name a file")
         if not parent.is_dir():
@@ -326,8 +329,11 @@ class Writer:
         shape = shape or (1,)
         if name in self._tensors:
             raise PlanError(f"tensor {quoted(name)}: " + _DUPLICATE.format(verb))
-        if any(n < 0 for n in shape) or len(shape) > container.MAX_DIMS:
-            raise PlanError(f"tensor {quoted(name)}: {list(shape)[:8]} is no shape; at most {container.MAX_DIMS} axes")
+        if any(n < 0 for n in shape) or len(shape) > container.MAX_DIMS or prod(n or 1 for n in shape) >= 2**60:
+            raise PlanError(
+                f"tensor {quoted(name)}: {list(shape)[:8]} is no shape of a GGUF, which has at most {container.MAX_DIMS} axes "
+                "and less than 2^60 elements"
+            )
         try:
             codec.layout.nbytes(shape)
         except CodecError as error:
@@ -533,6 +539,11 @@ class Writer:
             split_max_nbytes=max_nbytes,
             split_max_tensors=max_tensors,
         )
+        longest = max(len(file.header) for file in built.files)
+        if longest > container.MAX_HEADER_NBYTES:
+            raise PlanError(
+                f"{self._path}: keys and directory take {longest} bytes; no more than {container.MAX_HEADER_NBYTES} are read"
+            )
         for note in built.notes:
             warnings.warn(f"{self._path}: {note}", outputs.OutputWarning, stacklevel=4)
         return built

@@ -47,8 +47,8 @@ def test_dir_shows_public_names_and_nothing_else() -> None:
     assert done.stdout.split() == [
         "File", "GGUFError", "Lazy", "Packed", "Quality", "Tensor", "Writer", "__version__", "budget", "convert",
         "dequantize", "dialects", "diff", "edit", "errors", "export", "imatrix", "inspect", "load_file", "measure", "merge",
-        "open", "quality", "quantize", "quantize_array", "recipe", "retarget", "rewrite", "save", "save_file", "testing", "torch",
-        "types", "values", "verify",
+        "open", "quality", "quantize", "quantize_array", "recipe", "retarget", "rewrite", "save", "save_file", "testing",
+        "torch", "types", "values", "verify",
     ]  # fmt: skip
     with pytest.raises(AttributeError, match="no attribute 'lode_file'"):
         _ = ggufx.lode_file

@@ -471,6 +471,7 @@ def test_what_a_writer_refuses(name: Any, data: Any, type: str | None, error: An
         ({"a": 1}, "json.dumps"),
         ([], "no element type"),
         ([1, "a"], "must be of one type"),
+        ([[[[[[[[[1]]]]]]]]], "more than 8 deep"),
         (2**64, "64 bits"),
         (-(2**63) - 1, "64 bits"),
         ([1e300, 1], "more than FLOAT32 holds"),
@@ -509,6 +510,16 @@ def test_declarations_are_kept() -> None:
     with pytest.raises(PlanError, match="written already"), declared() as writer:  # noqa: PT012
         writer.add("a", numbers(2, 32))
         writer.add("a", numbers(2, 32))
+    assert listed() == []
+
+
+def test_limits() -> None:
+    with pytest.raises(PlanError, match="at least 1, got"):
+        ggufx.save("a.gguf", {}, split_max_tensors=0)
+    with pytest.raises(PlanError, match=r"less than 2\^60 elements"):
+        ggufx.save("a.gguf", {"w": ggufx.Lazy((1 << 30, 1 << 30), np.int8, lambda: None)})
+    with pytest.raises(PlanError, match=r"take 2684\d+ bytes; no more than 268435456 are read"):
+        ggufx.save("a.gguf", {}, {"k": " " * (1 << 28)})
     assert listed() == []
 
 
