@@ -10,10 +10,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from ggufx.container import MAX_NAME_NBYTES, StringArray, Value, ValueType
+from ggufx.container import StringArray, Value, ValueType
 from ggufx.errors import PlanError
 from ggufx.typed import open_regular, shown
-from ggufx.values import DTYPES
+from ggufx.values import DTYPES, MAX_NAME_NBYTES
 
 __all__ = ["FIXED_KEYS", "TYPES", "parse_assignments", "parse_overrides"]
 

@@ -29,7 +29,18 @@ import numpy.typing as npt
 
 from ggufx.errors import ContainerError, quoted
 from ggufx.stored import StoredFile
-from ggufx.values import DTYPES, KeyValues, StringArray, Value, ValueType, decode_text, encode_string, encode_text
+from ggufx.values import (
+    DTYPES,
+    MAX_NAME_NBYTES,
+    MAX_NESTING,
+    KeyValues,
+    StringArray,
+    Value,
+    ValueType,
+    decode_text,
+    encode_string,
+    encode_text,
+)
 
 __all__ = [
     "Container",
@@ -59,11 +70,8 @@ LOADER_MAX_DIMS: Final = 4
 """ggml's ``GGML_MAX_DIMS``; its loader refuses more."""
 LOADER_MAX_NAME_NBYTES: Final = 63
 """ggml's ``GGML_MAX_NAME`` without the final NUL; its loader refuses longer tensor names."""
-MAX_NAME_NBYTES: Final = 65535
 MAX_HEADER_NBYTES: Final = 1 << 28
 """The largest headers, those of big vocabularies, have some 16 MB; a longer one than this is damage, and not read to memory."""
-MAX_NESTING: Final = 8
-"""Arrays within arrays."""
 MAX_NESTED: Final = 1 << 18
 """Arrays within the arrays of a file, each of which is an object of Python's: an empty one has only 12 bytes in the file."""
 SPLIT_PATTERN: Final = re.compile(r"^(?P<prefix>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$")

@@ -19,7 +19,7 @@ from ggufx.container import Value
 from ggufx.errors import CheckpointError, CodecError, OptionError, PlanError
 from ggufx.execute import Progress
 from ggufx.output_names import output_path
-from ggufx.plan import Matrix, Plan, PlannedTensor, Span, Transform
+from ggufx.plan import QUANTIZATION_VERSION, Matrix, Plan, PlannedTensor, Span, Transform
 from ggufx.types.f8_e4m3_b128 import exponents, widened
 from ggufx.version import __version__
 
@@ -42,7 +42,6 @@ DENSE_TYPES: Final = ("q8_0", "bf16", "f32")
 """What FP8 tensors become where the target has no FP8 type; the default is the architecture's. Of codes under powers of
 two all but q8_0 are exact; a product with another scale is rounded to float32 and then to the type."""
 
-QUANTIZATION_VERSION: Final = 2  # ggml.h's GGML_QNT_VERSION
 _FILE_TYPES: Final = {"MXFP4_MOE": 38, "Q8_0": 7, "BF16": 32, "F32": 0}
 _NISPARKS_FILE_TYPE: Final = 41
 NISPARKS_GENERAL: Final = (

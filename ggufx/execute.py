@@ -8,7 +8,6 @@ is done. The header is written last, then the file is synced, checked and rename
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
@@ -20,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple, Self
@@ -71,7 +69,6 @@ MAX_WORKERS: Final = 16
 _RECORD = struct.Struct("<IQI")  # tile number, checksum of its bytes, checksum of the record
 _JOURNAL_VERSION: Final = 1
 _JOURNAL_MAGIC: Final = b'{"journal": '
-_SYNC_FILE_RANGE_WRITE: Final = 2
 _OUTPUT_FLAGS: Final = os.O_RDWR | os.O_NOFOLLOW
 _BATCH_NBYTES: Final = 1 << 24
 _BATCH_LEN: Final = 32
@@ -287,34 +284,6 @@ def _fill_buffer(path: str, descriptor: int, offset: int, buffer: npt.NDArray[np
         done += count
 
 
-def _write(descriptor: int, offset: int, buffer: npt.NDArray[np.uint8] | bytes) -> None:
-    view, done = memoryview(buffer), 0  # type: ignore[arg-type] # ndarrays are buffers
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done:], offset + done)
-
-
-@cache
-def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    try:
-        function = ctypes.CDLL(None).sync_file_range
-    except (AttributeError, OSError):
-        return None
-    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    found: Callable[[int, int, int, int], int] = function
-    return found
-
-
-def _start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
-    """Have the disk begin with what was just written: else most of it waits for the sync at the end, and that takes as
-    long as everything before.
-    """
-    # A hint, so its failure is none: the sync reports errors. Unlike POSIX_FADV_DONTNEED, which also starts writing, it
-    # leaves the pages in the cache for whoever reads the file next.
-    function = _sync_file_range()
-    if function is not None:
-        function(descriptor, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
-
-
 def _run(jobs: Sequence[_Job]) -> list[_Done]:
     """Do some tiles. Runs on any thread or process."""
     opened: dict[tuple[str, int], int] = {}
@@ -335,7 +304,7 @@ def _run_tiles(jobs: Sequence[_Job], opened: dict[tuple[str, int], int]) -> list
             if jobs[0].sync:
                 os.fsync(descriptor)
             else:
-                _start_writeback(descriptor, start, end - start)
+                outputs.start_writeback(descriptor, start, end - start)
     return done
 
 
@@ -422,7 +391,7 @@ def _run_tile(job: _Job, opened: dict[tuple[str, int], int]) -> _Done:
         return _Done(0, 0, Outcome(), resumed=False, problem=str(error))
     if _refused(job.transform, outcome):
         return _Done(0, 0, outcome, resumed=False)
-    _write(descriptor, job.position, out)
+    outputs.write_at(descriptor, job.position, out)
     return _Done(tile.nbytes, xxhash.xxh3_64_intdigest(out.data), outcome, resumed=False, dead_blocks=dead_blocks)
 
 
@@ -549,7 +518,7 @@ def _copy(path: str, source: int, start: int, target: int, position: int, nbytes
         piece = buffer[: min(_PIECE_NBYTES, nbytes - done)]
         _fill_buffer(path, source, start + done, piece)
         state.update(piece.data)
-        _write(target, position + done, piece)
+        outputs.write_at(target, position + done, piece)
     return state.intdigest()
 
 
@@ -828,14 +797,14 @@ class _Journal:
         """Drop every record."""
         self.done.clear()
         os.ftruncate(self._descriptor, 0)
-        _write(self._descriptor, 0, self._header)
+        outputs.write_at(self._descriptor, 0, self._header)
         self._end = len(self._header)
 
     def add(self, number: int, checksum: int) -> None:
         """Record a finished tile, or, past the tiles' numbers, a file that is about to get its name (and its inode)."""
         with self._lock:
             self._used = True
-            _write(self._descriptor, self._end, _RECORD.pack(number, checksum, _check(number, checksum)))
+            outputs.write_at(self._descriptor, self._end, _RECORD.pack(number, checksum, _check(number, checksum)))
             self._end += _RECORD.size
 
     def remove(self) -> None:
@@ -958,27 +927,10 @@ def _allocate(file: PlannedFile, journal: _Journal, mode: int | None) -> int:
         journal.created[path] = os.fstat(descriptor).st_ino
     try:
         os.ftruncate(descriptor, file.nbytes)
-        _reserve(descriptor, file.nbytes)
+        outputs.reserve(descriptor, file.nbytes)
         return os.fstat(descriptor).st_ino
     finally:
         os.close(descriptor)
-
-
-def _reserve(descriptor: int, nbytes: int) -> None:
-    """Reserve the disk space where the file system can, so that a full disk is known before the work, not after.
-
-    ``os.posix_fallocate`` falls back to writing every block where the file system cannot, which on a network share takes
-    as long as the conversion; the plain system call says so instead.
-    """
-    try:
-        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
-    except (AttributeError, OSError):
-        return
-    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    if nbytes and fallocate(descriptor, 0, 0, nbytes) != 0:
-        number = ctypes.get_errno()
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(number, f"{nbytes} bytes cannot be reserved: {os.strerror(number)}")
 
 
 def _jobs(
@@ -1129,11 +1081,11 @@ def _finish(plan: Plan, pending: list[_Pending], journal: _Journal, *, overwrite
     for file, inode in pending:
         partial = partial_path(file.path)
         with _opened_output(str(partial), inode) as descriptor:
-            _write(descriptor, 0, file.header)
+            outputs.write_at(descriptor, 0, file.header)
             if journal.resumed:
                 # What was new is zero between the tensors; what was there before may be anything.
                 for offset, nbytes in file.gaps():
-                    _write(descriptor, offset, bytes(nbytes))
+                    outputs.write_at(descriptor, offset, bytes(nbytes))
             try:
                 os.fsync(descriptor)
             except OSError:

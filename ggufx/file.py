@@ -14,10 +14,11 @@ import fnmatch
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from math import prod
 from pathlib import Path
 from types import EllipsisType, TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ from ggufx.named_types import NamedType
 from ggufx.stored import StoredFile, scratch
 from ggufx.typed import Facts, architecture_of
 from ggufx.types import Codec
+from ggufx.values import as_unicode
 
 __all__ = ["File", "Tensor", "open", "open_parts"]
 
@@ -41,9 +43,12 @@ scales in the highest-byte-first order and nothing else of more than one byte. O
 
 _PIECE_NBYTES: Final = 1 << 20
 """Of rows from here and there that are copied at a time."""
+_SHOWN_TENSORS: Final = 200
+"""Rows of the table in a notebook."""
 _MAX_FILES: Final = 10_000
 """GGUFs that are counted behind the first one of a file."""
 
+T = TypeVar("T")
 Index = int | slice | EllipsisType | npt.NDArray[np.integer[Any]] | list[int]
 
 
@@ -110,6 +115,11 @@ class Tensor:
     def is_whole(self) -> bool:
         """Whether all bytes are in the file: of one that was opened with ``header_only`` they need not be."""
         return self._container.data_offset + self._entry.offset + self.nbytes <= self._container.file_nbytes
+
+    @property
+    def is_big_endian(self) -> bool:
+        """Whether the file is big-endian: :meth:`numpy` turns the bytes round, :attr:`packed` has them as they are."""
+        return self._container.big_endian
 
     @property
     def path(self) -> Path:
@@ -188,6 +198,24 @@ class Tensor:
             return decoded
         decoded *= self._factors()
         return decoded
+
+    def packed_rows(self, piece_nbytes: int) -> Iterator[npt.NDArray[np.uint8]]:
+        """Iterate over the tensor's bytes in pieces of whole rows, about ``piece_nbytes`` each: uint8 [n].
+
+        Each piece lies in memory that the next one takes, so that a tensor of any size needs no more than a piece.
+
+        Raises
+        ------
+        ContainerError
+            The file is big-endian, or does not have the bytes.
+        """
+        self._container.require_little_endian()
+        row_nbytes = self._known().layout.row_nbytes(self.shape[-1] if self.shape else 1)
+        step = max(1, piece_nbytes // max(1, row_nbytes)) * row_nbytes
+        for start in range(0, self.nbytes, step):
+            buffer = scratch("packed rows", min(step, self.nbytes - start))
+            self._container.read_into(self._entry, start, buffer)
+            yield buffer
 
     def rows_at(self, numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]:
         """Decode rows by their numbers, outer axes flattened: ``value_dtype`` [n, row_len] for integers [n]."""
@@ -607,7 +635,28 @@ class File(Mapping[str, Tensor]):
         try:
             return self._tensors[name]
         except KeyError:
-            raise KeyError(f"{self.path} has no tensor {name!r} (it has {len(self)})") from None
+            raise KeyError(f"{self.path} has no tensor {name!r} (it has {len(self)}){self._close_to(name)}") from None
+
+    # A mapping's own ways to say these two would look for like names each time.
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    @overload
+    def get(self, name: str, default: None = None) -> Tensor | None: ...
+    @overload
+    def get(self, name: str, default: Tensor) -> Tensor: ...
+    @overload
+    def get(self, name: str, default: T) -> Tensor | T: ...
+    def get(self, name: str, default: object = None) -> object:
+        """Return the tensor of a name, or ``default``."""
+        return self._tensors.get(name, default)
+
+    def _close_to(self, name: object) -> str:
+        """Return, as the end of a sentence, the names of tensors that are most like one that is none's."""
+        import difflib  # only for messages
+
+        found = difflib.get_close_matches(name, self, 3) if isinstance(name, str) and len(name) < 200 else []
+        return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -630,6 +679,26 @@ class File(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"<File {self.path.name}: {len(self)} tensors, {self.data_nbytes} bytes, dialect {self.dialect}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: a line about the file and a table of its tensors."""
+        from html import escape  # only for notebooks
+
+        shown = list(islice(self._tensors.values(), _SHOWN_TENSORS))
+        rows = "".join(
+            f"<tr><td>{escape(as_unicode(tensor.name))}</td><td>{escape(tensor.type_label)}</td>"
+            f"<td>{' × '.join(map(str, tensor.shape))}</td><td style='text-align:right'>{tensor.nbytes:,}</td>"
+            f"<td style='text-align:right'>{tensor.bits_per_weight:.3g}</td></tr>"
+            for tensor in shown
+        )
+        rest = len(self) - len(shown)
+        more = f"<tr><td colspan='5'>and {rest} more tensors</td></tr>" if rest > 0 else ""
+        return (
+            f"<div><b>{escape(as_unicode(self.path.name))}</b>: {len(self)} tensors, {self.data_nbytes:,} bytes, "
+            f"{len(self.metadata)} keys, dialect {escape(str(self.dialect))}"
+            "<table><thead><tr><th>tensor</th><th>type</th><th>shape</th><th>bytes</th><th>bits per weight</th></tr></thead>"
+            f"<tbody>{rows}{more}</tbody></table></div>"
+        )
 
 
 def _end_of_data(container: Container, tensors: Mapping[str, Tensor]) -> int:

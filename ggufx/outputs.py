@@ -13,18 +13,35 @@ import fcntl
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+import numpy as np
+import numpy.typing as npt
+
 from ggufx.errors import OutputExists, PlanError
 
-__all__ = ["OutputWarning", "create", "give_name", "lock", "open_plain", "refuse_existing", "replacing", "same_file"]
+__all__ = [
+    "OutputWarning",
+    "create",
+    "create_private",
+    "give_name",
+    "lock",
+    "open_plain",
+    "refuse_existing",
+    "replacing",
+    "reserve",
+    "same_file",
+    "start_writeback",
+    "write_at",
+]
 
 _AT_FDCWD: Final = -100
 _RENAME_NOREPLACE: Final = 1
+_SYNC_FILE_RANGE_WRITE: Final = 2
 _NO_LOCKS: Final = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL})
 """What flock says on file systems without locks: Lustre without ``-o flock``, some FUSE, NFS without lockd."""
 
@@ -181,6 +198,24 @@ def give_name(partial: Path, path: Path, *, overwrite: bool) -> None:
         partial.unlink()
 
 
+def create_private(path: Path) -> tuple[int, Path]:
+    """Create a file beside ``path`` under a name that nobody can guess.
+
+    Returns
+    -------
+    (descriptor, open for reading and writing; the file's name)
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".partial", dir=path.parent)
+    partial = Path(name)
+    try:
+        os.fchmod(descriptor, 0o666 & ~_umask())
+    except BaseException:
+        os.close(descriptor)
+        partial.unlink(missing_ok=True)
+        raise
+    return descriptor, partial
+
+
 @contextmanager
 def replacing(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
     """Write a small file under a name that nobody can guess; it takes its own when it is complete and on the disk.
@@ -195,11 +230,9 @@ def replacing(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
     refuse_existing(path, overwrite=overwrite)
     if path.is_symlink():
         path = path.resolve()
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".partial", dir=path.parent)
-    partial = Path(name)
+    descriptor, partial = create_private(path)
     try:
         with os.fdopen(descriptor, "w+b") as file:
-            os.fchmod(descriptor, 0o666 & ~_umask())
             yield file
             file.flush()
             os.fsync(descriptor)
@@ -221,3 +254,49 @@ def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
+
+
+def write_at(descriptor: int, offset: int, buffer: npt.NDArray[np.uint8] | bytes) -> None:
+    """Write a C-contiguous buffer at a byte of an open file, whole."""
+    view, done = memoryview(buffer), 0  # type: ignore[arg-type] # ndarrays are buffers
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)
+
+
+@cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    try:
+        function = ctypes.CDLL(None).sync_file_range
+    except (AttributeError, OSError):
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    found: Callable[[int, int, int, int], int] = function
+    return found
+
+
+def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
+    """Have the disk begin with what was just written: else most of it waits for the sync at the end, and that takes as
+    long as everything before.
+    """
+    # A hint, so its failure is none: the sync reports errors. Unlike POSIX_FADV_DONTNEED, which also starts writing, it
+    # leaves the pages in the cache for whoever reads the file next.
+    function = _sync_file_range()
+    if function is not None:
+        function(descriptor, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
+
+
+def reserve(descriptor: int, nbytes: int) -> None:
+    """Reserve the disk space where the file system can, so that a full disk is known before the work, not after.
+
+    ``os.posix_fallocate`` falls back to writing every block where the file system cannot, which on a network share takes
+    as long as the conversion; the plain system call says so instead.
+    """
+    try:
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    except (AttributeError, OSError):
+        return
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if nbytes and fallocate(descriptor, 0, 0, nbytes) != 0:
+        number = ctypes.get_errno()
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(number, f"{nbytes} bytes cannot be reserved: {os.strerror(number)}")

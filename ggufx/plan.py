@@ -40,6 +40,8 @@ __all__ = [
     "plan_unpacked",
 ]
 
+QUANTIZATION_VERSION: Final = 2
+"""Value of ``general.quantization_version``: ggml.h's GGML_QNT_VERSION."""
 TILE_LEN = 1 << 21
 """Elements of a tile, about: big enough to hide the cost of a task, small enough for the processor's cache."""
 DEVICE_TILE_LEN = 1 << 23

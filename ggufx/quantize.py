@@ -35,7 +35,17 @@ from ggufx.file import File, Tensor, open, open_parts
 from ggufx.imatrix import ImportanceMatrix, Place
 from ggufx.options import given, refuse
 from ggufx.output_names import output_path
-from ggufx.plan import FLOAT_SCALES, FP8_KINDS, Matrix, Plan, PlannedTensor, Span, Transform, Weights
+from ggufx.plan import (
+    FLOAT_SCALES,
+    FP8_KINDS,
+    QUANTIZATION_VERSION,
+    Matrix,
+    Plan,
+    PlannedTensor,
+    Span,
+    Transform,
+    Weights,
+)
 from ggufx.recipe import NATIVE, Finding, Recipe, Rule
 
 __all__ = [
@@ -67,7 +77,6 @@ NATIVE_KINDS: Final = frozenset({*FP8_KINDS, "FP4", "F8_E4M3_B128", "MXFP4", "NV
 _EMBEDDINGS: Final = ("token_embd.weight", "per_layer_token_embd.weight")
 _INTEGERS: Final = frozenset({"I8", "I16", "I32", "I64"})
 
-QUANTIZATION_VERSION: Final = 2  # ggml.h's GGML_QNT_VERSION
 
 # An imatrix is recorded under upstream's names.
 _UPSTREAM_NAMES: Final = {family.nisparks: family.upstream for family in LAYER if family.nisparks != family.upstream}

@@ -20,13 +20,19 @@ from typing import Any, Final, overload
 import numpy as np
 import numpy.typing as npt
 
+from ggufx.errors import PlanError, quoted
+
 __all__ = [
     "DTYPES",
+    "MAX_NAME_NBYTES",
+    "MAX_NESTING",
     "KeyValues",
     "StringArray",
     "Value",
     "ValueType",
     "as_unicode",
+    "as_value",
+    "check_name",
     "decode_text",
     "encode_string",
     "encode_text",
@@ -65,6 +71,11 @@ DTYPES: Final[Mapping[ValueType, np.dtype[Any]]] = {
     ValueType.FLOAT64: np.dtype("<f8"),
 }
 """NumPy dtype of every fixed-width value type."""
+
+MAX_NESTING: Final = 8
+"""Arrays within arrays."""
+MAX_NAME_NBYTES: Final = 65535
+"""Longest name of a key or a tensor that is read or written."""
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -316,3 +327,196 @@ class KeyValues(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"<KeyValues of {len(self)}: {', '.join(list(self)[:4])}{', ...' if len(self) > 4 else ''}>"
+
+
+# From Python's values ---------------------------------------------------------------------------------------------------
+
+_INTEGERS: Final = (ValueType.UINT32, ValueType.INT32, ValueType.UINT64, ValueType.INT64)
+"""What an ``int`` becomes: the first that holds it, as converters write counts and lengths."""
+_ARRAY_INTEGERS: Final = (ValueType.INT32, ValueType.INT64, ValueType.UINT64)
+"""The same for the numbers of a list, whose type loaders expect to be INT32."""
+_VALUE_TYPES: Final[Mapping[np.dtype[Any], ValueType]] = {dtype: kind for kind, dtype in DTYPES.items()}
+
+
+def check_name(name: object, what: str) -> str:
+    """Return the name of a key or a tensor.
+
+    Parameters
+    ----------
+    what
+        ``key`` or ``tensor``, for the message.
+
+    Raises
+    ------
+    PlanError
+        It is no text, empty, longer than :data:`MAX_NAME_NBYTES` bytes, or holds what no UTF-8 text can.
+    """
+    if not isinstance(name, str):
+        raise PlanError(f"the name of a {what} must be a str, got {type(name).__name__}")
+    try:
+        nbytes = len(encode_text(name))
+    except UnicodeEncodeError:
+        raise PlanError(f"{what} {name!r}: the name has half of a surrogate pair, which UTF-8 cannot hold") from None
+    if not 0 < nbytes <= MAX_NAME_NBYTES:
+        raise PlanError(
+            f"{what} {quoted(name)}: the name has {nbytes} bytes; a GGUF takes names of 1 to {MAX_NAME_NBYTES} bytes"
+        )
+    return name
+
+
+def as_value(key: str, data: object) -> Value:
+    """Return a Python value as a typed value of a GGUF.
+
+    ========================================== =========================================================================
+    ``bool``                                   BOOL
+    ``int``                                    the first of UINT32, INT32, UINT64 and INT64 that holds it
+    ``float``                                  FLOAT32; FLOAT64 where it is beyond float32's range
+    ``str``                                    STRING
+    NumPy scalar, array of one axis            the type of its dtype (float16 and bfloat16: FLOAT32)
+    list or tuple of ``int``                   ARRAY of the first of INT32, INT64 and UINT64 that holds all
+    list or tuple of ``float``, or with ints   ARRAY of FLOAT32
+    list or tuple of ``str`` or of ``bool``    ARRAY of STRING or of BOOL
+    list or tuple of lists                     ARRAY of arrays, which llama.cpp does not load
+    :class:`Value`                             what it says
+    ========================================== =========================================================================
+
+    Parameters
+    ----------
+    key
+        For messages.
+    data
+        The value.
+
+    Raises
+    ------
+    PlanError
+        No type of a GGUF holds the value, or its type is not known: ``None``, ``bytes``, a dict, an empty or mixed list.
+
+    Examples
+    --------
+    >>> from ggufx.values import Value, ValueType, as_value
+    >>> as_value("llama.block_count", 32).kind
+    'UINT32'
+    >>> as_value("tokenizer.ggml.tokens", ["<s>", "</s>"]).kind
+    'ARRAY[STRING]'
+    >>> as_value("tokenizer.ggml.merges", Value.array(ValueType.STRING, [])).kind  # a list without elements has no type
+    'ARRAY[STRING]'
+    """
+    if isinstance(data, Value):
+        try:
+            data.encode()
+        except (AssertionError, AttributeError, OverflowError, TypeError, ValueError):
+            raise PlanError(f"key {quoted(key)}: {str(data.data)[:60]!r} is no {data.kind}") from None
+        return data
+    if isinstance(data, np.generic | np.ndarray):
+        return _from_numpy(key, data)
+    if isinstance(data, StringArray):
+        return Value.array(ValueType.STRING, data)
+    if isinstance(data, list | tuple):
+        return _from_list(key, data)
+    if isinstance(data, bool):
+        return Value.boolean(data)
+    if isinstance(data, int):
+        return Value(_holding(key, [data], _INTEGERS), data)
+    if isinstance(data, float):
+        with np.errstate(over="ignore"):
+            wide = np.isinf(np.float32(data)) and not np.isinf(data)
+        return Value(ValueType.FLOAT64, data) if wide else Value.f32(data)
+    if isinstance(data, str):
+        _check_text(key, data)
+        return Value.string(data)
+    cure = {
+        "bytes": "np.frombuffer(data, np.uint8) makes an array of them, data.decode() a text",
+        "dict": "json.dumps makes a text of it",
+        "NoneType": "leave the key out",
+    }.get(type(data).__name__, "use a bool, int, float, str, a list of one of them, an array, or a ggufx.values.Value")
+    raise PlanError(f"key {quoted(key)}: a GGUF has no type for a {type(data).__name__}; {cure}")
+
+
+def _check_text(key: str, text: str) -> None:
+    try:
+        encode_text(text)
+    except UnicodeEncodeError:
+        raise PlanError(f"key {quoted(key)}: a text has half of a surrogate pair, which UTF-8 cannot hold") from None
+
+
+def _holding(key: str, numbers: Sequence[int], kinds: Sequence[ValueType]) -> ValueType:
+    """Return the first of some integer types that holds all numbers."""
+    least, most = min(numbers), max(numbers)
+    for kind in kinds:
+        limits = np.iinfo(DTYPES[kind])
+        if limits.min <= least and most <= limits.max:
+            return kind
+    raise PlanError(
+        f"key {quoted(key)}: {str(least)[:40]} to {str(most)[:40]} is more than an integer of 64 bits holds"
+    )
+
+
+def _from_numpy(key: str, data: np.generic | npt.NDArray[Any]) -> Value:
+    array = np.asarray(data)
+    if array.dtype.kind == "U" or (array.dtype.kind == "O" and array.ndim == 1):
+        return as_value(key, array.tolist())
+    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        raise PlanError(f"key {quoted(key)}: a GGUF has no type for {array.dtype}")
+    if array.ndim > 1:
+        raise PlanError(
+            f"key {quoted(key)}: an array of {array.ndim} axes {list(array.shape)}; a value has one axis at most, "
+            "reshape(-1) makes one of it"
+        )
+    if array.dtype.itemsize == 2 and array.dtype.kind not in "iu":
+        array = array.astype(np.float32)
+    stored = array.astype(array.dtype.newbyteorder("<"))
+    kind = _VALUE_TYPES.get(stored.dtype)
+    if kind is None:
+        raise PlanError(f"key {quoted(key)}: a GGUF has no type for {array.dtype}")
+    return Value.array(kind, stored) if array.ndim else Value.scalar(kind, stored.reshape(1))
+
+
+def _from_list(key: str, items: Sequence[Any], depth: int = 1) -> Value:
+    if depth > MAX_NESTING:
+        raise PlanError(f"key {quoted(key)}: lists within lists, more than {MAX_NESTING} deep")
+    if not items:
+        raise PlanError(
+            f"key {quoted(key)}: a list without elements has no element type; give one with "
+            "ggufx.values.Value.array(ValueType.STRING, [])"
+        )
+    kinds = {type(item) for item in items}
+    if kinds == {str}:
+        for text in items:
+            _check_text(key, text)
+        return Value.array(ValueType.STRING, items)
+    if kinds == {bool}:
+        return Value.array(ValueType.BOOL, items)
+    if kinds == {int}:
+        return Value.array(_holding(key, items, _ARRAY_INTEGERS), items)
+    if kinds <= {int, float}:
+        numbers = _floats(key, items)
+        return Value.array(ValueType.FLOAT32, numbers)
+    if all(isinstance(item, list | tuple | np.ndarray) for item in items):
+        nested = tuple(
+            _from_numpy(key, item) if isinstance(item, np.ndarray) else _from_list(key, item, depth + 1)
+            for item in items
+        )
+        if any(value.type is not ValueType.ARRAY for value in nested):
+            raise PlanError(f"key {quoted(key)}: a list holds arrays without axes beside lists")
+        return Value(ValueType.ARRAY, nested, ValueType.ARRAY)
+    if all(isinstance(item, np.generic) for item in items) and len(kinds) == 1:
+        return _from_numpy(key, np.asarray(items))
+    names = ", ".join(sorted(kind.__name__ for kind in kinds)[:5])
+    raise PlanError(
+        f"key {quoted(key)}: the elements of a list must be of one type, and one that a GGUF has; got {names}"
+    )
+
+
+def _floats(key: str, items: Sequence[int | float]) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        try:
+            numbers = np.asarray([float(item) for item in items]).astype(np.float32)
+        except OverflowError:
+            raise PlanError(f"key {quoted(key)}: an integer is more than a float holds") from None
+    odd = [item for item, number in zip(items, numbers, strict=True) if np.isinf(number) and abs(item) != float("inf")]
+    if odd:
+        raise PlanError(
+            f"key {quoted(key)}: {str(odd[0])[:40]} is more than FLOAT32 holds; give an array of float64 for FLOAT64"
+        )
+    return numbers

@@ -25,13 +25,13 @@ from ggufx import plan as plan_module
 from ggufx.architectures.base import FLOATS
 from ggufx.checkpoint import Checkpoint, SourceTensor
 from ggufx.container import Value, ValueType
-from ggufx.convert import QUANTIZATION_VERSION, Conversion, plan_convert
+from ggufx.convert import Conversion, plan_convert
 from ggufx.errors import GGUFError, OptionError, PlanError
 from ggufx.execute import Progress
 from ggufx.file import DIALECT_KEY, File, Tensor
 from ggufx.hybrid import HybridFile, open
 from ggufx.options import given, refuse
-from ggufx.plan import FLOAT_SCALES, FP8_KINDS, Matrix, Plan, PlannedTensor, Span, Tile, Transform
+from ggufx.plan import FLOAT_SCALES, FP8_KINDS, QUANTIZATION_VERSION, Matrix, Plan, PlannedTensor, Span, Tile, Transform
 from ggufx.transforms import decode_parts, native_codes
 from ggufx.values import as_unicode
 

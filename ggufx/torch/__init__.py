@@ -8,8 +8,9 @@
 
 :func:`open` is the lazy mapping, :func:`load` brings a file, or a part or a shard of it, to one or more devices.
 :class:`GGUFLinear`, :class:`GGUFEmbedding` and :class:`GGUFExperts` are the layers; ``torch.ops.ggufx`` has what they are made
-of, for torch.compile, export and gradients of activations. :func:`encode` is the way back. On CUDA the types that
-``ggufx types`` lists with a CUDA kernel run on Triton kernels; others, and other devices, in plain torch.
+of, for torch.compile, export and gradients of activations. :func:`encode` is the way back. :func:`save_file` and
+:func:`load_file` write and read plain tensors. On CUDA the types that ``ggufx types`` lists with a CUDA kernel run on Triton
+kernels; others, and other devices, in plain torch.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ except ModuleNotFoundError as error:
 from ggufx.torch.encoding import encode
 from ggufx.torch.loading import ShardError, TorchFile, load, open
 from ggufx.torch.modules import GGUFEmbedding, GGUFExperts, GGUFLinear
+from ggufx.torch.saving import load_file, save_file
 from ggufx.torch.tensor import GGUFTensor, linear, linears
 from ggufx.types.codec import encode_arrays_by
 
@@ -40,7 +42,9 @@ __all__ = [
     "linear",
     "linears",
     "load",
+    "load_file",
     "open",
+    "save_file",
 ]
 
 encode_arrays_by(_torch.Tensor, encode)

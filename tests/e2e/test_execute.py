@@ -424,7 +424,7 @@ def test_a_disk_that_fills_in_the_middle(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "statvfs", large)
-        patch.setattr(execute, "_reserve", lambda descriptor, nbytes: None)
+        patch.setattr(outputs, "reserve", lambda descriptor, nbytes: None)
         for _ in range(2):  # the second time nothing has changed: the same error, not another one
             # One thread: how many tiles of how many batches several finish before the disk is full is a matter of chance.
             run = cli("convert", checkpoint, "--outfile", out, "--threads", 1)
