@@ -42,6 +42,8 @@ __all__ = [
 _AT_FDCWD: Final = -100
 _RENAME_NOREPLACE: Final = 1
 _SYNC_FILE_RANGE_WRITE: Final = 2
+_PIECE_NBYTES: Final = 1 << 18
+"""Bytes of a call that writes: calls of 8 MB were measured to take four times the processor's time of these (Linux, ext4)."""
 _NO_LOCKS: Final = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL})
 """What flock says on file systems without locks: Lustre without ``-o flock``, some FUSE, NFS without lockd."""
 
@@ -260,7 +262,7 @@ def write_at(descriptor: int, offset: int, buffer: npt.NDArray[np.uint8] | bytes
     """Write a C-contiguous buffer at a byte of an open file, whole."""
     view, done = memoryview(buffer), 0  # type: ignore[arg-type] # ndarrays are buffers
     while done < len(view):
-        done += os.pwrite(descriptor, view[done:], offset + done)
+        done += os.pwrite(descriptor, view[done : done + _PIECE_NBYTES], offset + done)
 
 
 @cache
@@ -275,9 +277,7 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
 
 
 def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
-    """Have the disk begin with what was just written: else most of it waits for the sync at the end, and that takes as
-    long as everything before.
-    """
+    """Have the disk begin with what was just written: else most of it waits for the sync at the end, which then takes long."""
     # A hint, so its failure is none: the sync reports errors. Unlike POSIX_FADV_DONTNEED, which also starts writing, it
     # leaves the pages in the cache for whoever reads the file next.
     function = _sync_file_range()
