@@ -1,5 +1,6 @@
-"""The reference encoders of the codebook types in NumPy, ported from FORMATS.md 6.0, 6.6 and 6.7 (IQ4_NL, IQ4_XS: llama.cpp).
+"""The reference encoders of the codebook types in NumPy, ported from docs/formats.md, 6.0, 6.6 and 6.7.
 
+IQ4_NL and IQ4_XS are those of llama.cpp.
 They give decoded values, not bytes: what a search must beat on data that has no vectors. Float32 with sequential sums, no
 fused operations; the C libraries fuse some, so last bits of scales and ties differ.
 """

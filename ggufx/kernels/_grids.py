@@ -1,4 +1,4 @@
-"""The exact search of FORMATS 7.1 for types whose codes are points of a grid, in one kernel for all of them.
+"""The exact search of docs/formats.md, 7.1 for types whose codes are points of a grid, in one kernel for all of them.
 
 For a slot, the elements that one point stands for, a point g at scale s has the error ``sum w x^2 - 2 s B + s^2 A`` with
 ``A = sum w g^2`` and ``B = sum w x g``, neither of which depends on s. A point is two halves, of which there are at most 81

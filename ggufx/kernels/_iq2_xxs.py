@@ -1,4 +1,4 @@
-"""The encoders of IQ2_XXS: the exact search of FORMATS 7.1, and the C library's own (FORMATS 6.5).
+"""The encoders of IQ2_XXS: the exact search of docs/formats.md, 7.1, and the C library's own (docs/formats.md, 6.5).
 
 For a run of eight, a grid point g at scale s has the error ``sum w x^2 - 2 s B_g + s^2 A_g``, where A_g and B_g do not depend
 on s, not even with the one wrong sign that parity may force. Runs lie side by side in the lanes. A_g and B_g are sums of the
@@ -401,7 +401,7 @@ def _sums(x, w, levels):
 
 @kernel
 def encode_reference(values, importance, out, starts, neighbours):
-    """Encode as the C library does, FORMATS 6.5, in its order of operations."""
+    """Encode as the C library does, docs/formats.md, 6.5, in its order of operations."""
     blocks = values.shape[1] // 256
     w, roots, x = np.empty(32, np.float32), np.empty(32, np.float32), np.empty(32, np.float32)
     bytes_, levels = np.empty(32, np.uint8), np.empty(32, np.int64)

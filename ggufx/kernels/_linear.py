@@ -322,7 +322,7 @@ def _encode_block32(values, flat, importance, flat_out, scratch, bits, block_nby
 
 
 def encode_block32_reference(values, importance, out):
-    """Q4_0's bytes as the C library makes them (FORMATS 6.2): plain rounding, or 19 scales by weighted explained energy."""
+    """Q4_0's bytes as the C library makes them (docs/formats.md, 6.2): plain rounding, or 19 scales by explained energy."""
     scratch = scratch_of(*[floats(32, LANES)] * 3, floats(7, LANES), (np.uint8, (32, LANES)))
     _encode_block32_reference(values, importance, out, scratch)
 

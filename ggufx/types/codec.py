@@ -49,7 +49,7 @@ _FLOATS = frozenset((np.dtype(np.float32), np.dtype(np.float16), BFLOAT16, np.dt
 Effort = Literal["fast", "normal", "high", "reference"]
 """How long an encoder searches; ``reference`` gives the C library's bytes, where a type promises them."""
 Objective = Literal["reference", "mse"]
-"""What an encoder minimises: ``sum w (x - y)^2`` with the reference encoder's own weights ``w`` (FORMATS of the type), or with
+"""What an encoder minimises: ``sum w (x - y)^2`` with the reference encoder's own weights ``w`` (docs/formats.md, 6), or with
 the importance alone (1 without one)."""
 
 EFFORTS: Final[tuple[Effort, ...]] = get_args(Effort)

@@ -48,7 +48,7 @@ class IQ1_M(Codec):  # noqa: N801 (upstream's spelling)
         return w.joined(scales[..., None] * values)
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
-        """Search scales exactly, over the whole grid under both shifts (FORMATS 7.1).
+        """Search scales exactly, over the whole grid under both shifts (docs/formats.md, 7.1).
 
         Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(2 mean + x^2) with m the importance and ``mean`` that
         of x^2 over the block, or mean / 4 + x^2 without importance (the library's x^2 alone lets small elements become large

@@ -46,7 +46,7 @@ class IQ1_S(Codec):  # noqa: N801 (upstream's spelling)
         return w.joined(scales[..., None] * values)
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
-        """Search scales exactly, over the whole grid under both shifts (FORMATS 7.1).
+        """Search scales exactly, over the whole grid under both shifts (docs/formats.md, 7.1).
 
         Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(2 mean + x^2), ``mean`` that of x^2 over
         the block and m the importance; ``mse``: w = m.

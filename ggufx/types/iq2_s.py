@@ -42,7 +42,7 @@ class IQ2_S(Codec):  # noqa: N801 (upstream's spelling)
         return w.joined(scales[..., None] * points.reshape(*scales.shape, 16))
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
-        """Search scales exactly, over the whole grid (FORMATS 7.1).
+        """Search scales exactly, over the whole grid (docs/formats.md, 7.1).
 
         Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(2 mean + x^2) or mean / 2 + x^2 without
         importance, ``mean`` that of x^2 over the block and m the importance; ``mse``: w = m, or 1.

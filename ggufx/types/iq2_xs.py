@@ -41,7 +41,7 @@ class IQ2_XS(Codec):  # noqa: N801 (upstream's spelling)
         return w.joined(scales[..., None] * points.reshape(*scales.shape, 16))
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
-        """Search scales exactly, over the whole grid with the parity of the signs (FORMATS 7.1).
+        """Search scales exactly, over the whole grid with the parity of the signs (docs/formats.md, 7.1).
 
         Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(mean + x^2), ``mean`` that of x^2 over the
         block and m the importance; ``mse``: w = m.

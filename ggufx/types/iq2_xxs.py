@@ -68,7 +68,7 @@ class IQ2_XXS(Codec):  # noqa: N801 (upstream's spelling)
         return w.joined(scales[..., None] * w.joined(points))
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
-        """Search scales exactly, over the whole grid, with the parity of the signs (FORMATS 7.1).
+        """Search scales exactly, over the whole grid, with the parity of the signs (docs/formats.md, 7.1).
 
         Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(sigma2 + x^2), sigma2 the mean of x^2 over the block
         and m the importance; ``mse``: w = m. Effort ``reference`` is the C library's own search, step by step.

@@ -46,7 +46,7 @@ class IQ3_S(Codec):  # noqa: N801 (upstream's spelling)
         return w.joined(scales[..., None] * w.parted(points, 8, 32))
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
-        """Search scales exactly, over the whole grid (FORMATS 7.1).
+        """Search scales exactly, over the whole grid (docs/formats.md, 7.1).
 
         Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(2 mean + x^2) with m the importance and ``mean`` that
         of x^2 over the block, or mean / 4 + x^2 without importance (the library's x^2 alone lets small elements become large

@@ -40,7 +40,7 @@ class IQ3_XXS(Codec):  # noqa: N801 (upstream's spelling)
         return w.joined(scales[..., None] * points)
 
     def encode_rows(self, values: F32, out: U8, importance: F32 | None, search: Search) -> None:
-        """Search scales exactly, over the whole grid with the parity of the signs (FORMATS 7.1).
+        """Search scales exactly, over the whole grid with the parity of the signs (docs/formats.md, 7.1).
 
         Minimises ``sum w (x - y)^2``. Objective ``reference``: w = m sqrt(2 mean + x^2) with m the importance and ``mean`` that
         of x^2 over the block, or mean / 4 + x^2 without importance (the library's x^2 alone lets small elements become large
