@@ -849,7 +849,9 @@ def clean_up(path: Path) -> None:
         return
     try:
         outputs.lock(descriptor, journal, "")
-        if os.pread(descriptor, len(_JOURNAL_MAGIC), 0) == _JOURNAL_MAGIC:
+        # Another process may have removed it before the lock was this one's, and a run have begun since.
+        mine = outputs.same_file(journal, os.fstat(descriptor).st_ino)
+        if mine and os.pread(descriptor, len(_JOURNAL_MAGIC), 0) == _JOURNAL_MAGIC:
             journal.unlink()
     except PlanError:
         pass  # a run that is about to begin
