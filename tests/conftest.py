@@ -64,9 +64,15 @@ SLOW = (
     "test_cuda_encode.py::test_bytes_are_the_cpus[IQ4_K]",
     "test_cuda_encode.py::test_bytes_are_the_cpus[IQ5_K]",
     "test_cuda_encode.py::test_bytes_are_the_cpus_without_importance",
-    "test_cuda_kernels.py::test_linear[IQ",
-    "test_cuda_kernels.py::test_linear_of_the_largest_does_not_overflow[IQ",
-    "test_cuda_kernels.py::test_products_with_the_same_activations[IQ",
+    *(
+        f"test_cuda_kernels.py::{test}[{kind}"
+        for test in (
+            "test_linear",
+            "test_linear_of_the_largest_does_not_overflow",
+            "test_products_with_the_same_activations",
+        )
+        for kind in ("IQ2_XXS", "IQ3", "IQ4", "IQ5")
+    ),
     "test_cuda_kernels.py::test_no_expert_of_that_number[dtype1",
     "test_cuda_kernels.py::test_no_expert_of_that_number[dtype2",
     "test_cuda_kernels.py::test_linear_of_long_rows_and_eight_tokens",
