@@ -42,6 +42,8 @@ _UNSAFE: Final = re.compile(r"[\x00-\x1f\x7f-\x9f/\\:*?\"<>|\s]+|[\ud800-\udfff]
 """What no part of a derived file name has: separators of any system, control characters, blanks, halves of surrogate pairs."""
 _MAX_NAME_NBYTES: Final = 200
 """File systems take 255; the names of splits and of unfinished outputs are longer by their endings."""
+_MAX_DEPTH: Final = 100
+"""Levels of lists and mappings in a card's front matter; cards have three."""
 
 
 def general_keys(
@@ -145,14 +147,18 @@ def _parse(path: Path, text: str) -> Mapping[Any, Any]:
     import yaml
 
     try:
-        # Nine levels of nine aliases are 400 million entries, whatever becomes of them later.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise _unreadable(path, "its front matter uses YAML aliases (*name), which no card needs")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            # Nine levels of nine aliases are 400 million entries, whatever becomes of them later.
+            if isinstance(event, yaml.AliasEvent):
+                raise _unreadable(path, "its front matter uses YAML aliases (*name), which no card needs")
+            # Each level makes reading every character after it slower.
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_DEPTH:
+                raise _unreadable(path, f"its front matter is nested more than {_MAX_DEPTH} levels deep")
         entries = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise _unreadable(path, " ".join(str(error).split())) from None
-    except RecursionError:
-        raise _unreadable(path, "its front matter is nested too deeply") from None
     except ValueError as error:  # a date such as 2020-13-01
         raise _unreadable(path, str(error)) from None
     return entries if isinstance(entries, dict) else {}
